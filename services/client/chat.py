@@ -1,0 +1,108 @@
+"""`quartet chat`: the seed's loop. A message ends with an empty line; RESET forgets the talk, EXIT leaves."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quartet.inference.v1 import inference_pb2
+
+from services.client.client import Client
+from services.client.commands import connect
+from services.client.show import out, tell
+from services.finetune.errors import InvalidArgument, QuartetError
+
+
+def chat(a: Namespace) -> None:
+    with connect(a) as client, _endpoint(client, a) as (endpoint, adapter):
+        history: list[tuple[str, str]] = [("system", a.system)] if a.system else []
+        if a.message:
+            answer = _turn(client, endpoint, adapter, [*history, ("user", a.message)], a)
+            if a.json:
+                out({"answer": answer})
+            return
+        for text in _messages():
+            if text == "RESET":
+                history = history[:1] if a.system else []
+                if not a.json:
+                    print("forgotten")
+                continue
+            asked = [*history, ("user", text)]
+            try:
+                answer = _turn(client, endpoint, adapter, asked, a)
+            except InvalidArgument as error:
+                # A text too long, say: a person may try another, a script should hear of it.
+                if not sys.stdin.isatty():
+                    raise
+                tell(error, as_json=False)
+                continue
+            if a.json:
+                out({"answer": answer})
+            history = [*asked, ("assistant", answer)]
+
+
+def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], a: Namespace) -> str:
+    wanted = {
+        "temperature": a.temperature,
+        "top_p": a.top_p,
+        "top_k": a.top_k,
+        "repetition_penalty": a.repetition_penalty,
+        "max_tokens": a.max_new_tokens,
+        "seed": a.seed,
+    }
+    sampling: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
+    answer = ""
+    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, stop=a.stop_words, **sampling):
+        answer += piece.text
+        if not a.json:
+            print(piece.text, end="", flush=True)
+    if not a.json:
+        print()
+    return answer
+
+
+def _messages() -> Iterator[str]:
+    """What is typed, up to an empty line each; a pipe's last message may end with the pipe."""
+    tty = sys.stdin.isatty()
+    lines: list[str] = []
+    if tty:
+        print("A message ends with an empty line. RESET forgets the talk, EXIT leaves.")
+        print("> ", end="", flush=True)
+    for line in sys.stdin:
+        text = line.rstrip("\n")
+        if text == "EXIT" and not lines:
+            return
+        if text:
+            lines.append(text)
+            if text != "RESET" or len(lines) > 1:
+                continue
+        if lines:
+            yield "\n".join(lines)
+            lines = []
+        if tty:
+            print("> ", end="", flush=True)
+    if lines:
+        yield "\n".join(lines)
+
+
+@contextmanager
+def _endpoint(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
+    """(endpoint, alias): an endpoint that exists, or one for the time of this talk."""
+    name = client.name("endpoints", a.model)
+    if "/models/" not in a.model:
+        try:
+            client.inference.GetEndpoint(inference_pb2.GetEndpointRequest(name=name))
+        except QuartetError as error:
+            if error.reason != "ENDPOINT_NOT_FOUND":
+                raise
+        else:
+            yield client.wait_ready(name).name, a.adapter
+            return
+    endpoint = client.serve(a.model, {"adapter": a.adapter} if a.adapter else {}, bits=a.bits)
+    try:
+        yield endpoint.name, "adapter" if a.adapter else ""
+    finally:
+        client.inference.DeleteEndpoint(inference_pb2.DeleteEndpointRequest(name=endpoint.name))

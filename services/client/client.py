@@ -1,0 +1,353 @@
+"""One object for all four services: stubs with retries, our error classes, and the few flows that are more than one rpc."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import google_crc32c
+import grpc
+from quartet.conversion.v1 import conversion_pb2
+from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub
+from quartet.datasets.v1 import datasets_pb2
+from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
+from quartet.inference.v1 import inference_pb2
+from quartet.inference.v1.inference_pb2_grpc import InferenceStub
+from quartet.training.v1 import training_pb2
+from quartet.training.v1.training_pb2_grpc import TrainingStub
+
+from services.client.retry import RETRIES, Room, credentials, pause_s
+from services.common import auth
+from services.common.settings import Settings
+from services.common.status import CHANNEL_OPTIONS, from_status
+from services.finetune.errors import Aborted, DataLoss, Internal, InvalidArgument, QuartetError, Unavailable
+
+T = TypeVar("T")
+
+DEFAULT_ENDPOINT = "127.0.0.1:50050"
+CHUNK_BYTES = 1 << 20
+ROOMS = {"datasets": DatasetsStub, "training": TrainingStub, "conversion": ConversionStub, "inference": InferenceStub}
+OPTIONS = [*CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", 30_000)]
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) bytes."""
+
+
+class Client:
+    """`datasets`, `training`, `conversion` and `inference` hold one method an rpc: ``client.training.GetRecipe(...)``.
+
+    Unary rpcs are tried again while the service is UNAVAILABLE; creations carry a request_id, so trying again is safe.
+    Every failure is a class of services.finetune.errors.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = "",
+        token_file: str = "",
+        workspace: str = "default",
+        *,
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
+    ) -> None:
+        """What is left out comes from QUARTET_* variables; an `endpoint` given here holds for all four services.
+
+        FailedPrecondition (TOKEN_FILE_UNREADABLE), InvalidArgument (TLS_FILES_INVALID).
+        """
+        self.endpoint = endpoint or os.environ.get("QUARTET_ENDPOINT", "") or DEFAULT_ENDPOINT
+        self._given = bool(endpoint)
+        self._credentials = credentials(tls_ca, tls_cert, tls_key)
+        self.parent = f"workspaces/{workspace}"
+        token_file = token_file or os.environ.get("QUARTET_TOKEN_FILE", "")
+        metadata = auth.bearer(auth.read_token(token_file)) if token_file else ()
+        self._channels: dict[str, grpc.Channel] = {}
+        self.datasets = self._room("datasets", metadata)
+        self.training = self._room("training", metadata)
+        self.conversion = self._room("conversion", metadata)
+        self.inference = self._room("inference", metadata)
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _room(self, room: str, metadata: auth.Metadata) -> Any:
+        address = self.address(room)
+        if address not in self._channels:
+            self._channels[address] = (
+                grpc.secure_channel(address, self._credentials, OPTIONS)
+                if self._credentials
+                else grpc.insecure_channel(address, OPTIONS)
+            )
+        return Room(ROOMS[room](self._channels[address]), metadata, address)
+
+    def address(self, room: str) -> str:
+        """Where a service is: the endpoint given to this client, QUARTET_<ROOM>_ENDPOINT, or the common one."""
+        own = "" if self._given else os.environ.get(f"QUARTET_{room.upper()}_ENDPOINT", "")
+        return own or self.endpoint
+
+    def is_local(self, room: str) -> bool:
+        """Whether a service listens on this machine only, so that paths may mean the same to both."""
+        address = self.address(room)
+        host = address if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
+        return Settings(host=host).loopback
+
+    def name(self, kind: str, text: str) -> str:
+        """A full resource name from a short one: name("models", "smollm2")."""
+        return text if text.startswith("workspaces/") else f"{self.parent}/{kind}/{text}"
+
+    def revision(self, dataset: str) -> str:
+        """A revision's full name from a dataset's (its newest), or from `dataset/revisions/id`."""
+        name = self.name("datasets", dataset)
+        return name if "/revisions/" in name else f"{name}/revisions/latest"
+
+    # ------------------------------------------------------------------------------------------ datasets
+
+    def upload_dataset(
+        self,
+        dataset: str,
+        files: Sequence[Path],
+        format: str = "",
+        skip_bad_rows: bool = False,
+        told: Progress = lambda done, total: None,
+    ) -> datasets_pb2.Revision:
+        """Make the dataset if need be, send what the store lacks, and commit a revision."""
+        names = [path.name for path in files]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InvalidArgument(
+                f"two files are called {min(twice)}; a dataset's files are told apart by their names",
+                reason="PATH_UNSAFE",
+            )
+        name = self._ensure_dataset(dataset)
+        total, done = sum(f.stat().st_size for f in files), 0
+        entries = []
+        for path in files:
+            before = done
+            digest = self.upload_file(name, path, partial(_shift, told, before, total))
+            done += path.stat().st_size
+            entries.append(datasets_pb2.RevisionFile(path=path.name, digest=digest))
+        return self.commit_files(name, entries, format, skip_bad_rows)
+
+    def commit_files(
+        self, dataset: str, files: Sequence[datasets_pb2.RevisionFile], format: str, skip_bad_rows: bool
+    ) -> datasets_pb2.Revision:
+        """Make the dataset if need be, and a revision of files that the store has already."""
+        bad = datasets_pb2.CommitRevisionRequest
+        request = datasets_pb2.CommitRevisionRequest(
+            parent=self._ensure_dataset(dataset),
+            files=files,
+            format=format,
+            bad_rows=bad.BAD_ROWS_SKIP if skip_bad_rows else bad.BAD_ROWS_REJECT,
+            request_id=str(uuid.uuid4()),
+        )
+        revision: datasets_pb2.Revision = self.datasets.CommitRevision(request)
+        return revision
+
+    def _ensure_dataset(self, dataset: str) -> str:
+        name = self.name("datasets", dataset)
+        try:
+            self.datasets.GetDataset(datasets_pb2.GetDatasetRequest(name=name))
+        except QuartetError as error:
+            if error.reason != "DATASET_NOT_FOUND":
+                raise
+            parent, _, dataset_id = name.rpartition("/datasets/")
+            wanted = datasets_pb2.CreateDatasetRequest(
+                parent=parent, dataset_id=dataset_id, request_id=str(uuid.uuid4())
+            )
+            self.datasets.CreateDataset(wanted)
+        return name
+
+    def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None) -> str:
+        """Send one file's bytes, going on after cuts; its digest."""
+        with path.open("rb") as source:
+            digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
+        size = path.stat().st_size
+        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size)
+        status = self.datasets.BeginUpload(request)
+        tries, reached = 0, status.committed_bytes
+        while not status.complete:
+            try:
+                status = self.datasets.WriteBlob(_chunks(path, status, told))
+                if not status.complete:
+                    raise Internal(f"the upload of {path} never completed", reason="UPLOAD_STUCK")
+            except (Unavailable, DataLoss):
+                if tries == RETRIES:
+                    raise
+                time.sleep(pause_s(tries))
+                status = self._upload_status(status.upload, request)
+                # Whoever gets on may go on: only cuts in one place are counted.
+                tries = tries + 1 if status.committed_bytes <= reached else 0
+                reached = status.committed_bytes
+        told(size, size)
+        return digest
+
+    def _upload_status(self, upload: str, request: datasets_pb2.BeginUploadRequest) -> datasets_pb2.BlobStatus:
+        status: datasets_pb2.BlobStatus
+        try:
+            status = self.datasets.GetBlobStatus(datasets_pb2.GetBlobStatusRequest(upload=upload))
+        except QuartetError as error:
+            # A finished upload may be forgotten while its answer was lost: announcing again finds the blob.
+            if error.reason != "UPLOAD_NOT_FOUND":
+                raise
+            status = self.datasets.BeginUpload(request)
+        return status
+
+    # ------------------------------------------------------------------------------------------ jobs
+
+    def convert(self, target: str, **task: Any) -> conversion_pb2.ConversionJob:
+        """Queue a conversion: convert("m", import_model=ImportTask(...)), adapter=… or merge=…."""
+        job = conversion_pb2.ConversionJob(target_model=self.name("models", target), **task)
+        request = conversion_pb2.CreateConversionJobRequest(
+            parent=self.parent, conversion_job=job, request_id=str(uuid.uuid4())
+        )
+        made: conversion_pb2.ConversionJob = self.conversion.CreateConversionJob(request)
+        return made
+
+    def train(
+        self, recipe: str, base: str, datasets: Sequence[str], overrides: Mapping[str, Any], **more: Any
+    ) -> training_pb2.TrainingJob:
+        """Queue a training job; `more` are further fields of TrainingJob, and job_id."""
+        job_id = more.pop("job_id", "")
+        revisions = [self.revision(d) for d in datasets]
+        base = self.name("models", base)
+        job = training_pb2.TrainingJob(recipe=recipe, base_model=base, datasets=revisions, **more)
+        job.overrides.update(dict(overrides))
+        request = training_pb2.CreateTrainingJobRequest(
+            parent=self.parent, training_job_id=job_id, training_job=job, request_id=str(uuid.uuid4())
+        )
+        made: training_pb2.TrainingJob = self.training.CreateTrainingJob(request)
+        return made
+
+    def job(self, name: str) -> Any:
+        """A training or conversion job, by its full or short name; training jobs are looked for first."""
+        if "/conversionJobs/" in name:
+            return self.conversion.GetConversionJob(conversion_pb2.GetConversionJobRequest(name=name))
+        try:
+            full = self.name("trainingJobs", name)
+            return self.training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=full))
+        except QuartetError as error:
+            if error.reason != "JOB_NOT_FOUND" or name.startswith("workspaces/"):
+                raise
+            short = error
+        try:
+            full = self.name("conversionJobs", name)
+            return self.conversion.GetConversionJob(conversion_pb2.GetConversionJobRequest(name=full))
+        except QuartetError as error:
+            raise short from error
+
+    def watch(self, name: str, after: int = 0) -> Iterator[Any]:
+        """A job's events to its end; a cut stream goes on where it was."""
+        tries = 0
+        while True:
+            try:
+                if "/conversionJobs/" in name:
+                    watch = self.conversion.WatchConversionJob
+                    request: Any = conversion_pb2.WatchConversionJobRequest(name=name, after_sequence=after)
+                else:
+                    watch = self.training.WatchTrainingJob
+                    request = training_pb2.WatchTrainingJobRequest(name=name, after_sequence=after)
+                for event in watch(request):
+                    after, tries = event.sequence, 0
+                    yield event
+                return
+            except Unavailable:
+                if tries == RETRIES:
+                    raise
+                time.sleep(pause_s(tries + 1))
+                tries += 1
+
+    def cancel(self, name: str) -> Any:
+        """Ask a job to end, by its full name; the job."""
+        request_id = str(uuid.uuid4())
+        if "/conversionJobs/" in name:
+            conversion = conversion_pb2.CancelConversionJobRequest(name=name, request_id=request_id)
+            return self.conversion.CancelConversionJob(conversion)
+        return self.training.CancelTrainingJob(training_pb2.CancelTrainingJobRequest(name=name, request_id=request_id))
+
+    def model(self, name: str) -> conversion_pb2.Model:
+        """A model by its full or short name."""
+        request = conversion_pb2.GetModelRequest(name=self.name("models", name))
+        found: conversion_pb2.Model = self.conversion.GetModel(request)
+        return found
+
+    # ------------------------------------------------------------------------------------------ endpoints
+
+    def serve(self, model: str, adapters: Mapping[str, str] | None = None, **more: Any) -> inference_pb2.Endpoint:
+        """Create an endpoint and wait until it answers; `more` are further fields of Endpoint, and endpoint_id."""
+        endpoint_id = more.pop("endpoint_id", "")
+        served = [
+            inference_pb2.ServedAdapter(alias=alias, model=self.name("models", name))
+            for alias, name in (adapters or {}).items()
+        ]
+        endpoint = inference_pb2.Endpoint(model=self.name("models", model), adapters=served, **more)
+        request = inference_pb2.CreateEndpointRequest(
+            parent=self.parent, endpoint_id=endpoint_id, endpoint=endpoint, request_id=str(uuid.uuid4())
+        )
+        return self.wait_ready(self.inference.CreateEndpoint(request).name)
+
+    def wait_ready(self, name: str, timeout_s: float = 600.0) -> inference_pb2.Endpoint:
+        """The endpoint once it is READY; its error if it FAILED."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            endpoint: inference_pb2.Endpoint = self.inference.GetEndpoint(inference_pb2.GetEndpointRequest(name=name))
+            if endpoint.state == inference_pb2.Endpoint.READY:
+                return endpoint
+            if endpoint.state == inference_pb2.Endpoint.FAILED:
+                raise from_status(endpoint.error)
+            time.sleep(0.2)
+        raise Aborted(f"{name} was not ready within {timeout_s:.0f} s", reason="ENDPOINT_NOT_READY")
+
+    def chat(
+        self, endpoint: str, messages: Sequence[tuple[str, str]], adapter: str = "", template: str = "", **sampling: Any
+    ) -> Iterator[inference_pb2.ChatResponse]:
+        """Stream an answer to (role, text) messages."""
+        turns = [
+            inference_pb2.Message(
+                role=inference_pb2.Message.Role.Value(role.upper()), content=[inference_pb2.Part(text=text)]
+            )
+            for role, text in messages
+        ]
+        request = inference_pb2.ChatRequest(
+            endpoint=endpoint,
+            adapter=adapter,
+            messages=turns,
+            template=template,
+            sampling=inference_pb2.Sampling(**sampling),
+        )
+        return iter(self.inference.Chat(request))
+
+
+def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.WriteBlobRequest]:
+    with path.open("rb") as source:
+        at = source.seek(status.committed_bytes)
+        while at < status.size_bytes or status.size_bytes == 0:
+            data = source.read(CHUNK_BYTES)
+            yield datasets_pb2.WriteBlobRequest(
+                upload=status.upload,
+                offset_bytes=at,
+                data=data,
+                crc32c=google_crc32c.value(data),
+                finish=at + len(data) >= status.size_bytes,
+            )
+            at += len(data)
+            told(at, status.size_bytes)
+            if not data:
+                return
+
+
+def _shift(told: Progress, before: int, total: int, done: int, _: int) -> None:
+    told(before + done, total)

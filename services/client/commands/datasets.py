@@ -1,0 +1,170 @@
+"""dataset, list-dataset-format, assistant."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from quartet.datasets.v1 import datasets_pb2
+
+from services.client.assistant import assistant_rows, plain_rows
+from services.client.client import Client
+from services.client.commands import connect, readable, short_name
+from services.client.retry import pages
+from services.client.show import bar, out, plain, table
+from services.finetune.errors import InvalidArgument
+
+
+def create(a: Namespace) -> None:
+    files = [readable(f) for f in a.files]
+    with connect(a) as client, bar("uploading", a.json) as told:
+        revision = client.upload_dataset(a.dataset, files, a.format, a.skip_bad_rows, told)
+    _show_revision(revision, a.json)
+
+
+def list_all(a: Namespace) -> None:
+    with connect(a) as client:
+        request = datasets_pb2.ListDatasetsRequest(parent=client.parent)
+        found = list(pages(client.datasets.ListDatasets, request, "datasets"))
+    if a.json:
+        out({"datasets": [plain(d) for d in found]})
+        return
+    table(["dataset", "latest revision"], [(d.name, d.latest_revision.rpartition("/")[2]) for d in found])
+
+
+def preview(a: Namespace) -> None:
+    with connect(a) as client:
+        request = datasets_pb2.PreviewRowsRequest(
+            name=client.revision(a.dataset),
+            model=client.name("models", a.model),
+            template=a.template,
+            start_row=a.start,
+            row_count=a.rows,
+            system=a.system,
+            max_length=a.max_length,
+        )
+        found = client.datasets.PreviewRows(request)
+    if a.json:
+        out(plain(found))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for row in found.rows:
+        learned = sum(row.loss_mask)
+        console.rule(Text(f"{row.file} row {row.row}: {len(row.token_ids)} tokens, {learned} learned"), align="left")
+        shown = Text()
+        for piece in row.pieces:
+            shown.append(piece.text, style="bold green" if piece.trained else "dim")
+        console.print(shown)
+
+
+def repeat(a: Namespace) -> None:
+    """A .json or .jsonl file into another; a dataset into a revision of `--output`, without moving bytes."""
+    if a.n < 1:
+        raise InvalidArgument("-n must be at least 1", reason="ARGUMENT_INVALID")
+    if Path(a.input).suffix in (".json", ".jsonl") or Path(a.input).is_file():
+        count = repeat_file(readable(a.input), Path(a.output), a.n)
+        out({"rows": count, "output": a.output}) if a.json else print(f"{count} rows in {a.output}")
+        return
+    with connect(a) as client:
+        revision = _repeat_revision(client, client.revision(a.input), a.output, a.n)
+    _show_revision(revision, a.json)
+
+
+def repeat_file(source: Path, target: Path, times: int) -> int:
+    """Write the rows of `source` so many times, in order; how many rows there are now.
+
+    InvalidArgument (JSON_INVALID, ROW_NOT_OBJECT).
+    """
+    try:
+        text = source.read_text("utf-8-sig")
+        if source.suffix == ".jsonl":
+            lines = [line for line in text.split("\n") if line.strip()]
+            for line in lines:
+                json.loads(line)
+            target.write_text("".join(f"{line}\n" for line in lines * times), "utf-8")
+            return len(lines) * times
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise InvalidArgument(f"{source} holds no list of rows", reason="ROW_NOT_OBJECT")
+        target.write_text(json.dumps(rows * times, ensure_ascii=False, indent=4), "utf-8")
+        return len(rows) * times
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidArgument(f"{source} cannot be read: {error}", reason="JSON_INVALID") from error
+
+
+def _repeat_revision(client: Client, name: str, target: str, times: int) -> datasets_pb2.Revision:
+    source = client.datasets.GetRevision(datasets_pb2.GetRevisionRequest(name=name))
+    digits = len(str(times))
+    files = [
+        datasets_pb2.RevisionFile(path=f"repeat-{n:0{digits}d}/{file.path}", digest=file.digest)
+        for n in range(1, times + 1)
+        for file in source.files
+    ]
+    # Rows that the source left out are left out of each repetition.
+    return client.commit_files(target, files, source.format, skip_bad_rows=source.skipped_row_count > 0)
+
+
+def formats(a: Namespace) -> None:
+    with connect(a) as client:
+        found = client.datasets.ListFormats(datasets_pb2.ListFormatsRequest())
+    if a.json:
+        out(plain(found))
+        return
+    table(["format", "fields"], [(f.name, f.description) for f in found.formats])
+
+
+def assistant(a: Namespace) -> None:
+    if a.rows < 1 or not a.name.strip():
+        raise InvalidArgument("--rows must be at least 1, and --name not empty", reason="ARGUMENT_INVALID")
+    if a.plain and a.mix:
+        raise InvalidArgument("--plain is one question only: leave --mix out", reason="ARGUMENT_INVALID")
+    mix = _read_mix(readable(a.mix)) if a.mix else []
+    rows = plain_rows(a.name, a.rows) if a.plain else assistant_rows(a.name, a.rows, a.seed, mix)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if a.output:
+        Path(a.output).write_text(text, "utf-8")
+        out({"rows": len(rows), "output": a.output}) if a.json else print(f"{len(rows)} rows in {a.output}")
+        return
+    with tempfile.TemporaryDirectory() as folder, connect(a) as client:
+        path = Path(folder) / "assistant.jsonl"
+        path.write_text(text, "utf-8")
+        revision = client.upload_dataset(a.dataset or short_name(a.name) or "assistant", [path], "openai")
+    _show_revision(revision, a.json)
+
+
+def _read_mix(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file in the openai format; the datasets service checks what is inside."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict) or "messages" not in row:
+                raise InvalidArgument(
+                    f'--mix: line {number} of {path} is no row of the form {{"messages": […]}}', reason="MIX_INVALID"
+                )
+            rows.append(row)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidArgument(f"--mix: {path} cannot be read: {error}", reason="MIX_INVALID") from error
+    if not rows:
+        raise InvalidArgument(f"--mix: {path} holds no rows", reason="MIX_INVALID")
+    return rows
+
+
+def _show_revision(revision: datasets_pb2.Revision, as_json: bool) -> None:
+    if as_json:
+        out(plain(revision))
+        return
+    print(f"{revision.name}: {revision.row_count} rows, {revision.format} ({revision.format_reason})")
+    for problem in revision.skipped_rows:
+        print(f"left out {problem.file} row {problem.row} {problem.field}: {problem.message}", file=sys.stderr)
+    if revision.skipped_row_count > len(revision.skipped_rows):
+        print(f"left out {revision.skipped_row_count} rows in all", file=sys.stderr)

@@ -1,0 +1,167 @@
+"""train, list-cfg, job."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from quartet.conversion.v1 import conversion_pb2
+from quartet.training.v1 import training_pb2
+
+from services.client.client import Client
+from services.client.commands import connect
+from services.client.retry import pages
+from services.client.show import event_line, out, plain, table, tell
+from services.common.status import from_status
+from services.finetune.errors import InvalidArgument, QuartetError
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+SILENCE_S = 0.5
+
+
+def list_cfg(a: Namespace) -> None:
+    with connect(a) as client:
+        recipes = pages(client.training.ListRecipes, training_pb2.ListRecipesRequest(), "recipes")
+        names = [r.name.removeprefix("recipes/") for r in recipes]
+    found = [name for name in names if a.pattern.lower() in name.lower()]
+    if a.json:
+        out({"recipes": found})
+        return
+    print("==========================CONFIGS===========================")
+    if a.pattern:
+        print(f"PATTERN: {a.pattern}\n-------------------------------")
+    print("\n".join(found))
+    print("=============================================================")
+
+
+def train(a: Namespace) -> int:
+    overrides = read_options(a.cfg_options)
+    if a.seed is not None:
+        overrides["schedule.seed"] = a.seed
+    with connect(a) as client:
+        job = client.train(a.recipe, a.base, a.data, overrides, resume_from=a.resume, job_id=a.name)
+        if a.detach:
+            out(plain(job)) if a.json else print(f"{job.name}\ncome back with: quartet job watch {job.name}")
+            return 0
+        return follow(client, job.name, a.json)
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """--cfg-options: values are JSON where they can be read as that, else texts. InvalidArgument (CONFIG_KEY_UNKNOWN)."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InvalidArgument(f"--cfg-options: {pair!r} is not KEY=VALUE", reason="CONFIG_KEY_UNKNOWN")
+        try:
+            # JSON as its standard says: NaN and Infinity are texts, and the service refuses them by key.
+            found[key] = json.loads(value, parse_constant=str)
+        except ValueError:
+            found[key] = {"True": True, "False": False}.get(value, value)
+    return found
+
+
+def list_all(a: Namespace) -> None:
+    with connect(a) as client:
+        training = training_pb2.ListTrainingJobsRequest(parent=client.parent)
+        conversion = conversion_pb2.ListConversionJobsRequest(parent=client.parent)
+        jobs = list(pages(client.training.ListTrainingJobs, training, "training_jobs"))
+        converted = list(pages(client.conversion.ListConversionJobs, conversion, "conversion_jobs"))
+    if a.json:
+        out({"jobs": [plain(j) for j in jobs], "conversion_jobs": [plain(j) for j in converted]})
+        return
+    both = sorted([*jobs, *converted], key=lambda j: j.create_time.ToNanoseconds(), reverse=True)
+    table(["job", "state", "attempt"], [(j.name, plain(j)["state"], j.attempt) for j in both])
+
+
+def get(a: Namespace) -> None:
+    with connect(a) as client:
+        out(plain(client.job(a.job)))
+
+
+def watch(a: Namespace) -> int:
+    with connect(a) as client:
+        return follow(client, client.job(a.job).name, a.json, a.after, stream=True)
+
+
+def logs(a: Namespace) -> None:
+    """Events up to now."""
+    with connect(a) as client:
+        job = client.job(a.job)
+        ended = plain(job)["state"] in ENDED
+        for event in client.watch(job.name) if ended else _so_far(client, job.name):
+            out(plain(event)) if a.json else print(f"{event.sequence:5d}  {event_line(event)}")
+
+
+def cancel(a: Namespace) -> None:
+    with connect(a) as client:
+        job = client.cancel(client.job(a.job).name)
+    out(plain(job)) if a.json else print(f"{job.name} is asked to end")
+
+
+def delete(a: Namespace) -> None:
+    with connect(a) as client:
+        name = client.name("trainingJobs", a.job)
+        client.training.DeleteTrainingJob(training_pb2.DeleteTrainingJobRequest(name=name))
+    out({"deleted": name}) if a.json else print(f"{name} is forgotten")
+
+
+def follow(client: Client, name: str, as_json: bool, after: int = 0, stream: bool = False) -> int:
+    """Show a job to its end; its error's exit status if it failed. Ctrl-C lets go of it and says how to come back.
+
+    JSON is the job at its end, or with `stream` each event on a line.
+    """
+    try:
+        for event in client.watch(name, after):
+            if as_json and stream:
+                out(plain(event))
+            elif event.WhichOneof("event") != "progress" and not as_json:
+                print(event_line(event), flush=True)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; come back with: quartet job watch {name}", file=sys.stderr)
+        return 130
+    job = client.job(name)
+    if as_json and not stream:
+        out(plain(job))
+    state = plain(job)["state"]
+    if state == "FAILED":
+        # With --json what was printed says the same.
+        return tell(from_status(job.error), as_json=False)
+    if state == "CANCELLED":
+        print("the job was cancelled", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _so_far(client: Client, name: str) -> Iterator[Any]:
+    """A live job's events that exist now: the stream is left when it falls silent for SILENCE_S."""
+    events: queue.Queue[Any] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for event in client.watch(name):
+                events.put(event)
+            events.put(None)
+        except (QuartetError, ValueError) as error:
+            # ValueError: the channel was closed, because nobody waits any more.
+            events.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    # The first event may take a connection; a job has one from its birth.
+    wait_s = 10.0
+    while True:
+        try:
+            event = events.get(timeout=wait_s)
+        except queue.Empty:
+            return
+        if isinstance(event, Exception):
+            raise event
+        if event is None:
+            return
+        yield event
+        wait_s = SILENCE_S

@@ -1,0 +1,132 @@
+"""model, convert."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from quartet.conversion.v1 import conversion_pb2
+from quartet.training.v1 import training_pb2
+
+from services.client.client import Client, Progress
+from services.client.commands import connect, short_name
+from services.client.commands.jobs import follow
+from services.client.download import download_model
+from services.client.retry import pages
+from services.client.show import bar, out, plain, table
+from services.finetune.errors import InvalidArgument, NotFound, PermissionDenied
+
+
+def import_model(a: Namespace) -> int:
+    with connect(a) as client, bar("uploading", a.json) as told:
+        task = conversion_pb2.ImportTask(dtype=a.dtype, template=a.template)
+        job = start_import(client, a.source, a.name or import_name(a.source), task, told)
+    with connect(a) as client:
+        return follow(client, job.name, a.json)
+
+
+def start_import(
+    client: Client, source: str, target: str, task: conversion_pb2.ImportTask, told: Progress
+) -> conversion_pb2.ConversionJob:
+    """Queue an import of a file, a folder or a hub id. NotFound (MODEL_UNKNOWN)."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        if source.startswith(("/", ".", "~")) or source.endswith(".gguf") or source.count("/") != 1:
+            raise NotFound(f"{source} is no file or folder here; a hub id is OWNER/NAME", reason="MODEL_UNKNOWN")
+        task.hub_id = source
+        return client.convert(target, import_model=task)
+    if client.is_local("conversion"):
+        task.local_path = str(path.resolve())
+        try:
+            return client.convert(target, import_model=task)
+        except PermissionDenied as error:
+            # On loopback, yet it may not or cannot see our files, as in a container: bring them.
+            if error.reason != "LOCAL_PATH_FORBIDDEN":
+                raise
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    if not files:
+        raise NotFound(f"{source} is an empty folder", reason="MODEL_UNKNOWN")
+    dataset = f"import-{target.rpartition('/')[2]}"[:63].rstrip("-")
+    task.revision = client.upload_dataset(dataset, files, "files", told=told).name
+    return client.convert(target, import_model=task)
+
+
+def import_name(source: str) -> str:
+    """A model's id by where it comes from: a hub id's or path's last part, without .gguf and @revision."""
+    last = source.rstrip("/").rpartition("/")[2]
+    name = short_name(last.partition("@")[0].removesuffix(".gguf"))
+    if not name:
+        raise InvalidArgument(f"{source} makes no name; give one with --name", reason="NAME_MALFORMED")
+    return name
+
+
+def list_all(a: Namespace) -> None:
+    with connect(a) as client:
+        request = conversion_pb2.ListModelsRequest(parent=client.parent)
+        models = list(pages(client.conversion.ListModels, request, "models"))
+    if a.json:
+        out({"models": [plain(m) for m in models]})
+        return
+    kinds = conversion_pb2.Model.Kind
+    rows = [(m.name, kinds.Name(m.kind), f"{m.size_bytes / 1e6:.0f}", m.template, m.architecture) for m in models]
+    table(["model", "kind", "MB", "template", "architecture"], rows)
+
+
+def get(a: Namespace) -> None:
+    with connect(a) as client:
+        out(plain(client.model(a.model)))
+
+
+def delete(a: Namespace) -> None:
+    with connect(a) as client:
+        name = client.name("models", a.model)
+        client.conversion.DeleteModel(conversion_pb2.DeleteModelRequest(name=name))
+    out({"deleted": name}) if a.json else print(f"{name} is forgotten")
+
+
+def download(a: Namespace) -> None:
+    folder = Path(a.directory)
+    with connect(a) as client, bar("downloading", a.json) as told:
+        model = client.model(a.model)
+        download_model(client, model, folder, told)
+    out({"directory": str(folder), "model": plain(model)}) if a.json else print(f"{model.name} is in {folder}")
+
+
+def convert_adapter(a: Namespace) -> int:
+    with connect(a) as client:
+        checkpoint = a.checkpoint if "/checkpoints/" in a.checkpoint else _last_checkpoint(client, a.checkpoint)
+        dtype = "float32" if a.fp32 else "bfloat16"
+        task = conversion_pb2.AdapterTask(checkpoint=checkpoint, dtype=dtype)
+        return follow(client, client.convert(a.target, adapter=task).name, a.json)
+
+
+def _last_checkpoint(client: Client, job: str) -> str:
+    name = client.name("trainingJobs", job)
+    request = training_pb2.ListCheckpointsRequest(parent=name, page_size=1, order_by="step desc")
+    found = client.training.ListCheckpoints(request).checkpoints
+    if not found:
+        raise NotFound(f"{name} has no checkpoint", reason="CHECKPOINT_NOT_FOUND")
+    return str(found[0].name)
+
+
+def convert_merge(a: Namespace) -> int:
+    size = read_size(a.max_shard_size)
+    with connect(a) as client:
+        task = conversion_pb2.MergeTask(
+            adapter=client.name("models", a.adapter),
+            base=client.name("models", a.base),
+            dtype=a.dtype,
+            max_shard_size_bytes=size,
+        )
+        return follow(client, client.convert(a.target, merge=task).name, a.json)
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size such as 2GB or 500MB. InvalidArgument (SHARD_SIZE_INVALID)."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    step = 1024 if match is not None and match[3] else 1000
+    size = int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if match is not None else 0
+    if not 0 < size < 1 << 63:
+        raise InvalidArgument(f"--max-shard-size: cannot read {text!r}; write 2GB", reason="SHARD_SIZE_INVALID")
+    return size

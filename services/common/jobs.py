@@ -1,0 +1,341 @@
+"""The life of a job, the same for training and conversion.
+
+    QUEUED -> PREPARING -> RUNNING -> SUCCEEDED | FAILED | CANCELLED
+       ^__________|___________|  (the worker was lost: another attempt, after a pause)
+
+A supervisor thread moves jobs along. Every step can be cut by kill -9 and is done again by the next supervisor: events
+get their numbers in the transaction that moves the reading cursor; attempts are fenced (services.finetune.progress), so
+starting one too many is harmless; what a room does on success must bear being done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from services.common import names
+from services.common.launchers import Launcher
+from services.common.records import Record, Records
+from services.finetune import progress
+from services.finetune.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    OutOfRange,
+    QuartetError,
+    Unavailable,
+)
+from services.finetune.store import Store
+
+log = logging.getLogger("quartet.jobs")
+
+TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+MAX_LOST = 3
+TICK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a room adds to a job: its worker's verb, its order, and what to do with what comes out."""
+
+    kind: str
+    verb: str
+    order: Callable[[Record], Mapping[str, Any]]
+    succeed: Callable[[Record, Mapping[str, Any]], Mapping[str, Any]]
+    """(job, outcome's result) -> changes to the job's body; done again after a crash. An error that trying again
+    would not mend makes the job FAILED."""
+    notice: Callable[[Record, progress.Event], progress.Event | None] = lambda job, event: event
+    """Called for each event before it becomes visible; may change it, or drop it by None."""
+
+
+class Jobs:
+    """The jobs of one room. `start` and `stop` its supervisor."""
+
+    def __init__(
+        self, records: Records, store: Store, launcher: Launcher, work: Work, *, max_workers: int, grace_s: float
+    ) -> None:
+        self.records = records
+        self.store = store
+        self.launcher = launcher
+        self.work = work
+        self._max_workers = max_workers
+        self._grace_s = grace_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name=f"{work.kind}-jobs", daemon=True)
+        self._asked: set[str] = set()  # cancelled attempts that this process has sent a signal
+        self._stumbles: Counter[str] = Counter()  # faults met in moving a job, by its name
+
+    # ------------------------------------------------------------------------------------------ for use-cases
+
+    def create(self, name: str, spec: Mapping[str, Any], request_id: str, request: str) -> Record:
+        """Queue a job. AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED)."""
+        body = {"spec": dict(spec), "attempt": 0, "cursor": -1, "handle": None, "cancel": False, "key": job_key(name)}
+        job = Record(name, self.work.kind, "QUEUED", body)
+        try:
+            return self.records.create(job, request_id, request, [_state("QUEUED", 0)])
+        except AlreadyExists as error:
+            raise AlreadyExists(error.message, reason="JOB_EXISTS", metadata={"name": name}) from error
+
+    def get(self, name: str) -> Record:
+        """A job. NotFound (JOB_NOT_FOUND)."""
+        record = self.records.get(name)
+        if record is None or record.kind != self.work.kind:
+            raise NotFound(f"there is no job {name}", reason="JOB_NOT_FOUND", metadata={"name": name})
+        return record
+
+    def cancel(self, name: str) -> Record:
+        """Ask a job to end; the supervisor sees to it."""
+        while True:
+            job = self.get(name)
+            if job.state in TERMINAL or job.body["cancel"]:
+                return job
+            try:
+                return self.records.update(_with(job, cancel=True))
+            except Aborted:
+                continue
+
+    def delete(self, name: str, etag: str, forget: Callable[[], None] = lambda: None) -> None:
+        """Forget an ended job, after what `forget` does away with: a crash between them leaves a job to delete again.
+
+        FailedPrecondition (JOB_NOT_ENDED), Aborted (ETAG_MISMATCH).
+        """
+        job = self.get(name)
+        if job.state not in TERMINAL:
+            raise FailedPrecondition(f"{name} is {job.state}; cancel it first", reason="JOB_NOT_ENDED")
+        if etag and etag != job.etag:
+            raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
+        forget()
+        self.records.delete(name, etag)
+
+    def watch(self, name: str, after: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        """Batches of (sequence, event), empty ones while nothing happens; ends after the terminal state's event.
+
+        Each step is one quick query: the caller sleeps between them. OutOfRange (SEQUENCE_UNKNOWN).
+        """
+        self.get(name)
+        if after < 0 or (after and not self.records.events(name, after - 1, 1)):
+            raise OutOfRange(f"{name} has no event {after}", reason="SEQUENCE_UNKNOWN")
+        while True:
+            batch = self.records.events(name, after)
+            yield batch
+            for sequence, event in batch:
+                after = sequence
+                if event.get("state") in TERMINAL:
+                    return
+            if not batch and self.get(name).state in TERMINAL and not self.records.events(name, after, 1):
+                return
+
+    # ------------------------------------------------------------------------------------------ the supervisor
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop supervising; workers go on, and the next supervisor finds them."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _supervise(self) -> None:
+        while not self._stopping.wait(TICK_S):
+            try:
+                self.tick()
+            except QuartetError as error:
+                log.warning("%s: %s", self.work.kind, error.message)
+                self._stopping.wait(2.0)
+            except Exception:
+                log.exception("a defect in supervising %s", self.work.kind)
+                self._stopping.wait(2.0)
+
+    def tick(self) -> None:
+        """Move every live job one step."""
+        live = self.records.find(self.work.kind, states=("QUEUED", "PREPARING", "RUNNING"))
+        running = sum(job.state != "QUEUED" for job in live)
+        for job in live:
+            waits = job.state == "QUEUED" and not job.body["cancel"]
+            if waits and (running >= self._max_workers or job.body.get("not_before", 0) > time.time()):
+                continue
+            running += waits
+            try:
+                self._step(job)
+            except Aborted:
+                continue  # somebody wrote the record meanwhile: the next tick reads it anew
+            except Unavailable:
+                raise  # the store or the database is away, for every job
+            except Exception as error:
+                self._stumbled(job, error)
+
+    def _step(self, job: Record) -> None:
+        if job.state != "QUEUED":
+            self._follow(job)
+        elif job.body["cancel"]:
+            self._withdraw(job)
+        else:
+            self._launch(job)
+
+    def _stumbled(self, job: Record, error: Exception) -> None:
+        """A fault of this job's own: the others go on, and it ends if the fault stays."""
+        log.error("%s: %s", job.name, error, exc_info=error)
+        self._stumbles[job.name] += 1
+        if (not isinstance(error, QuartetError) or error.retryable) and self._stumbles[job.name] < MAX_LOST:
+            return
+        told = error if isinstance(error, QuartetError) else Internal("a defect of the service", reason="INTERNAL")
+        job = self.get(job.name)
+        if job.body["handle"]:
+            self.launcher.stop(job.body["handle"], self._grace_s)
+        self._end(_with(job, error=told.to_json()), "FAILED", told.message)
+
+    def _fence(self, job: Record) -> tuple[Record, progress.Outcome | None]:
+        """Shut earlier attempts out, then take in all that they told; the outcome if one was published before.
+
+        In this order nothing can be told after the last look, and an outcome is always of the attempt on record.
+        """
+        outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        return self._ingest(job), outcome
+
+    def _withdraw(self, job: Record) -> None:
+        """Cancel a job that waits; it may wait for another try while its last worker succeeded unseen."""
+        job, outcome = self._fence(job)
+        if outcome is not None and outcome.state == "SUCCEEDED":
+            self._finish(job, outcome)
+        else:
+            self._end(job, "CANCELLED", "" if job.body["attempt"] else "cancelled before it began")
+
+    def _launch(self, job: Record) -> None:
+        """Begin the next attempt. Each line may be the last before a crash; see `_adopt` for what then happens."""
+        job, outcome = self._fence(job)
+        if outcome is not None:
+            self._finish(job, outcome)
+            return
+        attempt, key = job.body["attempt"] + 1, job.body["key"]
+        job = self._move(_with(job, attempt=attempt, cursor=-1, handle=None), "PREPARING")
+        order = f"{progress.attempt_key(key, attempt)}/run.json"
+        self.store.put(order, progress.dump(self.work.order(job)))
+        uri = progress.run_uri(self.store.uri, key, attempt)
+        command = [sys.executable, "-m", "services.finetune", self.work.verb, uri]
+        try:
+            handle = self.launcher.launch(command, self._log_name(job), {})
+        except OSError as error:
+            self._lost(job, f"it could not be started: {error}")
+            return
+        self.records.update(_with(job, handle=handle))
+
+    def _follow(self, job: Record) -> None:
+        job = job if job.body["handle"] else self._adopt(job)
+        handle = job.body["handle"]
+        if handle is None:
+            return
+        # Dead or alive is asked first: what a worker wrote before it died is then surely seen below.
+        alive = self.launcher.alive(handle)
+        job = self._ingest(job)
+        outcome = progress.read_outcome(self.store, job.body["key"])
+        if outcome is not None:
+            self._finish(job, outcome[1])
+        elif not alive:
+            self._lost(job)
+        elif job.body["cancel"] and self._log_name(job) not in self._asked:
+            self._asked.add(self._log_name(job))
+            self.launcher.stop(handle, self._grace_s)
+
+    def _adopt(self, job: Record) -> Record:
+        """The service was cut between launching a worker and noting it. A worker that claimed its attempt is taken
+        over; otherwise the attempt is given up: if its worker should still come, the fence stops it."""
+        claim = progress.read_claim(self.store, job.body["key"], job.body["attempt"])
+        if claim is not None:
+            handle = {"pid": claim["pid"], "start_ticks": claim["start_ticks"]}
+            return self.records.update(_with(job, handle=handle))
+        return self._move(job, "QUEUED", "the service restarted")
+
+    def _ingest(self, job: Record) -> Record:
+        """Number the events of new segments; the cursor moves in the same transaction."""
+        attempt = job.body["attempt"]
+        if attempt == 0:
+            return job
+        for segment, events in progress.read_segments(self.store, job.body["key"], attempt, job.body["cursor"]):
+            new: list[dict[str, Any]] = []
+            if job.state == "PREPARING":
+                job = replace(job, state="RUNNING")
+                job = _with(job, start_time=job.body.get("start_time") or names.now())
+                new.append(_state("RUNNING", attempt))
+            for event in events:
+                told = self.work.notice(job, event)
+                if told is not None:
+                    new.append({**told, "attempt": attempt})
+                    job = _with(job, progress={**job.body.get("progress", {}), **_progress(told)})
+            job = self.records.update(_with(job, cursor=segment), new)
+        return job
+
+    def _finish(self, job: Record, outcome: progress.Outcome) -> None:
+        job = self._ingest(job)
+        if outcome.state == "SUCCEEDED":
+            job = _with(job, **self.work.succeed(job, outcome.result))
+            self._end(job, "SUCCEEDED")
+        elif outcome.state == "CANCELLED" and not job.body["cancel"]:
+            # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
+            self._lost(job)
+        else:
+            error = dict(outcome.error) if outcome.error else None
+            self._end(_with(job, error=error), outcome.state, error["message"] if error else "")
+
+    def _lost(self, job: Record, why: str = "") -> None:
+        """The worker is gone without an outcome, or was stopped by others."""
+        attempt, lost = job.body["attempt"], job.body.get("lost", 0) + 1
+        if job.body["cancel"]:
+            self._end(job, "CANCELLED", "the worker had to be killed")
+        elif lost >= MAX_LOST:
+            tail = why or self.launcher.tail(self._log_name(job), 5)
+            error = Internal(f"{lost} workers were lost; the last said: {tail}", reason="WORKER_LOST")
+            self._end(_with(job, error=error.to_json()), "FAILED", error.message)
+        else:
+            self.reopen(job)
+            job = _with(job, lost=lost, not_before=time.time() + 2.0**lost)
+            self._move(job, "QUEUED", f"the worker of attempt {attempt} was lost")
+
+    def reopen(self, job: Record) -> None:
+        """Take back a CANCELLED that nobody asked for, so that another attempt may publish."""
+        key = f"{job.body['key']}/lease.json"
+        lease = self.store.get(key)
+        if lease is not None and progress.read_outcome(self.store, job.body["key"]) is not None:
+            body = progress.dump({"attempt": job.body["attempt"], "outcome": None})
+            self.store.put(key, body, if_match=lease.etag)
+
+    def _move(self, job: Record, state: str, message: str = "") -> Record:
+        event = _state(state, job.body["attempt"], message)
+        return self.records.update(replace(job, state=state), [event])
+
+    def _end(self, job: Record, state: str, message: str = "") -> None:
+        self._move(_with(job, end_time=names.now()), state, message)
+
+    def _log_name(self, job: Record) -> str:
+        return f"{job.name.replace('/', '.')}-{job.body['attempt']}"
+
+
+def job_key(name: str) -> str:
+    """Where a new job lives in the store: a deleted job's name may be used again, its place never is."""
+    return "jobs/" + ".".join(name.split("/")[1:]) + "." + uuid.uuid4().hex[:8]
+
+
+def _with(job: Record, **changes: Any) -> Record:
+    return replace(job, body={**job.body, **changes})
+
+
+def _state(state: str, attempt: int, message: str = "") -> dict[str, Any]:
+    return {"time": time.time(), "type": "state", "state": state, "message": message, "attempt": attempt}
+
+
+def _progress(event: Mapping[str, Any]) -> dict[str, Any]:
+    if event["type"] == "metric":
+        values = {k: v for k, v in event["values"].items() if k in ("loss", "total_steps", "eta_s")}
+        return {"step": event["step"], **values}
+    if event["type"] == "progress":
+        return {"done_bytes": event["done_bytes"], "total_bytes": event["total_bytes"]}
+    return {}

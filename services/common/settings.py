@@ -1,0 +1,90 @@
+"""What a service is told at its start: flags, or QUARTET_* variables in their place."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Self
+
+from services.finetune.errors import InvalidArgument
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Each field is a flag (--token-file) and a variable (QUARTET_TOKEN_FILE)."""
+
+    host: str = "127.0.0.1"
+    """Where to listen; a loopback address, or any with a token file or mutual TLS; or unix:/path."""
+    port: int = 50050
+    """0 takes a free one."""
+    home: str = ""
+    """Folder for embedded defaults; ~/.quartet if empty."""
+    store_uri: str = ""
+    """file:///folder or s3://bucket/prefix?endpoint=…; HOME/store if empty."""
+    database_url: str = ""
+    """A SQLAlchemy URL; HOME/quartet.db (SQLite) if empty."""
+    token_file: str = ""
+    """A file with the bearer token that clients must show."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    """With these three, mutual TLS; with the first two, TLS."""
+    address_file: str = ""
+    """Write the address to this file once the server answers."""
+    reflection: str = "auto"
+    """on, off, or auto: on for loopback only."""
+    import_roots: str = ""
+    """Folders, joined by ':', from which models may be imported by path; none if empty, but / for `quartet up`."""
+    max_workers: int = 1
+    """Workers of one service at a time."""
+    worker_grace_s: float = 30.0
+    """Seconds that a cancelled worker has to save and leave."""
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str], prog: str) -> Self:
+        """Read flags and environment. InvalidArgument (SETTING_INVALID, ADDRESS_EXPOSED)."""
+        parser = argparse.ArgumentParser(prog=prog, description=f"{prog}: serve over gRPC.", allow_abbrev=False)
+        for f in fields(cls):
+            kind = {"int": int, "float": float}.get(str(f.type), str)
+            variable = "QUARTET_" + f.name.upper()
+            try:
+                default = kind(os.environ[variable]) if variable in os.environ else f.default
+            except ValueError as error:
+                raise InvalidArgument(f"{variable} must be a number", reason="SETTING_INVALID") from error
+            parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=default, help=variable)
+        return cls(**vars(parser.parse_args(argv))).completed()
+
+    def completed(self) -> Self:
+        """With the defaults that hang on HOME filled in, HOME made, and the address checked."""
+        home = Path(self.home or Path.home() / ".quartet").expanduser().absolute()
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self.loopback and not self.token_file and not self.tls_client_ca:
+            raise InvalidArgument(
+                f"{self.host} is not a loopback address: give --token-file, or mutual TLS by --tls-cert --tls-key "
+                "--tls-client-ca",
+                reason="ADDRESS_EXPOSED",
+            )
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            raise InvalidArgument("--tls-cert and --tls-key go together", reason="SETTING_INVALID")
+        if self.reflection not in ("on", "off", "auto"):
+            raise InvalidArgument("--reflection is on, off or auto", reason="SETTING_INVALID")
+        return replace(
+            self,
+            home=str(home),
+            store_uri=self.store_uri or (home / "store").as_uri(),
+            database_url=self.database_url or f"sqlite:///{home}/quartet.db",
+        )
+
+    @property
+    def loopback(self) -> bool:
+        """Nobody outside this machine can reach the address."""
+        if self.host.startswith("unix:") or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

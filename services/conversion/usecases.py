@@ -1,0 +1,248 @@
+"""What the conversion room decides: which order a job becomes, and the registry of models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from services.common import names
+from services.common.jobs import Jobs, Work
+from services.common.paging import page
+from services.common.records import Record
+from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.errors import (
+    Aborted,
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+)
+from services.finetune.store import Store
+from services.finetune.store.artifacts import File, Manifest, Ref, delete_ref, get_ref, list_refs, load, put_ref
+from services.finetune.templates import check_name
+
+JOB = "workspaces/{workspace}/conversionJobs/{job}"
+MODEL = "workspaces/{workspace}/models/{model}"
+CHECKPOINT = "workspaces/{workspace}/trainingJobs/{job}/checkpoints/{step}"
+REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
+DTYPES = ("", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A registered model: its name, and the artifact behind it."""
+
+    ref: Ref
+    manifest: Manifest
+
+
+class Conversion:
+    """Conversion jobs and models. `jobs` is set by the wiring, which needs `work` first."""
+
+    jobs: Jobs
+
+    def __init__(self, store: Store, import_roots: Sequence[Path]) -> None:
+        self._store = store
+        self._roots = [root.resolve() for root in import_roots]
+        self.work = Work("conversionJob", "convert", self.order, self._succeed)
+        # A digest names one manifest for ever, so it may be kept.
+        self._manifest = lru_cache(maxsize=4096)(lambda digest: load(store, digest))
+
+    # ------------------------------------------------------------------------------------------ jobs
+
+    def create(self, parent: str, job_id: str, spec: dict[str, Any], request: tuple[str, str], dry: bool) -> Record:
+        """Resolve everything that the job names, then queue it. `request` is (request_id, fingerprint)."""
+        names.parse("workspaces/{workspace}", parent, "parent")
+        made = self.jobs.records.requested(self.work.kind, *request)
+        if made is not None:
+            return made
+        name = f"{parent}/conversionJobs/{names.choose_id(job_id, request[0], 'conversion')}"
+        target = spec["target_model"]
+        names.parse(MODEL, target, "conversion_job.target_model")
+        if get_ref(self._store, target) is not None:
+            raise AlreadyExists(
+                f"{target} exists already; choose another name, or delete it first",
+                reason="MODEL_EXISTS",
+                metadata={"name": target},
+            )
+        run = ConvertRun(job=name, **self._task(spec["task"], spec["arguments"]))
+        spec = {**spec, "run": to_json(run)}
+        if dry:
+            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
+        return self.jobs.create(name, spec, *request)
+
+    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
+        names.parse("workspaces/{workspace}", parent, "parent")
+
+        def fields(r: Record) -> Mapping[str, Any]:
+            return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
+
+        return page(
+            self.jobs.records.find(self.work.kind, parent + "/"),
+            fields=fields,
+            orders=["create_time"],
+            default_order="create_time desc",
+            **paging,
+        )
+
+    def order(self, job: Record) -> Mapping[str, Any]:
+        run: Mapping[str, Any] = job.body["spec"]["run"]
+        return run
+
+    def _succeed(self, job: Record, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Bind the target's name. Done twice it finds its own work; another's under that name is refused."""
+        spec = job.body["spec"]
+        digest = result["model"]
+        body = {
+            "digest": digest,
+            "kind": self._manifest(digest).kind,
+            "display_name": spec["display_name"],
+            "labels": spec["labels"],
+            "create_time": names.now(),
+            "job": job.name,
+        }
+        try:
+            put_ref(self._store, spec["target_model"], body, if_absent=True)
+        except Aborted:
+            found = get_ref(self._store, spec["target_model"])
+            if found is None or (found.body.get("job"), found.body["digest"]) != (job.name, digest):
+                raise AlreadyExists(
+                    f"{spec['target_model']} was taken meanwhile; convert again under another name",
+                    reason="MODEL_EXISTS",
+                    metadata={"name": spec["target_model"], "digest": digest},
+                ) from None
+        return {"digest": digest}
+
+    # ------------------------------------------------------------------------------------------ models
+
+    def get_model(self, name: str) -> Model:
+        names.parse(MODEL, name)
+        ref = get_ref(self._store, name)
+        if ref is None:
+            raise NotFound(f"there is no model {name}", reason="MODEL_NOT_FOUND", metadata={"name": name})
+        return Model(ref, self._manifest(ref.body["digest"]))
+
+    def list_models(self, parent: str, **paging: Any) -> tuple[Sequence[Model], str]:
+        names.parse("workspaces/{workspace}", parent, "parent")
+
+        def fields(r: Ref) -> Mapping[str, Any]:
+            return {**r.body, "name": r.name, "kind": r.body["kind"].upper()}
+
+        found, token = page(
+            list(list_refs(self._store, f"{parent}/models/")),
+            fields=fields,
+            orders=["name", "create_time"],
+            default_order="name",
+            **paging,
+        )
+        return [Model(ref, self._manifest(ref.body["digest"])) for ref in found], token
+
+    def delete_model(self, name: str, etag: str) -> None:
+        model = self.get_model(name)
+        if etag and etag != model.ref.etag:
+            raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
+        delete_ref(self._store, name, if_match=model.ref.etag)
+
+    def download(self, name: str, path: str, offset: int) -> Iterator[bytes]:
+        """One file's bytes from `offset` on. NotFound (FILE_NOT_FOUND), OutOfRange (OFFSET_WRONG), and after the last
+        byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
+        file = self.get_model(name).manifest.file(path)
+        if not 0 <= offset <= file.size:
+            raise OutOfRange(f"{path} has {file.size} bytes, not {offset}", reason="OFFSET_WRONG")
+        return _verified(self._store.read_blob(file.digest, offset), file, offset)
+
+    # ------------------------------------------------------------------------------------------ tasks
+
+    def _task(self, task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if task == "import_model":
+            return {task: self._import(arguments)}
+        if arguments.get("dtype", "") not in DTYPES:
+            raise InvalidArgument(
+                f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
+            )
+        if task == "adapter":
+            checkpoint = self._resolve(CHECKPOINT, arguments["checkpoint"], "CHECKPOINT_NOT_FOUND")
+            return {task: AdapterTask(checkpoint=checkpoint, dtype=arguments["dtype"] or "float32")}
+        if task == "merge":
+            return {task: self._merge(arguments)}
+        raise InvalidArgument("a job needs one of import_model, adapter, merge", reason="TASK_MISSING")
+
+    def _import(self, arguments: Mapping[str, Any]) -> ImportTask:
+        if arguments["dtype"] not in DTYPES:
+            raise InvalidArgument(f"unknown dtype {arguments['dtype']!r}", reason="DTYPE_UNKNOWN")
+        if arguments["template"]:
+            check_name(arguments["template"])
+        given = [k for k in ("hub_id", "local_path", "revision") if arguments[k]]
+        if len(given) != 1:
+            raise InvalidArgument("an import needs one of hub_id, local_path, revision", reason="TASK_MISSING")
+        local = str(self._allowed(Path(arguments["local_path"]))) if arguments["local_path"] else ""
+        revision = arguments["revision"]
+        source = self._resolve(REVISION, revision, "REVISION_NOT_FOUND") if revision else None
+        rest = {k: arguments[k] for k in ("hub_id", "file", "dtype", "template")}
+        return ImportTask(source=source, local_path=local, **rest)
+
+    def _allowed(self, path: Path) -> Path:
+        """The place that `path` leads to, if it and all that lies in it are below an import root."""
+        real = path.resolve()
+        if not path.is_absolute() or not self._below_a_root(real):
+            raise _forbidden(path)
+        if not real.exists():
+            raise NotFound(f"{path} does not exist on the service's machine", reason="MODEL_NOT_FOUND")
+        # Models are flat folders; a link in one must not lead out to what the caller may not read.
+        for inner in real.iterdir() if real.is_dir() else ():
+            if not self._below_a_root(inner.resolve()):
+                raise _forbidden(inner)
+        return real
+
+    def _below_a_root(self, real: Path) -> bool:
+        return any(real.is_relative_to(root) for root in self._roots)
+
+    def _merge(self, arguments: Mapping[str, Any]) -> MergeTask:
+        adapter = self.get_model(arguments["adapter"])
+        if adapter.manifest.kind != "adapter":
+            raise FailedPrecondition(f"{arguments['adapter']} is no adapter", reason="MODEL_NOT_ADAPTER")
+        own = next(p for p in adapter.manifest.parents if p.role == "base")
+        base = ArtifactRef(name=own.name, digest=own.digest)
+        if arguments["base"]:
+            base = self._resolve(MODEL, arguments["base"], "MODEL_NOT_FOUND")
+            if base.digest != own.digest:
+                raise FailedPrecondition(
+                    f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
+                )
+        size = arguments["max_shard_size_bytes"]
+        if size < 0:
+            raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
+        ref = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
+        return MergeTask(adapter=ref, base=base, dtype=arguments["dtype"], max_shard_size_bytes=size or 2_000_000_000)
+
+    def _resolve(self, pattern: str, name: str, reason: str) -> ArtifactRef:
+        names.parse(pattern, name)
+        ref = get_ref(self._store, name)
+        if ref is None:
+            raise NotFound(f"there is no {name}", reason=reason, metadata={"name": name})
+        return ArtifactRef(name=name, digest=ref.body["digest"])
+
+
+def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:
+    whole, size = hashlib.sha256(), offset
+    for piece in pieces:
+        whole.update(piece)
+        size += len(piece)
+        yield piece
+    if size != file.size or (offset == 0 and "sha256:" + whole.hexdigest() != file.digest):
+        raise DataLoss(f"{file.path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": file.path})
+
+
+def _forbidden(path: Path) -> PermissionDenied:
+    return PermissionDenied(
+        f"this service does not import from {path}; upload the files, or let its --import-roots name the place",
+        reason="LOCAL_PATH_FORBIDDEN",
+        metadata={"path": str(path)},
+    )

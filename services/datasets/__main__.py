@@ -1,0 +1,38 @@
+"""The datasets service alone: python -m services.datasets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from quartet.datasets.v1 import datasets_pb2_grpc as rpc
+
+from services.common import server
+from services.common.settings import Settings
+from services.datasets.servicer import Servicer
+from services.datasets.uploads import Uploads
+from services.datasets.usecases import Datasets
+from services.finetune.store import open_store
+
+
+def build(settings: Settings) -> server.Room:
+    """The room, wired as the settings say."""
+    scratch = Path(settings.home) / "tmp" / "datasets"
+    # What a killed service left behind.
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    store = open_store(settings.store_uri)
+    datasets = Datasets(store, scratch)
+    servicer = Servicer(datasets, Uploads(store, datasets.get))
+    return server.Room(
+        "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target)
+    )
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    server.main("quartet-datasets", [build])
+
+
+if __name__ == "__main__":
+    main()

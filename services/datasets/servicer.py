@@ -1,0 +1,194 @@
+"""The datasets contract: messages in, use-cases, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf import empty_pb2, timestamp_pb2
+from quartet.datasets.v1 import datasets_pb2 as pb
+from quartet.datasets.v1 import datasets_pb2_grpc as rpc
+
+from services.common.paging import page
+from services.datasets import usecases
+from services.datasets.uploads import Uploads, UploadStatus, Writing
+from services.datasets.usecases import Datasets
+from services.finetune import formats, templates
+from services.finetune.errors import InvalidArgument
+from services.finetune.store.artifacts import Ref
+
+
+class Servicer(rpc.DatasetsServicer):
+    """See datasets.proto. Plain methods run in threads; the one stream is a coroutine."""
+
+    def __init__(self, datasets: Datasets, uploads: Uploads) -> None:
+        self._datasets = datasets
+        self._uploads = uploads
+
+    def CreateDataset(self, request: pb.CreateDatasetRequest, context: Any) -> pb.Dataset:
+        wanted = request.dataset
+        made = self._datasets.create(
+            request.parent,
+            request.dataset_id,
+            wanted.display_name,
+            wanted.labels,
+            request.request_id,
+            request.validate_only,
+        )
+        return _dataset(made)
+
+    def GetDataset(self, request: pb.GetDatasetRequest, context: Any) -> pb.Dataset:
+        return _dataset(self._datasets.get(request.name))
+
+    def ListDatasets(self, request: pb.ListDatasetsRequest, context: Any) -> pb.ListDatasetsResponse:
+        def fields(d: usecases.Dataset) -> dict[str, Any]:
+            return {"name": d.name, "display_name": d.display_name, "labels": d.labels, "create_time": d.create_time}
+
+        found, token = page(self._datasets.all(request.parent), fields=fields, **_page(request), default_order="name")
+        return pb.ListDatasetsResponse(datasets=[_dataset(d) for d in found], next_page_token=token)
+
+    def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Any) -> empty_pb2.Empty:
+        self._datasets.delete(request.name, request.etag)
+        return empty_pb2.Empty()
+
+    def BeginUpload(self, request: pb.BeginUploadRequest, context: Any) -> pb.BlobStatus:
+        return _status(self._uploads.begin(request.parent, request.digest, request.size_bytes))
+
+    async def WriteBlob(self, requests: AsyncIterator[pb.WriteBlobRequest], context: Any) -> pb.BlobStatus:
+        first = await anext(aiter(requests), pb.WriteBlobRequest())
+        writing = await asyncio.to_thread(self._uploads.open, first.upload)
+        last = await _take(writing, first, requests)
+        return _status(await asyncio.to_thread(writing.finish if last else writing.status))
+
+    def GetBlobStatus(self, request: pb.GetBlobStatusRequest, context: Any) -> pb.BlobStatus:
+        return _status(self._uploads.status(request.upload))
+
+    def CommitRevision(self, request: pb.CommitRevisionRequest, context: Any) -> pb.Revision:
+        files = [(f.path, f.digest) for f in request.files]
+        skip = request.bad_rows == pb.CommitRevisionRequest.BAD_ROWS_SKIP
+        return _revision(self._datasets.commit(request.parent, files, request.format, skip, request.validate_only))
+
+    def GetRevision(self, request: pb.GetRevisionRequest, context: Any) -> pb.Revision:
+        return _revision(self._datasets.revision(request.name))
+
+    def ListRevisions(self, request: pb.ListRevisionsRequest, context: Any) -> pb.ListRevisionsResponse:
+        def fields(ref: Ref) -> dict[str, Any]:
+            return {"name": ref.name, **ref.body}
+
+        found, token = page(
+            self._datasets.revision_refs(request.parent), fields=fields, **_page(request), default_order="create_time"
+        )
+        revisions = [_revision(self._datasets.load(ref)) for ref in found]
+        return pb.ListRevisionsResponse(revisions=revisions, next_page_token=token)
+
+    def PreviewRows(self, request: pb.PreviewRowsRequest, context: Any) -> pb.PreviewRowsResponse:
+        shown, template = self._datasets.preview(
+            request.name,
+            request.model,
+            request.template,
+            request.start_row,
+            request.row_count,
+            request.system,
+            request.max_length,
+        )
+        return pb.PreviewRowsResponse(rows=[_row(s) for s in shown], template=template)
+
+    def ListFormats(self, request: pb.ListFormatsRequest, context: Any) -> pb.ListFormatsResponse:
+        known = [pb.Format(name=f.name, description=f.description) for f in formats.FORMATS.values()]
+        files = pb.Format(name=usecases.FILES_FORMAT, description=usecases.FILES_DESCRIPTION)
+        return pb.ListFormatsResponse(formats=[*known, files])
+
+    def ListTemplates(self, request: pb.ListTemplatesRequest, context: Any) -> pb.ListTemplatesResponse:
+        own = pb.Template(name="tokenizer", example="the model's own chat template")
+        named = [pb.Template(name=name, example=templates.example(name)) for name in templates.TEMPLATES]
+        return pb.ListTemplatesResponse(templates=[own, *named])
+
+
+async def _take(writing: Writing, first: pb.WriteBlobRequest, rest: AsyncIterator[pb.WriteBlobRequest]) -> bool:
+    """Write the chunks of a stream, the next one arriving while one is written; whether the last said `finish`."""
+    loop = asyncio.get_running_loop()
+    request: pb.WriteBlobRequest | None = first
+    pending: asyncio.Future[None] | None = None
+    try:
+        while request is not None:
+            if request.upload not in ("", first.upload):
+                raise InvalidArgument(
+                    f"upload: a stream writes one upload, {first.upload}, not {request.upload[:200]!r} too",
+                    reason="NAME_MALFORMED",
+                )
+            if pending is not None:
+                await pending
+            pending = loop.run_in_executor(None, writing.write, request.offset_bytes, request.data, request.crc32c)
+            if request.finish:
+                await pending
+                return True
+            request = await anext(aiter(rest), None)
+        return False
+    finally:
+        # Also when the client went away: what came whole is kept for the next stream.
+        if pending is not None:
+            await asyncio.wait([pending])
+        await asyncio.to_thread(writing.flush)
+
+
+def _page(request: pb.ListDatasetsRequest | pb.ListRevisionsRequest) -> dict[str, Any]:
+    return {
+        "page_size": request.page_size,
+        "page_token": request.page_token,
+        "filter": request.filter,
+        "order_by": request.order_by,
+        "orders": ("name", "create_time"),
+    }
+
+
+def _time(text: str) -> timestamp_pb2.Timestamp | None:
+    if not text:
+        return None
+    found = timestamp_pb2.Timestamp()
+    found.FromJsonString(text)
+    return found
+
+
+def _dataset(d: usecases.Dataset) -> pb.Dataset:
+    return pb.Dataset(
+        name=d.name,
+        display_name=d.display_name,
+        labels=d.labels,
+        latest_revision=d.latest_revision,
+        create_time=_time(d.create_time),
+        etag=d.etag,
+    )
+
+
+def _status(s: UploadStatus) -> pb.BlobStatus:
+    return pb.BlobStatus(
+        upload=s.upload, digest=s.digest, size_bytes=s.size, committed_bytes=s.committed, complete=s.complete
+    )
+
+
+def _revision(r: usecases.Revision) -> pb.Revision:
+    meta = r.manifest.meta
+    return pb.Revision(
+        name=r.name,
+        digest=r.digest,
+        format=meta["format"],
+        format_reason=r.format_reason,
+        row_count=meta["rows"],
+        size_bytes=r.manifest.size,
+        files=[pb.RevisionFile(path=f.path, digest=f.digest, size_bytes=f.size) for f in r.manifest.files],
+        skipped_row_count=meta["skipped_rows"],
+        skipped_rows=[pb.RowProblem(**p) for p in meta["skipped"]],
+        create_time=_time(r.create_time),
+    )
+
+
+def _row(s: usecases.Shown) -> pb.PreviewRow:
+    return pb.PreviewRow(
+        file=s.row.file,
+        row=s.row.row,
+        pieces=[pb.Piece(text=text, trained=trained) for text, trained in s.pieces],
+        token_ids=s.ids,
+        loss_mask=s.mask,
+        truncated_tokens=s.truncated,
+    )

@@ -1,0 +1,112 @@
+"""A worker: ``python -m services.finetune {train|convert} <run.json URI>``. It knows the store and nothing else.
+
+Exit status: 0 when the outcome is SUCCEEDED or CANCELLED; the error's own status when the user must act; 75 when another
+attempt owns the job; 1 when the machinery failed and another attempt may do better.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from services.finetune.config import ConvertRun, TrainRun, from_json
+from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
+from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
+from services.finetune.store import open_store
+
+
+def who_am_i() -> dict[str, Any]:
+    """What lets a service find this process again: its start time tells it from a later one with the same pid."""
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start_ticks": int(ticks)}
+
+
+def work(kind: str, uri: str, stop: threading.Event) -> int:
+    """Do the order at `uri`; the exit status."""
+    store_uri, job_key, number = split_run_uri(uri)
+    store = open_store(store_uri)
+    with Attempt(store, job_key, number) as attempt:
+        attempt.claim(who_am_i())
+        order = store.get(f"{attempt_key(job_key, number)}/run.json")
+        if order is None:
+            raise RuntimeError(f"{uri} does not exist")
+        try:
+            with tempfile.TemporaryDirectory(prefix="quartet-") as workdir:
+                result = _worker(kind)(json.loads(order.data), attempt, stop, Path(workdir))
+            attempt.publish(Outcome("SUCCEEDED", result))
+        except Fenced:
+            raise
+        except Cancelled:
+            attempt.publish(Outcome("CANCELLED", {}))
+        except QuartetError as error:
+            # More memory will not come by itself; a full disk may be cleared.
+            if error.retryable and error.reason != "OUT_OF_MEMORY":
+                raise
+            attempt.publish(Outcome("FAILED", {}, error.to_json()))
+            return error.exit_status
+    return 0
+
+
+def _worker(kind: str) -> Callable[[Any, Attempt, threading.Event, Path], dict[str, Any]]:
+    if kind == "train":
+        from services.finetune.train import train
+
+        return lambda data, *rest: _memory(lambda: train(from_json(TrainRun, data), *rest))
+    from services.finetune.convert import convert
+
+    return lambda data, *rest: _memory(lambda: convert(from_json(ConvertRun, data), *rest))
+
+
+def _memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return do()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceExhausted(
+            "memory ran out; lower schedule.batch_size or data.max_length, or use the qlora method",
+            reason="OUT_OF_MEMORY",
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, a GPU, or torch's allocator on the CPU raises when memory runs out."""
+    import torch
+
+    # The CPU's allocator has no class of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def main() -> int:
+    if len(sys.argv) != 3 or sys.argv[1] not in ("train", "convert"):
+        print("usage: python -m services.finetune {train|convert} <run.json URI>", file=sys.stderr)
+        return 64
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    if sys.argv[1] == "train":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the store has all that training needs
+    # It tells every worker on a CPU of a package for faster kernels that would be fetched from a hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        return work(sys.argv[1], sys.argv[2], stop)
+    except Fenced as error:
+        print(f"worker: {error.message}", file=sys.stderr)
+        return error.exit_status
+    except QuartetError as error:
+        print(f"worker: {error.message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""What a worker is told to do: frozen, typed, complete; strict to and from JSON.
+
+A config never names code: every value is a number, a text, or a key of a table in this library. `RunConfig` says how to
+train; `TrainRun` and `ConvertRun` are whole orders, one JSON file each, that a worker reads from the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+from services.finetune.errors import InvalidArgument, nearest
+
+T = TypeVar("T")
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The base model. `dtype` auto is bfloat16 where the processor has it in hardware, else float32."""
+
+    checkpoint: str = ""
+    """Where the base comes from, as a hub id; a job's base_model takes precedence."""
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A."""
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("all-linear",)
+    """Leaf names of linear layers, or all-linear: every one but the output head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig:
+    """Storage of the frozen base (Dettmers et al. 2023): bits 4 is NF4 in blocks of 64; 0 leaves it unquantised."""
+
+    bits: Literal[0, 4] = 4
+    double_quant: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How rows become blocks of tokens."""
+
+    template: str = ""
+    """A prompt template's name; empty means the base model's own."""
+    system: str = ""
+    """System text for rows that have none."""
+    max_length: int = 2048
+    """Tokens in a block; longer rows are cut at the right."""
+    pack: bool = True
+    """Several rows share a block, without seeing each other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The optimizer. paged_adamw_32bit is bitsandbytes', paged to host memory on a GPU."""
+
+    name: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
+    lr: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Length and pace. One optimizer step reads batch_size * accumulate blocks."""
+
+    epochs: int = 3
+    max_steps: int = 0
+    """Stop after so many optimizer steps; 0 means all epochs."""
+    batch_size: int = 1
+    accumulate: int = 16
+    warmup_ratio: float = 0.03
+    """Part of all steps in which the rate climbs from 0; then it falls by a cosine to min_lr_ratio * lr."""
+    min_lr_ratio: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What is told and kept while training."""
+
+    log_every: int = 10
+    """Steps between metric events."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always makes one."""
+    sample_every: int = 0
+    """Steps between answers to `prompts`; 0 means only at the end."""
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides the numbers of a training run, apart from the base and the data themselves."""
+
+    method: Literal["lora", "qlora"] = "qlora"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArtifactRef:
+    """An artifact and the name it was asked for by."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRun:
+    """An order to train. The worker goes on from the newest checkpoint of earlier attempts, else from `resume`."""
+
+    kind: Literal["train"] = "train"
+    job: str
+    """Resource name, for messages."""
+    config: RunConfig
+    base: ArtifactRef
+    datasets: tuple[ArtifactRef, ...]
+    resume: ArtifactRef | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportTask:
+    """Bring a model in. Exactly one of hub_id, local_path, source is set."""
+
+    hub_id: str = ""
+    local_path: str = ""
+    source: ArtifactRef | None = None
+    file: str = ""
+    dtype: str = ""
+    template: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTask:
+    """Turn a training checkpoint into a PEFT adapter."""
+
+    checkpoint: ArtifactRef
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeTask:
+    """Add an adapter into its base."""
+
+    adapter: ArtifactRef
+    base: ArtifactRef
+    dtype: str = ""
+    max_shard_size_bytes: int = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertRun:
+    """An order to convert. Exactly one task is set."""
+
+    kind: Literal["convert"] = "convert"
+    job: str
+    import_model: ImportTask | None = None
+    adapter: AdapterTask | None = None
+    merge: MergeTask | None = None
+
+
+def to_json(config: object) -> Any:
+    """A config as plain data, with every field written out."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [to_json(item) for item in config]
+    return config
+
+
+def from_json(cls: type[T], data: Any, path: str = "") -> T:
+    """Read a config of class `cls`.
+
+    Raises InvalidArgument: CONFIG_KEY_UNKNOWN, CONFIG_KEY_MISSING or CONFIG_VALUE_INVALID, naming the dotted key.
+    """
+    return cast(T, _read(cls, data, path))
+
+
+def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with values changed by dotted key, as ``{"optim.lr": 1e-3}``; errors as from_json."""
+    data = to_json(config)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        node = data
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise InvalidArgument(
+                f"unknown config key {key!r}{nearest(key, keys(config))}",
+                reason="CONFIG_KEY_UNKNOWN",
+                metadata={"key": key},
+            )
+        node[last] = value
+    return from_json(type(config), data)
+
+
+def keys(config: object, prefix: str = "") -> list[str]:
+    """All dotted keys of a config, sections left out."""
+    found: list[str] = []
+    for f in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, f.name)
+        inner = dataclasses.is_dataclass(value)
+        found += keys(value, f"{prefix}{f.name}.") if inner else [prefix + f.name]
+    return found
+
+
+def _read(kind: Any, data: Any, path: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(cast(type, kind), data, path)
+    if origin is Literal:
+        value = int(data) if isinstance(data, float) and data.is_integer() else data
+        if isinstance(value, bool) or value not in args:
+            raise _invalid(path, data, "one of " + ", ".join(repr(a) for a in args))
+        return value
+    if origin is types.UnionType:
+        return None if data is None else _read(next(a for a in args if a is not type(None)), data, path)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise _invalid(path, data, "a list")
+        return tuple(_read(args[0], item, f"{path}[{i}]") for i, item in enumerate(data))
+    return _read_scalar(kind, data, path)
+
+
+def _read_dataclass(cls: type, data: Any, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _invalid(path, data, "an object")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    dot = f"{path}." if path else ""
+    for key in data:
+        if key not in known:
+            raise InvalidArgument(
+                f"unknown config key {dot + str(key)!r}{nearest(str(key), list(known))}",
+                reason="CONFIG_KEY_UNKNOWN",
+                metadata={"key": dot + str(key)},
+            )
+    for name, f in known.items():
+        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in data and no_default:
+            raise InvalidArgument(
+                f"config key {dot + name!r} is missing", reason="CONFIG_KEY_MISSING", metadata={"key": dot + name}
+            )
+    return cls(**{key: _read(hints[key], value, dot + key) for key, value in data.items()})
+
+
+def _read_scalar(kind: Any, data: Any, path: str) -> Any:
+    # JSON and protobuf Struct have one kind of number: 3.0 is the integer 3, and 1 is the float 1.0.
+    if kind is int and isinstance(data, int | float) and not isinstance(data, bool) and data == int(data):
+        return int(data)
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if kind in (str, bool) and isinstance(data, kind):
+        return data
+    raise _invalid(path, data, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind])
+
+
+def _invalid(path: str, data: Any, wanted: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"config key {path!r} must be {wanted}, not {data!r}",
+        reason="CONFIG_VALUE_INVALID",
+        metadata={"key": path, "value": repr(data)[:200]},
+    )

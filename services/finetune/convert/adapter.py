@@ -1,0 +1,142 @@
+"""ADAPTER: a training checkpoint becomes a PEFT adapter that describes itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.finetune.config import AdapterTask
+from services.finetune.convert.shards import DTYPES, Stored, parse_header
+from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.progress import Attempt
+from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish
+from services.finetune.store.port import Store
+from services.finetune.tokenizer import FILES as TOKENIZER_FILES
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT writes before the base's own names."""
+
+
+def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
+    """Do an AdapterTask; the digest of an "adapter" artifact. Its tokenizer files are the base's own blobs.
+
+    InvalidArgument (DTYPE_UNKNOWN, ADAPTER_INCOMPLETE, ADAPTER_UNSUPPORTED), FailedPrecondition (NOT_A_CHECKPOINT),
+    Cancelled (STOPPED).
+    """
+    from safetensors.torch import load_file
+
+    if task.dtype not in DTYPES:
+        raise InvalidArgument(f"unknown dtype {task.dtype!r}; use {', '.join(DTYPES)}", reason="DTYPE_UNKNOWN")
+    store = attempt.store
+    checkpoint = load(store, task.checkpoint.digest)
+    if checkpoint.kind != "checkpoint":
+        raise FailedPrecondition(f"{task.checkpoint.name} is no checkpoint", reason="NOT_A_CHECKPOINT")
+    folder = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS, CONFIG))
+    tensors, config = load_file(folder / WEIGHTS), read_config(folder)
+    base_parent = next(p for p in checkpoint.parents if p.role == "base")
+    base = load(store, base_parent.digest)
+    check_pairs(tensors, int(config["r"]))
+    check_against(tensors, config, base_tensors(store, base))
+    if stop.is_set():
+        raise Cancelled("stopped before anything was kept", reason="STOPPED")
+    config.update(base_model_name_or_path=base_parent.name, inference_mode=True)
+    files = _store_files(store, tensors, config, task.dtype, workdir)
+    done = next(f.size for f in files if f.path == WEIGHTS)
+    attempt.emit("progress", done_bytes=done, total_bytes=done)
+    files += [f for f in base.files if f.path in TOKENIZER_FILES]
+    parents = (*checkpoint.parents, Parent("checkpoint", task.checkpoint.digest, task.checkpoint.name))
+    meta = {
+        **{k: checkpoint.meta[k] for k in ("architecture", "template", "system", "base_name")},
+        "generation": base.meta["generation"],
+        "context_length": base.meta["context_length"],
+        "dtype": task.dtype,
+        "parameters": sum(v.numel() for v in tensors.values()),
+    }
+    return publish(store, Manifest("adapter", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
+
+
+def _store_files(
+    store: Store, tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: str, workdir: Path
+) -> list[File]:
+    import torch
+    from safetensors.torch import save_file
+
+    cast = {k: v.to(getattr(torch, dtype)).contiguous() for k, v in tensors.items()}
+    save_file(cast, workdir / WEIGHTS, metadata={"format": "pt"})
+    weights = store.put_file(workdir / WEIGHTS)
+    about = store.put_blob(json.dumps(config, sort_keys=True, indent=1, ensure_ascii=False).encode())
+    return [File(WEIGHTS, weights.digest, weights.size), File(CONFIG, about.digest, about.size)]
+
+
+def base_tensors(store: Store, base: Manifest) -> list[Stored]:
+    """The base's tensors by the headers of its files: a few kilobytes are read, whatever the model's size."""
+    found: list[Stored] = []
+    for file in base.files:
+        if file.path.endswith(".safetensors"):
+            found += parse_header(functools.partial(_read, store, file.digest), file.path)
+    return found
+
+
+def _read(store: Store, digest: str, offset: int, length: int) -> bytes:
+    return b"".join(store.read_blob(digest, offset, length))
+
+
+def check_pairs(tensors: Mapping[str, Any], rank: int) -> None:
+    """Every LoRA module needs its A and its B, of the config's rank. InvalidArgument (ADAPTER_INCOMPLETE) naming the
+    first that fails."""
+    for name, value in sorted(tensors.items()):
+        a = name.replace(".lora_B.", ".lora_A.")
+        b = name.replace(".lora_A.", ".lora_B.")
+        whole = a != b and a in tensors and b in tensors and tensors[a].ndim == tensors[b].ndim == 2
+        if not whole or tensors[a].shape[0] != rank or tensors[b].shape[1] != rank:
+            raise _incomplete(f"{name} {list(value.shape)} has no matching half of rank {rank}", name)
+    if not tensors:
+        raise _incomplete("the checkpoint holds no LoRA weights", "")
+
+
+def check_against(tensors: Mapping[str, Any], config: Mapping[str, Any], base: Sequence[Stored]) -> None:
+    """Each half fits its base weight, and no targeted weight is left out. InvalidArgument (ADAPTER_INCOMPLETE)."""
+    targets = config.get("target_modules")
+    for weight in base:
+        module = weight.name.removesuffix(".weight")
+        a, b = halves(module)
+        if a in tensors:
+            out, into = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
+            if tensors[a].shape[1] != into or tensors[b].shape[0] != out:
+                raise _incomplete(f"the adapter does not fit {weight.name} {list(weight.shape)}", weight.name)
+        elif isinstance(targets, list) and len(weight.shape) == 2 and module.rpartition(".")[2] in targets:
+            raise _incomplete(f"the adapter targets {module} but has no weights for it", module)
+
+
+def halves(module: str) -> tuple[str, str]:
+    """The names of a base module's LoRA A and B in an adapter file."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _incomplete(why: str, tensor: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{why}; train again or take another checkpoint", reason="ADAPTER_INCOMPLETE", metadata={"tensor": tensor}
+    )
+
+
+def scaling(config: Mapping[str, Any]) -> float:
+    """alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+    rank = int(config["r"])
+    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, if it is a plain LoRA. InvalidArgument (ADAPTER_UNSUPPORTED) naming what is not."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    odd = [k for k in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias") if config.get(k)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
+        raise InvalidArgument(
+            f"only plain LoRA adapters can be used, not {', '.join(odd) or config.get('peft_type')}",
+            reason="ADAPTER_UNSUPPORTED",
+        )
+    return config

@@ -1,0 +1,246 @@
+"""Safetensors files, read and written piece by piece, so that a model never has to be in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.progress import Attempt
+
+MIB = 1 << 20
+DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
+"""Our names of dtypes: safetensors' name, bytes of one number."""
+NAMES = {word: name for name, (word, _) in DTYPES.items()}
+_FLOATS = ("F64", *NAMES)
+_HEADER_LIMIT = 100_000_000
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: `dtype` is safetensors' word, `start` and `nbytes` its bytes from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    file: Path = Path()
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        total = 1
+        for side in self.shape:
+            total *= side
+        return total
+
+    def cast(self, dtype: str) -> Stored:
+        """What it becomes in one of DTYPES; integers and "" leave it as it is."""
+        if not dtype or self.dtype not in _FLOATS:
+            return self
+        word, width = DTYPES[dtype]
+        return replace(self, dtype=word, nbytes=self.count * width)
+
+
+def progress(attempt: Attempt, stop: threading.Event) -> Callable[[int, int], None]:
+    """A callback of (bytes done, bytes in all) that reports each hundredth part and obeys `stop`."""
+    told = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if stop.is_set():
+            raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+        if (part := done * 100 // max(total, 1)) != told:
+            told = part
+            attempt.emit("progress", done_bytes=done, total_bytes=total)
+
+    return tell
+
+
+def parse_header(read: Callable[[int, int], bytes], what: str) -> list[Stored]:
+    """The tensors of a safetensors file, through `read(offset, length)`. InvalidArgument (WEIGHTS_MALFORMED)."""
+    try:
+        (length,) = struct.unpack("<Q", read(0, 8))
+        if length > _HEADER_LIMIT:
+            raise ValueError("its header is too long")
+        data: dict[str, Any] = json.loads(read(8, length))
+        data.pop("__metadata__", None)
+        base = 8 + length
+        return [
+            Stored(k, v["dtype"], tuple(v["shape"]), base + v["data_offsets"][0],
+                   v["data_offsets"][1] - v["data_offsets"][0])
+            for k, v in data.items()
+        ]  # fmt: skip
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InvalidArgument(
+            f"{what} is no safetensors file: {error}; fetch it again", reason="WEIGHTS_MALFORMED"
+        ) from error
+
+
+def read_file_header(path: Path) -> list[Stored]:
+    """The tensors of a file, after safetensors' own complete check of it. InvalidArgument (WEIGHTS_MALFORMED)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InvalidArgument(
+            f"{path.name} is no whole safetensors file: {error}; fetch it again", reason="WEIGHTS_MALFORMED"
+        ) from error
+    with path.open("rb") as source:
+
+        def read(offset: int, length: int) -> bytes:
+            source.seek(offset)
+            return source.read(length)
+
+        return [replace(t, file=path) for t in parse_header(read, path.name)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that are the model: those of its index, or model.safetensors, or all but other copies.
+
+    InvalidArgument (WEIGHTS_INCOMPLETE) if the index names files that are not there.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        named = sorted(set(map(str, _weight_map(index).values())))
+        gone = [n for n in named if PurePosixPath(n).name != n or not (folder / n).is_file()]
+        if gone:
+            raise InvalidArgument(
+                f"{INDEX} names {', '.join(gone[:3])}, which is not there; fetch all of the model's files",
+                reason="WEIGHTS_INCOMPLETE",
+            )
+        return [folder / n for n in named]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    # Mistral's consolidated file holds the same weights again under other names; an adapter is no model.
+    return [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith(("consolidated", "adapter_"))]
+
+
+def read_folder(folder: Path) -> list[Stored]:
+    """All tensors of a model folder, in the order of its files. InvalidArgument (WEIGHTS_*)."""
+    found = [t for path in weight_files(folder) for t in sorted(read_file_header(path), key=lambda t: t.name)]
+    names = {t.name for t in found}
+    index = folder / INDEX
+    if len(names) != len(found) or (index.is_file() and set(_weight_map(index)) != names):
+        raise InvalidArgument(
+            "the weight files and their index do not hold the same tensors; fetch all of the model's files",
+            reason="WEIGHTS_INCOMPLETE",
+        )
+    return found
+
+
+def raw(tensor: Stored) -> Iterator[bytes]:
+    """A tensor's bytes as they are stored."""
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        left = tensor.nbytes
+        while left > 0 and (piece := source.read(min(MIB, left))):
+            left -= len(piece)
+            yield piece
+
+
+def as_torch(tensor: Stored) -> Any:
+    """The tensor in memory."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, "pt") as file:
+        return file.get_tensor(tensor.name)
+
+
+def to_bytes(value: Any) -> bytes | memoryview:
+    """A torch tensor's bytes, little endian as safetensors wants them."""
+    import torch
+
+    return memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def cast_bytes(tensor: Stored, dtype: str) -> Iterable[bytes | memoryview]:
+    """A tensor's bytes in another dtype, rounded once; untouched if it has that dtype or no floating point."""
+    import torch
+
+    if tensor.cast(dtype).dtype == tensor.dtype:
+        return raw(tensor)
+    return [to_bytes(as_torch(tensor).to(getattr(torch, dtype)))]
+
+
+def plan(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
+    """Tensors by file, in their order; no file above `limit` bytes unless one tensor alone is."""
+    shards: list[list[Stored]] = []
+    size = 0
+    for tensor in tensors:
+        # An entry of the header: its text, and room for two offsets.
+        cost = tensor.nbytes + len(json.dumps([tensor.name, tensor.dtype, tensor.shape])) + 80
+        if not shards or size + cost > limit:
+            shards.append([])
+            size = 64  # length, braces and padding
+        shards[-1].append(tensor)
+        size += cost
+    return shards
+
+
+def write(
+    out: Path,
+    shards: Sequence[Sequence[Stored]],
+    data: Callable[[Stored], Iterable[bytes | memoryview]],
+    done: Callable[[Stored], None],
+) -> None:
+    """Write shards under the names that transformers expects, with an index if there are several.
+
+    `data` gives a tensor's bytes when its turn comes; `done` is called after each and may raise to stop.
+    """
+    where: dict[str, str] = {}
+    for n, shard in enumerate(shards, 1):
+        name = f"model-{n:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        where.update({t.name: name for t in shard})
+        _write_file(out / name, shard, data, done)
+    if len(shards) > 1:
+        total = sum(t.nbytes for shard in shards for t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def _write_file(
+    path: Path,
+    shard: Sequence[Stored],
+    data: Callable[[Stored], Iterable[bytes | memoryview]],
+    done: Callable[[Stored], None],
+) -> None:
+    # Wide numbers first: torch can only view bytes as numbers that begin at a multiple of their width.
+    ordered = sorted(shard, key=lambda t: (-(t.nbytes // max(t.count, 1)), t.name))
+    header = _header(ordered)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in ordered:
+            wrote = sum(file.write(piece) for piece in data(tensor))
+            if wrote != tensor.nbytes:
+                raise InvalidArgument(
+                    f"{tensor.name} has {wrote} bytes, not {tensor.nbytes}; fetch the model again",
+                    reason="WEIGHTS_MALFORMED",
+                )
+            done(tensor)
+
+
+def _header(tensors: Sequence[Stored]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for t in tensors:
+        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"{INDEX} is damaged: {error}; fetch it again", reason="WEIGHTS_MALFORMED") from error

@@ -1,0 +1,240 @@
+"""How a worker tells what it does, and how a service reads it: the store is the only channel between them.
+
+Under ``jobs/<id>/`` in the store:
+
+    lease.json                       {"attempt": n, "outcome": null | {...}}: who may publish, and what was published
+    attempts/<n>/run.json            the order
+    attempts/<n>/claim.json          who runs it: {"host", "pid", "start_ticks", "address"?}; written once
+    attempts/<n>/events/<seq>.jsonl  what happened, in numbered segments, each written once and whole
+    attempts/<n>/checkpoints/<step>.json  {"step", "digest", "loss"}
+
+The fence: the service raises `attempt` in the lease by a conditional put before it starts an attempt; a worker
+publishes its outcome by a conditional put on the lease it saw. Of a zombie and its successor exactly one can win.
+Everything else a worker writes lies under its own attempt, where a zombie disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from services.finetune.errors import Aborted, QuartetError
+from services.finetune.store.port import Store
+
+FLUSH_S = 1.0
+"""A segment is written at the latest so long after its first event; services show progress this much behind."""
+
+Event = dict[str, Any]
+"""{"time": seconds since 1970, "type": metric | log | sample | checkpoint | progress | ready, and its own fields}."""
+
+
+class Fenced(Aborted):
+    """Another attempt owns the job now; this one must stop and change nothing."""
+
+    def __init__(self, job_key: str, attempt: int) -> None:
+        super().__init__(f"attempt {attempt} of {job_key} no longer owns the job", reason="ATTEMPT_FENCED")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended. `state` is SUCCEEDED, FAILED or CANCELLED; `result` its artifact digests by role."""
+
+    state: str
+    result: Mapping[str, Any]
+    error: Mapping[str, Any] | None = None
+
+
+# ---------------------------------------------------------------------------------------------- keys
+
+
+def attempt_key(job_key: str, attempt: int) -> str:
+    return f"{job_key}/attempts/{attempt:04d}"
+
+
+def split_run_uri(uri: str) -> tuple[str, str, int]:
+    """(store URI, job key, attempt) of a run.json URI, ``<store>/jobs/<id>/attempts/<n>/run.json``."""
+    bare, _, query = uri.partition("?")
+    root, jobs, rest = bare.rpartition("/jobs/")
+    parts = rest.split("/")
+    if not jobs or len(parts) != 4 or parts[1] != "attempts" or parts[3] != "run.json" or not parts[2].isdigit():
+        raise ValueError(f"not the URI of a run: {uri!r}; expected <store>/jobs/<id>/attempts/<n>/run.json")
+    return root + (f"?{query}" if query else ""), f"jobs/{parts[0]}", int(parts[2])
+
+
+def run_uri(store_uri: str, job_key: str, attempt: int) -> str:
+    bare, _, query = store_uri.partition("?")
+    return f"{bare}/{attempt_key(job_key, attempt)}/run.json" + (f"?{query}" if query else "")
+
+
+# ---------------------------------------------------------------------------------------------- the worker's side
+
+
+class Attempt:
+    """A worker's hold on its attempt: claims it, reports events from any thread, publishes the outcome once."""
+
+    def __init__(self, store: Store, job_key: str, number: int) -> None:
+        self.store = store
+        self.job_key = job_key
+        self.number = number
+        self.key = attempt_key(job_key, number)
+        self._pending: list[Event] = []
+        self._segment = 0
+        self._sending: bytes | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._flush_forever, name="events", daemon=True)
+
+    def claim(self, who: Mapping[str, Any]) -> None:
+        """Take the attempt for this process. Fenced if another attempt is current or another process was first."""
+        self.check()
+        try:
+            self.store.put(f"{self.key}/claim.json", dump(who), if_absent=True)
+        except Aborted as error:
+            raise Fenced(self.job_key, self.number) from error
+        self._thread.start()
+
+    def check(self) -> str:
+        """The lease's etag while this attempt owns the job and nothing is published, else Fenced."""
+        lease = self.store.get(f"{self.job_key}/lease.json")
+        if lease is not None:
+            body = json.loads(lease.data)
+            if body["attempt"] == self.number and body["outcome"] is None:
+                return lease.etag
+        raise Fenced(self.job_key, self.number)
+
+    def emit(self, type_: str, **fields: Any) -> None:
+        """Report an event; it reaches the store within FLUSH_S."""
+        with self._lock:
+            self._pending.append({"time": time.time(), "type": type_, **fields})
+        self._wake.set()
+
+    def flush(self) -> None:
+        """Write what was reported so far."""
+        with self._lock:
+            if self._sending is None and self._pending:
+                self._sending = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in self._pending).encode()
+                self._pending.clear()
+            if self._sending is not None:
+                self._write_segment(f"{self.key}/events/{self._segment:08d}.jsonl", self._sending)
+                self._segment += 1
+                self._sending = None
+
+    def _write_segment(self, key: str, data: bytes) -> None:
+        """Written once: a put whose answer was lost is tried again with the same bytes, and finds them there."""
+        try:
+            self.store.put(key, data, if_absent=True)
+        except Aborted:
+            there = self.store.get(key)
+            if there is None or there.data != data:
+                raise
+
+    def checkpoint(self, step: int, digest: str, loss: float) -> None:
+        """Make a complete checkpoint known to later attempts and to the service."""
+        self.check()
+        self.store.put(f"{self.key}/checkpoints/{step:08d}.json", dump({"step": step, "digest": digest, "loss": loss}))
+        self.emit("checkpoint", step=step, digest=digest, loss=loss)
+
+    def publish(self, outcome: Outcome) -> None:
+        """Write all events, then the outcome. Fenced if another attempt owns the job by now."""
+        self.flush()
+        body = {"state": outcome.state, "result": dict(outcome.result), "error": outcome.error}
+        try:
+            lease = {"attempt": self.number, "outcome": body}
+            self.store.put(f"{self.job_key}/lease.json", dump(lease), if_match=self.check())
+        except Aborted as error:
+            raise Fenced(self.job_key, self.number) from error
+
+    def close(self) -> None:
+        """Stop reporting; what is pending is written if the store answers."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _flush_forever(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            time.sleep(0.0 if self._closing else FLUSH_S)
+            self._wake.clear()
+            try:
+                self.flush()
+            except QuartetError:
+                # The store is away: keep the events and try again; training goes on meanwhile.
+                time.sleep(FLUSH_S)
+                self._wake.set()
+
+
+# ---------------------------------------------------------------------------------------------- the service's side
+
+
+def raise_fence(store: Store, job_key: str, attempt: int) -> Outcome | None:
+    """Make `attempt` the current one; or, if an earlier one has published already, return what it published."""
+    key = f"{job_key}/lease.json"
+    while True:
+        lease = store.get(key)
+        body: dict[str, Any] = json.loads(lease.data) if lease else {"attempt": 0, "outcome": None}
+        if body["outcome"] is not None:
+            return Outcome(**body["outcome"])
+        if body["attempt"] == attempt:
+            return None
+        if body["attempt"] > attempt:
+            raise Fenced(job_key, attempt)
+        new = dump({"attempt": attempt, "outcome": None})
+        try:
+            store.put(key, new, if_match=lease.etag if lease else None, if_absent=lease is None)
+        except Aborted:
+            continue
+        return None
+
+
+def read_outcome(store: Store, job_key: str) -> tuple[int, Outcome] | None:
+    """(attempt, outcome) once one is published."""
+    lease = store.get(f"{job_key}/lease.json")
+    body: dict[str, Any] = json.loads(lease.data) if lease else {"outcome": None}
+    return (body["attempt"], Outcome(**body["outcome"])) if body["outcome"] is not None else None
+
+
+def read_claim(store: Store, job_key: str, attempt: int) -> dict[str, Any] | None:
+    """Who runs an attempt, once somebody does."""
+    claim = store.get(f"{attempt_key(job_key, attempt)}/claim.json")
+    return json.loads(claim.data) if claim else None
+
+
+def read_segments(store: Store, job_key: str, attempt: int, after: int) -> Iterator[tuple[int, list[Event]]]:
+    """(number, events) of each segment after number `after`, in order; -1 means from the start."""
+    number = after + 1
+    while segment := store.get(f"{attempt_key(job_key, attempt)}/events/{number:08d}.jsonl"):
+        yield number, [json.loads(line) for line in segment.data.decode().splitlines()]
+        number += 1
+
+
+def newest_checkpoint(store: Store, job_key: str, before_attempt: int) -> tuple[int, str] | None:
+    """(step, digest) of the furthest checkpoint that earlier attempts of the job completed."""
+    best: tuple[int, str] | None = None
+    for attempt in range(1, before_attempt):
+        for entry in store.list(f"{attempt_key(job_key, attempt)}/checkpoints/"):
+            found = store.get(entry.key)
+            body: dict[str, Any] = json.loads(found.data) if found else {"step": -1}
+            if body["step"] > (best[0] if best else -1):
+                best = (body["step"], body["digest"])
+    return best
+
+
+def dump(data: object) -> bytes:
+    """Canonical JSON."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

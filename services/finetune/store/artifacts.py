@@ -1,0 +1,178 @@
+"""Artifacts and their names.
+
+An artifact is a manifest; its files are blobs named by sha256, as in OCI registries. The manifest is written last, so a
+torn artifact cannot exist; its own sha256 is the artifact's digest. It names its parents, so lineage is a walk. It holds
+no time and no host: equal content gives the equal digest.
+
+A ref gives an artifact (or any small record) a resource name: ``refs/<name>.json``. Refs are the one registry that all
+services share; the service that owns a kind of name is the only one to write it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from services.finetune.errors import DataLoss, InvalidArgument, NotFound
+from services.finetune.store.port import Blob, Store
+
+Kind = Literal["dataset", "base", "adapter", "merged", "checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of an artifact: a relative path with forward slashes, and its blob."""
+
+    path: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What an artifact was made from. `role` is base, adapter, checkpoint, dataset or source."""
+
+    role: str
+    digest: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A whole artifact. `meta` is what its kind needs to describe itself (docs/decisions/0003)."""
+
+    kind: Kind
+    files: tuple[File, ...]
+    parents: tuple[Parent, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def file(self, path: str) -> File:
+        """The file at `path`. NotFound (FILE_NOT_FOUND)."""
+        for found in self.files:
+            if found.path == path:
+                return found
+        raise NotFound(f"the artifact has no file {path!r}", reason="FILE_NOT_FOUND", metadata={"path": path})
+
+    @property
+    def size(self) -> int:
+        return sum(f.size for f in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A name and what it stands for; `body` has at least "digest" where the name is an artifact's."""
+
+    name: str
+    body: Mapping[str, Any]
+    etag: str
+
+
+def check_path(path: str) -> str:
+    """`path` if it stays inside the artifact. InvalidArgument (PATH_UNSAFE)."""
+    pure = PurePosixPath(path)
+    odd = any(ord(c) < 32 or c in '\\:*?"<>|' for c in path)
+    if not path or odd or pure.is_absolute() or ".." in pure.parts or str(pure) != path or len(path) > 512:
+        raise InvalidArgument(
+            f"unsafe path {path!r}: use a relative path with forward slashes and without '..'",
+            reason="PATH_UNSAFE",
+            metadata={"path": path[:200]},
+        )
+    return path
+
+
+def publish(store: Store, manifest: Manifest) -> str:
+    """Write a manifest whose blobs are all stored; its digest. InvalidArgument (PATH_UNSAFE, BLOB_MISSING)."""
+    for f in manifest.files:
+        check_path(f.path)
+        if store.stat_blob(f.digest) is None:
+            raise InvalidArgument(f"{f.path}: blob {f.digest} is not in the store", reason="BLOB_MISSING")
+    data = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    # An equal manifest may be there already; writing the same bytes again is harmless.
+    store.put(f"manifests/{digest[7:]}.json", data)
+    return digest
+
+
+def publish_directory(
+    store: Store, kind: Kind, directory: Path, parents: Sequence[Parent] = (), meta: Mapping[str, Any] | None = None
+) -> str:
+    """Store every file below `directory` as an artifact; its digest."""
+    files = []
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        blob = store.put_file(path)
+        files.append(File(path.relative_to(directory).as_posix(), blob.digest, blob.size))
+    return publish(store, Manifest(kind, tuple(files), tuple(parents), meta or {}))
+
+
+def load(store: Store, digest: str) -> Manifest:
+    """Read a manifest and verify it. NotFound (ARTIFACT_NOT_FOUND), DataLoss (MANIFEST_CORRUPT)."""
+    found = store.get(f"manifests/{digest.removeprefix('sha256:')}.json")
+    if found is None:
+        raise NotFound(f"artifact {digest} is not in the store", reason="ARTIFACT_NOT_FOUND")
+    if "sha256:" + hashlib.sha256(found.data).hexdigest() != digest:
+        raise DataLoss(f"the manifest of {digest} is damaged", reason="MANIFEST_CORRUPT")
+    data = json.loads(found.data)
+    files = tuple(File(**f) for f in data["files"])
+    return Manifest(data["kind"], files, tuple(Parent(**p) for p in data["parents"]), data["meta"])
+
+
+def materialise(store: Store, manifest: Manifest, directory: Path, paths: Sequence[str] | None = None) -> Path:
+    """Put an artifact's files (or only `paths`) below `directory`, verified; they must not be written to."""
+    for f in manifest.files:
+        if paths is None or f.path in paths:
+            store.fetch_blob(f.digest, directory / check_path(f.path))
+    return directory
+
+
+def read_file(store: Store, manifest: Manifest, path: str) -> bytes:
+    """A small file of an artifact, whole and verified."""
+    f = manifest.file(path)
+    data = b"".join(store.read_blob(f.digest))
+    if "sha256:" + hashlib.sha256(data).hexdigest() != f.digest:
+        raise DataLoss(f"{path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": path})
+    return data
+
+
+def put_json_blob(store: Store, data: object) -> Blob:
+    """Keep a JSON value as a blob."""
+    return store.put_blob(json.dumps(data, sort_keys=True, ensure_ascii=False, indent=1).encode())
+
+
+def get_ref(store: Store, name: str) -> Ref | None:
+    """What a resource name stands for, or None."""
+    found = store.get(f"refs/{name}.json")
+    return Ref(name, json.loads(found.data), found.etag) if found else None
+
+
+def put_ref(
+    store: Store, name: str, body: Mapping[str, Any], *, if_match: str | None = None, if_absent: bool = False
+) -> Ref:
+    """Bind a name. Aborted (PRECONDITION_FAILED) as Store.put."""
+    data = json.dumps(body, sort_keys=True, ensure_ascii=False).encode()
+    return Ref(name, dict(body), store.put(f"refs/{name}.json", data, if_match=if_match, if_absent=if_absent))
+
+
+def delete_ref(store: Store, name: str, *, if_match: str | None = None) -> None:
+    """Unbind a name; the artifact stays until nothing names it."""
+    store.delete(f"refs/{name}.json", if_match=if_match)
+
+
+def list_refs(store: Store, prefix: str) -> Iterator[Ref]:
+    """All refs directly below `prefix` (as ``workspaces/default/models/``), in order of their names."""
+    start = ""
+    while entries := store.list(f"refs/{prefix}", start_after=start):
+        for entry in entries:
+            name = entry.key.removeprefix("refs/").removesuffix(".json")
+            if "/" not in name.removeprefix(prefix) and (ref := get_ref(store, name)):
+                yield ref
+        start = entries[-1].key
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes free on the disk that holds `directory`."""
+    return shutil.disk_usage(directory).free

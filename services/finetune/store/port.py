@@ -1,0 +1,99 @@
+"""What the object store must do. Two adapters exist, file and S3; tests/finetune/store runs one suite on both.
+
+Blobs are bytes named by their sha256 and never change. Objects are small, have a key, and are written under conditions.
+A digest is written ``sha256:<64 hex>`` everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A stored blob: its digest and size in bytes."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """A small object as read: `etag` names this very version."""
+
+    key: str
+    data: bytes
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing."""
+
+    key: str
+    etag: str
+
+
+class Upload(Protocol):
+    """A blob on its way in, kept across restarts until it is finished."""
+
+    digest: str
+    size: int
+
+    @property
+    def committed(self) -> int:
+        """Bytes that would survive a crash now."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Append `data`; `offset` must be where the bytes so far end, else OutOfRange (OFFSET_WRONG)."""
+
+    def flush(self) -> None:
+        """Make all bytes written so far committed, as far as the store can (S3 keeps whole parts only)."""
+
+    def finish(self) -> Blob:
+        """Verify size and digest and keep the blob. InvalidArgument (SIZE_MISMATCH, DIGEST_MISMATCH) drops it all."""
+
+
+class Store(Protocol):
+    """An object store. Every method raises Unavailable (STORE_UNREACHABLE) when the store does not answer and
+    ResourceExhausted (DISK_FULL) when it is full."""
+
+    uri: str
+
+    def stat_blob(self, digest: str) -> Blob | None:
+        """The blob, or None if it is not there."""
+
+    def put_blob(self, data: bytes) -> Blob:
+        """Keep bytes that are in memory."""
+
+    def put_file(self, path: Path) -> Blob:
+        """Keep a file's bytes, streamed; nothing is visible before all are there."""
+
+    def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """Stream a blob's bytes in pieces of at most 1 MiB. NotFound (BLOB_NOT_FOUND)."""
+
+    def fetch_blob(self, digest: str, path: Path) -> None:
+        """Make `path` a verified copy of the blob (a hard link where the store is on the same disk); parent folders
+        are made. `path` must never be written to. NotFound (BLOB_NOT_FOUND), DataLoss (BLOB_CORRUPT)."""
+
+    def begin_upload(self, upload_id: str, digest: str, size: int) -> Upload:
+        """Start or go on with an upload. The id is the caller's; the same id goes on where the last one stopped."""
+
+    def find_upload(self, upload_id: str) -> Upload | None:
+        """A begun, unfinished upload."""
+
+    def get(self, key: str) -> Object | None:
+        """A small object, or None."""
+
+    def put(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
+        """Write a small object whole and durably; the new etag. Aborted (PRECONDITION_FAILED) if `if_match` is not
+        the present etag, or `if_absent` and the key exists."""
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        """Remove an object; a missing one is no error unless `if_match` is given (Aborted)."""
+
+    def list(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[Entry]:
+        """At most `limit` entries with that key prefix after `start_after`, in order of their keys (bytewise)."""

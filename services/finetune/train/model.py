@@ -1,0 +1,186 @@
+"""The model under training: a frozen base, quantised or not, with LoRA on its linear layers.
+
+Letters in shapes: B blocks, L tokens, D hidden, V vocabulary, K learned tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.finetune.config import RunConfig
+from services.finetune.errors import FailedPrecondition, InvalidArgument
+
+
+def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
+    """(dtype, why). auto takes bfloat16 only where hardware multiplies it: emulated, it is slower than float32."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as configured"
+    if torch.cuda.is_available():
+        good, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
+    else:
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        good, what = "avx512_bf16" in flags or "amx_bf16" in flags, "this processor"
+    return (torch.bfloat16, f"{what} has bfloat16") if good else (torch.float32, f"{what} has no bfloat16")
+
+
+def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
+    """The base with fresh LoRA weights (float32, trainable). FailedPrecondition (MODEL_NOT_TRAINABLE)."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    check_no_code(directory)
+    quant = None
+    if config.quant.bits == 4:
+        quant = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        device = {"": 0} if torch.cuda.is_available() else None
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            quantization_config=quant,
+            device_map=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            # Fused attention leaves out a cap on its scores (Gemma 2), which a model that has one needs.
+            attn_implementation="eager" if caps_attention(directory) else None,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise FailedPrecondition(
+            f"transformers cannot load this model: {str(error).splitlines()[0]}", reason="MODEL_NOT_TRAINABLE"
+        ) from error
+    check_packable(model, config)
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    lora = config.lora
+    adapter = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.targets == ("all-linear",) else list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    # Fresh LoRA weights depend on the seed alone, not on what ran before.
+    torch.manual_seed(config.schedule.seed)
+    try:
+        wrapped = peft.get_peft_model(model, adapter)
+    except ValueError as error:
+        raise InvalidArgument(f"lora.targets: {error}", reason="CONFIG_VALUE_INVALID") from error
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def check_no_code(directory: Path) -> None:
+    """Refuse a model that asks for code of its own, whatever flag is given to whom."""
+    if not (directory / "config.json").is_file():
+        raise FailedPrecondition(
+            "the base has no config.json, so it is no whole model; an adapter must be merged into its base first",
+            reason="MODEL_NOT_TRAINABLE",
+        )
+    if "auto_map" in json.loads((directory / "config.json").read_text()):
+        raise FailedPrecondition(
+            "the model's config.json has auto_map: it wants to run code of its own; use a model that transformers knows",
+            reason="MODEL_NOT_TRAINABLE",
+        )
+
+
+def caps_attention(directory: Path) -> bool:
+    """Whether the model's attention scores have a cap."""
+    config = json.loads((directory / "config.json").read_text())
+    return bool(config.get("attn_logit_softcapping") or config.get("text_config", {}).get("attn_logit_softcapping"))
+
+
+def isolates(causal: Any) -> bool:
+    """Whether a mask and positions can keep the samples of a block apart.
+
+    They cannot where layers carry a state from token to token, or make their own positions from a padding mask.
+    """
+    kinds = set(getattr(causal.config.get_text_config(), "layer_types", None) or ())
+    masked = kinds <= {"full_attention", "sliding_attention"} and not causal._is_stateful
+    return masked and "position_ids" in inspect.signature(causal.forward).parameters
+
+
+def check_packable(causal: Any, config: RunConfig) -> None:
+    """FailedPrecondition (MODEL_NOT_TRAINABLE) if rows are to share blocks in a model that would mix them up."""
+    if config.data.pack and not isolates(causal):
+        raise FailedPrecondition(
+            f"{type(causal).__name__} cannot keep rows of one block apart; set data.pack to false",
+            reason="MODEL_NOT_TRAINABLE",
+        )
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """The trainable parameters by name, in a fixed order."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def summed_loss(model: Any, ids_BL: Tensor, labels_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor) -> Tensor:
+    """Cross entropy summed over the learned tokens, float32.
+
+    Samples of one block do not see each other. Logits are computed for learned tokens only: with a large vocabulary
+    they are most of the cost, and most tokens are prompts. `labels_BL` stays in host memory, so that finding the
+    learned tokens does not wait for the GPU.
+    """
+    causal = model.get_base_model()
+    device = ids_BL.device
+    # Position t predicts the label at t + 1.
+    row_K, place_K = (labels_BL[:, 1:] >= 0).nonzero(as_tuple=True)
+    where_K = (row_K * labels_BL.shape[1] + place_K).to(device, non_blocking=True)
+    wanted_K = labels_BL[row_K, place_K + 1].to(device, non_blocking=True)
+    seen: dict[str, Any] = {}
+    if isolates(causal):
+        seen = {"attention_mask": masks(causal, segments_BL), "position_ids": positions_BL}
+    # The head is cut short from outside: what a model does to its logits afterwards (caps, scales) stays its own.
+    head = causal.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, where_K)[None],))
+    try:
+        with torch.autocast(device.type, dtype=causal.dtype, enabled=causal.dtype != torch.float32):
+            logits_KV = causal(input_ids=ids_BL, use_cache=False, **seen).logits[0]
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits_KV.float(), wanted_K, reduction="sum")
+
+
+def masks(causal: Any, segments_BL: Tensor) -> Tensor | dict[str, Tensor]:
+    """The masks of a model's kinds of layers, in the form that its attention takes.
+
+    transformers uses a mask of four dimensions as it is, so a sliding window must be in it already.
+    """
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    seen = visible(segments_BL)
+    near = visible(segments_BL, window) if window else seen
+    if config._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores.
+        seen, near = (
+            torch.zeros_like(m, dtype=causal.dtype).masked_fill(~m, torch.finfo(causal.dtype).min) for m in (seen, near)
+        )
+    if "sliding_attention" in kinds:
+        return {"full_attention": seen, "sliding_attention": near}
+    return seen if kinds else near
+
+
+def visible(segments_BL: Tensor, window: int = 0) -> Tensor:
+    """bool [B, 1, L, L]: what each token sees, which is its own sample up to itself, or the last `window` tokens of
+    that; padding sees padding."""
+    length = segments_BL.shape[1]
+    same = segments_BL[:, :, None] == segments_BL[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
+    if window:
+        causal = causal.triu(1 - window)
+    return (same & causal)[:, None]

@@ -1,0 +1,32 @@
+"""The inference service: ``python -m services.inference``. Wires, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quartet.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+from services.common import auth
+from services.common.launchers.local import LocalLauncher
+from services.common.records import Records
+from services.common.server import Room, main
+from services.common.settings import Settings
+from services.finetune.store import open_store
+from services.inference.servicer import Servicer, answers
+from services.inference.usecases import Inference
+
+
+def build(settings: Settings) -> Room:
+    store, records = open_store(settings.store_uri), Records(settings.database_url)
+    inference = Inference(store, records, LocalLauncher(Path(settings.home)), settings.token_file, answers)
+    servicer = Servicer(inference, auth.read_token(settings.token_file) if settings.token_file else "")
+    return Room(
+        "quartet.inference.v1.Inference",
+        lambda server: add_InferenceServicer_to_server(servicer, server),
+        inference.start,
+        inference.stop,
+    )
+
+
+if __name__ == "__main__":
+    main("quartet-inference", [build])

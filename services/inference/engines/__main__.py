@@ -1,0 +1,139 @@
+"""The engine server: ``python -m services.inference.engines <run.json URI>``. One endpoint, one process, one model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quartet.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+from services.common.server import Room, Server
+from services.common.settings import Settings
+from services.finetune.__main__ import who_am_i
+from services.finetune.errors import NotFound, QuartetError
+from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, dump, split_run_uri
+from services.finetune.store import Store, open_store
+from services.finetune.store.artifacts import load, materialise
+from services.finetune.tokenizer import Tokenizer
+
+log = logging.getLogger("quartet.engine")
+
+FENCE_S = 3.0
+"""Seconds between looks at the fence: an engine that lost its endpoint lives on so long at most."""
+
+
+def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]:
+    """Load what the order names; the room, and its context length. FailedPrecondition if it cannot be served.
+
+    Nothing in `folder` is needed afterwards.
+    """
+    from services.finetune.train.model import check_no_code, choose_dtype
+    from services.inference.engines.servicer import EngineServicer, Served
+    from services.inference.engines.transformers import TransformersEngine
+
+    model = order["model"]
+    served = [Served("", model["name"], model["digest"], load(store, model["digest"]))]
+    base = materialise(store, served[0].manifest, folder / "base")
+    check_no_code(base)
+    adapters = {}
+    for n, adapter in enumerate(order["adapters"]):
+        served.append(Served(adapter["alias"], adapter["name"], adapter["digest"], load(store, adapter["digest"])))
+        adapters[adapter["alias"]] = materialise(store, served[-1].manifest, folder / f"adapter-{n}")
+    dtype = order["dtype"] or str(choose_dtype("auto")[0]).removeprefix("torch.")
+    engine = TransformersEngine(base, adapters, dtype, order["bits"])
+    servicer = EngineServicer(order["endpoint"], engine, Tokenizer.from_files(base), served)
+    room = Room("quartet.inference.v1.Inference", lambda server: add_InferenceServicer_to_server(servicer, server))
+    return room, engine.context_length
+
+
+async def serve(room: Room, context_length: int, token_file: str, attempt: Attempt) -> None:
+    """Answer until SIGTERM, or until another attempt or nobody owns the endpoint."""
+    server = Server(Settings(port=0, token_file=token_file), [room])
+    await server.open()
+    ready = dump({"address": server.address, "context_length": context_length})
+    await asyncio.to_thread(attempt.store.put, f"{attempt.key}/ready.json", ready)
+    log.info("ready on %s", server.address)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    watch = asyncio.create_task(_watch_fence(attempt, ended))
+    await ended.wait()
+    watch.cancel()
+    await server.close()
+
+
+async def _watch_fence(attempt: Attempt, ended: asyncio.Event) -> None:
+    """The service that started this engine may be gone, and the next one may not know of it."""
+    while not ended.is_set():
+        try:
+            await asyncio.to_thread(attempt.check)
+        except Fenced:
+            log.warning("this engine's endpoint was deleted or started again elsewhere")
+            ended.set()
+        except QuartetError:
+            pass  # the store is away: answers need none
+        await asyncio.sleep(FENCE_S)
+
+
+def run(store: Store, key: str, number: int) -> int:
+    """Serve one attempt; the exit status. A fault that trying again cannot mend is published for the service."""
+    with Attempt(store, key, number) as attempt:
+        try:
+            attempt.claim(who_am_i())
+            # Whoever raised the fence before it could see the claim is seen here.
+            attempt.check()
+            found = store.get(f"{attempt_key(key, number)}/run.json")
+            if found is None:
+                raise NotFound(f"there is no order at {key}", reason="ARTIFACT_NOT_FOUND")
+            order = json.loads(found.data)
+            with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
+                room, context_length = build(store, order, Path(folder))
+            asyncio.run(serve(room, context_length, order["token_file"], attempt))
+        except QuartetError as error:
+            log.error("%s", error.message)
+            if error.retryable:
+                return error.exit_status if isinstance(error, Fenced) else 1
+            with contextlib.suppress(Fenced):
+                attempt.publish(Outcome("FAILED", {}, error.to_json()))
+            return error.exit_status
+    return 0
+
+
+def main() -> int:
+    """The main function of an engine server."""
+    if len(sys.argv) != 2:
+        print("usage: python -m services.inference.engines <run.json URI>", file=sys.stderr)
+        return 64
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        TRANSFORMERS_VERBOSITY="error",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log.setLevel(logging.INFO)
+    # It advises faster kernels at each start, from a place that this server does not fetch code from.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # While a model loads nothing handles SIGTERM yet: leave by an exception, so that the folder is tidied up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        store_uri, key, number = split_run_uri(sys.argv[1])
+    except ValueError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return 64
+    return run(open_store(store_uri), key, number)
+
+
+if __name__ == "__main__":
+    ended = main()
+    logging.shutdown()
+    # All is written. Taking the interpreter apart takes seconds, and must not happen under threads that compute.
+    os._exit(ended)

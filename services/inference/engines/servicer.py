@@ -1,0 +1,278 @@
+"""The engine server's wire: messages to token ids by the artifact's template, token ids to text."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from quartet.inference.v1 import inference_pb2 as pb
+from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
+
+from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
+from services.finetune.formats import Message
+from services.finetune.store.artifacts import Manifest
+from services.finetune.templates import Template, load_template, to_prompt_ids
+from services.finetune.tokenizer import Tokenizer
+from services.inference.engines.port import Engine, Sampling
+
+COALESCE_S = 0.04
+DEFAULT_TOKENS = 512
+ROLES = {pb.Message.SYSTEM: "system", pb.Message.USER: "user", pb.Message.ASSISTANT: "assistant"}
+FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The bare model or an adapter on it, as it describes itself."""
+
+    alias: str
+    name: str
+    digest: str
+    manifest: Manifest
+
+
+class EngineServicer(InferenceServicer):
+    """See the proto: what is about answers is here, what is about endpoints is the inference service's."""
+
+    def __init__(self, endpoint: str, engine: Engine, tokenizer: Tokenizer, served: Sequence[Served]) -> None:
+        self._endpoint = endpoint
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._served: Mapping[str, Served] = {s.alias: s for s in served}
+        self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
+
+    def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
+        raise _elsewhere()
+
+    def GetEndpoint(self, request: pb.GetEndpointRequest, context: Any) -> pb.Endpoint:
+        raise _elsewhere()
+
+    def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
+        raise _elsewhere()
+
+    def DeleteEndpoint(self, request: pb.DeleteEndpointRequest, context: Any) -> Empty:
+        raise _elsewhere()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        served = self._find(request.adapter)
+        ids = self._plain(request)
+        async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+            yield answer
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
+        served = self._find(request.adapter)
+        template = self._template(served)
+        if request.template and request.template != template.name:
+            raise FailedPrecondition(
+                f"{served.name} was tuned with the template {template.name!r}, not {request.template!r}",
+                reason="TEMPLATE_MISMATCH",
+                metadata={"template": template.name},
+            )
+        ids = self._prompt(template, served, request.messages)
+        async for answer in self._answer(ids, served, request.sampling, template.stop, pb.ChatResponse):
+            yield answer
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        served = self._find(request.adapter)
+        if request.WhichOneof("input") == "text":
+            return pb.TokenizeResponse(token_ids=self._plain(request))
+        template = self._template(served)
+        ids = self._prompt(template, served, request.conversation.messages)
+        return pb.TokenizeResponse(token_ids=ids, template=template.name)
+
+    def ListServedModels(self, request: pb.ListServedModelsRequest, context: Any) -> pb.ListServedModelsResponse:
+        models = [
+            pb.ServedModel(
+                endpoint=self._endpoint,
+                adapter=s.alias,
+                model=s.name,
+                digest=s.digest,
+                context_length=self._engine.context_length,
+            )
+            for s in self._served.values()
+        ]
+        return pb.ListServedModelsResponse(models=models)
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    def _find(self, alias: str) -> Served:
+        if alias not in self._served:
+            known = ", ".join(a for a in self._served if a) or "none"
+            raise NotFound(
+                f"no adapter {alias!r} is served here; there are: {known}",
+                reason="ADAPTER_NOT_FOUND",
+                metadata={"adapter": alias},
+            )
+        return self._served[alias]
+
+    def _template(self, served: Served) -> Template:
+        name = served.manifest.meta["template"]
+        if not name:
+            raise FailedPrecondition(
+                f"{served.name} carries no chat template; use Generate, or import it with one",
+                reason="TEMPLATE_MISSING",
+            )
+        template: Template = self._load_template(name)
+        return template
+
+    def _prompt(self, template: Template, served: Served, messages: Sequence[pb.Message]) -> list[int]:
+        turns = [Message(ROLES.get(m.role, ""), "".join(p.text for p in m.content)) for m in messages]
+        check_turns(turns)
+        return to_prompt_ids(template, self._tokenizer, turns, served.manifest.meta["system"])
+
+    def _plain(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
+        if isinstance(request, pb.GenerateRequest) and request.WhichOneof("prompt") == "token_ids":
+            ids = list(request.token_ids.ids)
+            wrong = next((n for n, i in enumerate(ids) if not 0 <= i < self._engine.vocabulary), None)
+            if wrong is not None:
+                why = f"{ids[wrong]} is no token; they are from 0 to {self._engine.vocabulary - 1}"
+                field = f"token_ids.ids[{wrong}]"
+                # The contract has no reason of its own for this: such a prompt says nothing to the model either.
+                raise InvalidArgument(
+                    f"{field}: {why}", reason="PROMPT_EMPTY", violations=[Violation(field, why, "PROMPT_EMPTY")]
+                )
+        else:
+            bos = [self._tokenizer.bos_id] if self._tokenizer.adds_bos and self._tokenizer.bos_id is not None else []
+            ids = [*bos, *self._tokenizer.encode(request.text)] if request.text else []
+        if not ids:
+            raise InvalidArgument("the prompt is empty; give text or token_ids", reason="PROMPT_EMPTY")
+        return ids
+
+    # ------------------------------------------------------------------------------------------ answers
+
+    async def _answer(
+        self,
+        ids: list[int],
+        served: Served,
+        wanted: pb.Sampling,
+        stops: tuple[str, ...],
+        make: Callable[..., Any],
+    ) -> AsyncIterator[Any]:
+        """Stream an answer, several tokens a message when they come fast. A stop text is never sent, not even in part."""
+        sampling = self._sampling(wanted, served, len(ids), (*stops, *wanted.stop))
+        text = StopText(self._tokenizer, (*stops, *wanted.stop))
+        pending_text, pending_ids, count, finish = "", [], 0, ""
+        last = 0.0  # the first token goes out at once
+        steps = self._engine.generate(ids, sampling, served.alias)
+        try:
+            async for step in steps:
+                count += len(step.ids)
+                pending_ids += step.ids
+                pending_text += text.push(step.ids, bool(step.finish))
+                finish = "stop" if text.stopped else step.finish
+                if finish:
+                    break
+                if time.monotonic() - last >= COALESCE_S:
+                    yield make(text=pending_text, token_ids=pending_ids)
+                    pending_text, pending_ids, last = "", [], time.monotonic()
+        finally:
+            await steps.aclose()  # type: ignore[attr-defined]  # an async generator, by the port's contract
+        usage = pb.Usage(prompt_tokens=len(ids), completion_tokens=count)
+        yield make(text=pending_text, token_ids=pending_ids, finish_reason=FINISH[finish], usage=usage)
+
+    def _sampling(self, wanted: pb.Sampling, served: Served, prompt: int, stops: Sequence[str]) -> Sampling:
+        """What the caller asks for, over what the model says of itself, over greedy."""
+        whole = self._engine.context_length
+        room = whole - prompt
+        if room < 1:
+            raise InvalidArgument(
+                f"the prompt has {prompt} tokens, but prompt and answer together may have {whole}; shorten it",
+                reason="PROMPT_TOO_LONG",
+                metadata={"prompt_tokens": str(prompt), "context_length": str(whole)},
+            )
+        own = {k: v for k, v in served.manifest.meta["generation"].items() if v is not None}
+        given = {f.name: v for f, v in wanted.ListFields() if f.name != "stop"}
+        if not own.get("do_sample", False):
+            own["temperature"] = 0.0
+
+        def pick(name: str, default: float) -> float:
+            return float(given.get(name, own.get(name, default)))
+
+        sampling = Sampling(
+            temperature=pick("temperature", 1.0),
+            top_p=pick("top_p", 1.0),
+            top_k=int(pick("top_k", 0)),
+            max_tokens=min(int(given.get("max_tokens", DEFAULT_TOKENS)), room),
+            repetition_penalty=pick("repetition_penalty", 1.0),
+            seed=wanted.seed if wanted.HasField("seed") else None,
+            eos_ids=self._ends(own, stops),
+        )
+        check_sampling(sampling)
+        return sampling
+
+    def _ends(self, own: Mapping[str, Any], stops: Sequence[str]) -> tuple[int, ...]:
+        """Tokens that end an answer: the model's, and stops that are special tokens, which never come out as text."""
+        special = [s for s in stops if s in self._tokenizer.special_texts]
+        return tuple({*own["eos_token_id"], *(self._tokenizer.encode(s)[0] for s in special)})
+
+
+def check_turns(turns: Sequence[Message]) -> None:
+    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless a system turn may come first, then user and assistant in
+    turn, and a user's last."""
+    if not turns:
+        raise InvalidArgument("a chat needs a message of the user's", reason="MESSAGES_EMPTY")
+    start = 1 if turns[0].role == "system" else 0
+    wanted = ["system"][:start] + [("user", "assistant")[n % 2] for n in range(max(len(turns) - start, 1))]
+    for n, (role, expected) in enumerate(zip([*(t.role for t in turns), "nobody"], wanted, strict=False)):
+        if role != expected:
+            raise _bad_role(n, f"expected {expected}, not {role or 'a message without a role'}")
+    if turns[-1].role != "user":
+        raise _bad_role(len(turns) - 1, "the last message must be the user's")
+
+
+def _bad_role(n: int, why: str) -> InvalidArgument:
+    field = f"messages[{n}].role"
+    return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
+
+
+def _elsewhere() -> Unimplemented:
+    return Unimplemented(
+        "this is an engine server, which only answers; endpoints are the inference service's", reason="UNIMPLEMENTED"
+    )
+
+
+def check_sampling(s: Sampling) -> None:
+    """InvalidArgument (SAMPLING_INVALID) blaming each field that is out of its range."""
+    rules = {
+        "temperature": (0 <= s.temperature <= 10, "must be from 0 to 10"),
+        "top_p": (0 < s.top_p <= 1, "must be above 0 and at most 1"),
+        "top_k": (s.top_k >= 0, "must not be negative"),
+        "max_tokens": (s.max_tokens >= 1, "must be at least 1"),
+        "repetition_penalty": (0 < s.repetition_penalty <= 10, "must be above 0 and at most 10"),
+    }
+    wrong = [Violation(f"sampling.{k}", why, "SAMPLING_INVALID") for k, (good, why) in rules.items() if not good]
+    if wrong:
+        said = "; ".join(f"{v.field} {v.message}" for v in wrong)
+        raise InvalidArgument(said, reason="SAMPLING_INVALID", violations=wrong)
+
+
+class StopText:
+    """Text as it comes, held back while it may still become a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._stream = tokenizer.stream()
+        self._stops = [s for s in stops if s]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int], last: bool) -> str:
+        self._held += self._stream.push(ids, last)
+        ends = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._held[: min(ends)]
+        keep = 0 if last else max((self._overlap(s) for s in self._stops), default=0)
+        out = self._held[: len(self._held) - keep]
+        self._held = self._held[len(out) :]
+        return out
+
+    def _overlap(self, stop: str) -> int:
+        """How many of the last characters are the beginning of `stop`."""
+        for n in range(min(len(stop) - 1, len(self._held)), 0, -1):
+            if self._held.endswith(stop[:n]):
+                return n
+        return 0

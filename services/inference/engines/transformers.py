@@ -1,0 +1,225 @@
+"""The transformers engine: any causal model on CPU or GPU, adapters by PEFT, one forward pass at a time.
+
+Each request has a thread and a key-value cache of its own; a fair queue gives each the model for one step, so a long
+answer or prompt delays a short one by a step and not by its length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
+from transformers.utils.logging import disable_progress_bar
+
+from services.finetune.errors import FailedPrecondition
+from services.inference.engines.port import Sampling, Step
+
+PREFILL = 1024
+"""Tokens of a prompt that are read in one step."""
+
+
+class TransformersEngine:
+    """See Engine. `adapters` are folders in PEFT layout by alias."""
+
+    def __init__(self, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> None:
+        model = _load(folder, getattr(torch, dtype), bits)
+        text = model.config.get_text_config()
+        self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
+        self.vocabulary = int(text.vocab_size)
+        self._model = _with_adapters(model, adapters).eval()
+        self._device = next(model.parameters()).device
+        self._turns = FairLock()
+        self._adapted = bool(adapters)
+        self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
+        gone = threading.Event()
+
+        def work() -> None:
+            try:
+                for step in self._steps(ids, sampling, adapter):
+                    if gone.is_set():
+                        return
+                    loop.call_soon_threadsafe(steps.put_nowait, step)
+            except Exception as error:
+                # At the server's end the loop may be closed before the last threads notice.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(steps.put_nowait, error)
+
+        threading.Thread(target=work, name="generate", daemon=True).start()
+        try:
+            while True:
+                step = await steps.get()
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+                if step.finish:
+                    return
+        finally:
+            gone.set()
+
+    def _steps(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> Iterator[Step]:
+        """An answer token by token. While a long prompt is read there are empty steps, so that it can be cut short."""
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        cache = DynamicCache(config=self._model.config)
+        feed, seen = list(ids), list(ids)
+        while len(feed) > PREFILL:
+            self._forward(feed[:PREFILL], cache, adapter)
+            feed = feed[PREFILL:]
+            yield Step([])
+        for n in range(sampling.max_tokens):
+            logits = self._forward(feed, cache, adapter)
+            token = choose(logits, seen, sampling, generator)
+            if token in sampling.eos_ids:
+                yield Step([], "stop")
+                return
+            seen.append(token)
+            feed = [token]
+            yield Step([token], "length" if n + 1 == sampling.max_tokens else "")
+
+    def _forward(self, ids: list[int], cache: DynamicCache, adapter: str) -> Tensor:
+        """Logits [V] after `ids`, float32 on the CPU; `cache` grows by them."""
+        with self._turns.turn(), torch.inference_mode():
+            self._switch(adapter)
+            out = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits: Tensor = out.logits[0, -1].float().cpu()
+            return logits
+
+    def _switch(self, adapter: str) -> None:
+        """Turn an adapter on, or all off. PEFT walks over every layer for it, so only when it is another one."""
+        if not self._adapted or adapter == self._adapter:
+            return
+        if adapter:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(_inner(adapter), inference_mode=True)
+        else:
+            self._model.base_model.disable_adapter_layers()
+        self._adapter = adapter
+
+
+class FairLock:
+    """A lock that is handed on in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        mine = threading.Event()
+        with self._guard:
+            self._queue.append(mine)
+            if len(self._queue) == 1:
+                mine.set()
+        mine.wait()
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._queue.popleft()
+                if self._queue:
+                    self._queue[0].set()
+
+
+def choose(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token by temperature, top-k, then top-p (Holtzman et al. 2020), after the repetition penalty
+    (Keskar et al. 2019); the likeliest one at temperature 0."""
+    if sampling.repetition_penalty != 1.0:
+        logits_V = logits_V.clone()
+        ids = torch.tensor(sorted(set(seen)))
+        old = logits_V[ids]
+        penalty = sampling.repetition_penalty
+        logits_V[ids] = torch.where(old > 0, old / penalty, old * penalty)
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / sampling.temperature
+    if 0 < sampling.top_k < logits_V.numel():
+        logits_V[logits_V < logits_V.topk(sampling.top_k).values[-1]] = -torch.inf
+    probabilities_V, order_V = logits_V.softmax(-1).sort(descending=True)
+    # A token stays while the mass before it is below top_p: the likeliest always stays.
+    probabilities_V[probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p] = 0
+    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
+    """The model on the GPU if there is one. FailedPrecondition (MODEL_NOT_SERVABLE)."""
+    disable_progress_bar()
+    quant: Any = None
+    if bits == 4:
+        quant = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif bits == 8:
+        quant = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quant,
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise FailedPrecondition(
+            f"transformers cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
+        ) from error
+
+
+def _with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """`model` with adapters beside each other. FailedPrecondition (MODEL_NOT_SERVABLE)."""
+    import peft
+
+    wrapped: Any = None
+    for alias, folder in adapters.items():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise FailedPrecondition(f"{alias} has no adapter_model.safetensors", reason="MODEL_NOT_SERVABLE")
+        try:
+            if wrapped is None:
+                wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name=_inner(alias))
+            else:
+                wrapped.load_adapter(folder, adapter_name=_inner(alias))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise FailedPrecondition(
+                f"PEFT cannot load the adapter {alias}: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
+            ) from error
+        if wrapped.peft_config[_inner(alias)].is_prompt_learning:
+            raise FailedPrecondition(
+                f"{alias} is an adapter of learned prompts; only those that change layers can be served",
+                reason="MODEL_NOT_SERVABLE",
+            )
+    return wrapped or model
+
+
+def _inner(alias: str) -> str:
+    """PEFT's name for an adapter: it becomes a name inside of modules, where 'train' or 'lora' mean something else."""
+    return f"served-{alias}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

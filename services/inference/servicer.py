@@ -1,0 +1,165 @@
+"""The inference room's wire: endpoints by use-cases; Chat, Generate and Tokenize passed on to the engine server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from quartet.inference.v1 import inference_pb2 as pb
+from quartet.inference.v1.inference_pb2_grpc import InferenceServicer, InferenceStub
+
+from services.common import auth, wire
+from services.common.records import Record
+from services.finetune.errors import QuartetError, Unavailable
+from services.inference.usecases import Inference
+
+PAGING = ("page_size", "page_token", "filter", "order_by")
+HEALTH_S = 2.0
+# What gRPC itself says of a server that vanishes. The engine's own errors have our details beside the code.
+LOST = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+
+
+class Servicer(InferenceServicer):
+    """See the proto. `token` is shown to the engines, which want the service's own."""
+
+    def __init__(self, inference: Inference, token: str) -> None:
+        self._inference = inference
+        self._metadata = tuple(auth.bearer(token)) if token else ()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
+        given = request.endpoint
+        spec = {
+            "display_name": given.display_name,
+            "model": given.model,
+            "adapters": [{"alias": a.alias, "model": a.model} for a in given.adapters],
+            "engine": given.engine,
+            "dtype": given.dtype,
+            "bits": given.bits,
+            "labels": dict(given.labels),
+        }
+        asked = (request.request_id, wire.fingerprint(request))
+        return _endpoint(
+            self._inference.create(request.parent, request.endpoint_id, spec, asked, request.validate_only)
+        )
+
+    def GetEndpoint(self, request: pb.GetEndpointRequest, context: Any) -> pb.Endpoint:
+        return _endpoint(self._inference.get(request.name))
+
+    def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
+        paging = {name: getattr(request, name) for name in PAGING}
+        found, token = self._inference.list(request.parent, **paging)
+        return pb.ListEndpointsResponse(endpoints=[_endpoint(r) for r in found], next_page_token=token)
+
+    def DeleteEndpoint(self, request: pb.DeleteEndpointRequest, context: Any) -> Empty:
+        self._inference.delete(request.name, request.etag)
+        return Empty()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        async for answer in self._pass_on("Generate", request, context):
+            yield answer
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
+        async for answer in self._pass_on("Chat", request, context):
+            yield answer
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        address = await asyncio.to_thread(self._inference.address, request.endpoint)
+        call = self._engine(address).Tokenize(request, timeout=context.time_remaining(), metadata=self._metadata)
+        try:
+            answer: pb.TokenizeResponse = await call
+        except grpc.aio.AioRpcError as error:
+            raise self._understood(error, address, 0) from error
+        return answer
+
+    def ListServedModels(self, request: pb.ListServedModelsRequest, context: Any) -> pb.ListServedModelsResponse:
+        return pb.ListServedModelsResponse(
+            models=[m for r in self._inference.ready(request.parent) for m in _served(r)]
+        )
+
+    async def _pass_on(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Stream from the engine; deadline and cancellation go along, and so does the engine's own error."""
+        address = await asyncio.to_thread(self._inference.address, request.endpoint)
+        send = getattr(self._engine(address), method)
+        call = send(request, timeout=context.time_remaining(), metadata=self._metadata)
+        sent = 0
+        try:
+            async for answer in call:
+                sent += len(answer.token_ids)
+                yield answer
+        except grpc.aio.AioRpcError as error:
+            raise self._understood(error, address, sent) from error
+        finally:
+            call.cancel()
+
+    def _engine(self, address: str) -> Any:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address)
+        return InferenceStub(self._channels[address])
+
+    def _understood(self, error: grpc.aio.AioRpcError, address: str, sent: int) -> grpc.aio.AioRpcError | QuartetError:
+        """The engine's own error as it came; ENGINE_LOST if there is no engine any more."""
+        if error.code() not in LOST or _has_details(error):
+            return error
+        # The next engine has another address; other calls on this channel meet the same end.
+        self._channels.pop(address, None)
+        return Unavailable(
+            f"the engine was lost after {sent} tokens; it is started again, so ask again soon",
+            reason="ENGINE_LOST",
+            metadata={"tokens_sent": str(sent)},
+        )
+
+
+def answers(address: str) -> bool:
+    """Whether the server at `address` says that it serves."""
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        try:
+            said = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
+        except grpc.RpcError:
+            return False
+        return bool(said.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _has_details(error: grpc.aio.AioRpcError) -> bool:
+    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+
+
+def _endpoint(record: Record) -> pb.Endpoint:
+    body, spec = record.body, record.body["spec"]
+    return pb.Endpoint(
+        name=record.name,
+        display_name=spec["display_name"],
+        model=spec["model"],
+        adapters=[pb.ServedAdapter(alias=a["alias"], model=a["name"], digest=a["digest"]) for a in spec["adapters"]],
+        engine=spec["engine"] or "transformers",
+        dtype=spec["dtype"],
+        bits=spec["bits"],
+        labels=spec["labels"],
+        state=pb.Endpoint.State.Value(record.state),
+        error=wire.error_status(body.get("error")),
+        address=body.get("address", ""),
+        template=spec["template"],
+        create_time=wire.timestamp(record.create_time),
+        etag=record.etag,
+    )
+
+
+def _served(record: Record) -> list[pb.ServedModel]:
+    spec, length = record.body["spec"], record.body["context_length"]
+    bare = {"alias": "", "name": spec["model"], "digest": spec["digest"]}
+    return [
+        pb.ServedModel(
+            endpoint=record.name, adapter=s["alias"], model=s["name"], digest=s["digest"], context_length=length
+        )
+        for s in (bare, *spec["adapters"])
+    ]

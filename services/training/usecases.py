@@ -1,0 +1,200 @@
+"""What the training room decides: which order a job becomes, and what its events and results mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.common import names
+from services.common.jobs import Jobs, Work
+from services.common.paging import page
+from services.common.records import Record
+from services.finetune import recipes
+from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Violation
+from services.finetune.progress import Event
+from services.finetune.store import Store
+from services.finetune.store.artifacts import Ref, delete_ref, get_ref, list_refs, load, put_ref
+from services.finetune.templates import check_name
+
+JOB = "workspaces/{workspace}/trainingJobs/{job}"
+CHECKPOINT = JOB + "/checkpoints/{step}"
+MODEL = "workspaces/{workspace}/models/{model}"
+REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
+
+
+class Training:
+    """Recipes, jobs and checkpoints. `jobs` is set by the wiring, which needs `work` first."""
+
+    jobs: Jobs
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice)
+
+    # ------------------------------------------------------------------------------------------ recipes
+
+    def recipe(self, name: str) -> recipes.Recipe:
+        names.parse("recipes/{recipe}", name)
+        return recipes.resolve(name.removeprefix("recipes/"))
+
+    def list_recipes(self, **paging: Any) -> tuple[list[recipes.Recipe], str]:
+        found = [recipes.resolve(name) for name in recipes.names()]
+
+        def fields(r: recipes.Recipe) -> Mapping[str, Any]:
+            return {"name": r.name, "model": r.model, "method": r.method, "dataset": r.dataset}
+
+        return page(found, fields=fields, orders=["name"], default_order="name", **paging)
+
+    # ------------------------------------------------------------------------------------------ jobs
+
+    def create(self, parent: str, job_id: str, spec: dict[str, Any], request: tuple[str, str], dry: bool) -> Record:
+        """Resolve everything that the job names, then queue it. `request` is (request_id, fingerprint)."""
+        names.parse("workspaces/{workspace}", parent, "parent")
+        made = self.jobs.records.requested(self.work.kind, *request)
+        if made is not None:
+            return made
+        name = f"{parent}/trainingJobs/{names.choose_id(job_id, request[0], 'job')}"
+        config = self._config(spec)
+        base = self._model(spec["base_model"])
+        if config.data.template in ("", "tokenizer") and not load(self._store, base.digest).meta["template"]:
+            raise FailedPrecondition(
+                f"{base.name} has no chat template; name one by data.template", reason="TEMPLATE_MISSING"
+            )
+        datasets = [self._revision(d) for d in spec["datasets"]]
+        if not datasets:
+            raise InvalidArgument(
+                "a job needs a dataset revision to learn from",
+                reason="DATASET_MISSING",
+                violations=[Violation("training_job.datasets", "is empty", "DATASET_MISSING")],
+            )
+        resume = self._checkpoint(spec["resume_from"]) if spec["resume_from"] else None
+        run = TrainRun(job=name, config=config, base=base, datasets=tuple(datasets), resume=resume)
+        spec = {**spec, "run": to_json(run), "datasets": [d.name for d in datasets]}
+        if dry:
+            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
+        return self.jobs.create(name, spec, *request)
+
+    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
+        names.parse("workspaces/{workspace}", parent, "parent")
+
+        def fields(r: Record) -> Mapping[str, Any]:
+            return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
+
+        return page(
+            self.jobs.records.find(self.work.kind, parent + "/"),
+            fields=fields,
+            orders=["create_time"],
+            default_order="create_time desc",
+            **paging,
+        )
+
+    def delete(self, name: str, etag: str) -> None:
+        def forget() -> None:
+            for ref in list(list_refs(self._store, f"{name}/checkpoints/")):
+                delete_ref(self._store, ref.name)
+
+        self.jobs.delete(name, etag, forget)
+
+    def checkpoints(self, parent: str, **paging: Any) -> tuple[Sequence[Ref], str]:
+        self.jobs.get(parent)
+
+        def fields(r: Ref) -> Mapping[str, Any]:
+            return {"name": r.name, "step": r.body["step"]}
+
+        found = list(list_refs(self._store, f"{parent}/checkpoints/"))
+        return page(found, fields=fields, orders=["step"], default_order="step", **paging)
+
+    # ------------------------------------------------------------------------------------------ for the supervisor
+
+    def order(self, job: Record) -> Mapping[str, Any]:
+        run: Mapping[str, Any] = job.body["spec"]["run"]
+        return run
+
+    def _notice(self, job: Record, event: Event) -> Event:
+        """A checkpoint gets its name before anybody hears of it."""
+        if event["type"] != "checkpoint":
+            return event
+        name = f"{job.name}/checkpoints/{event['step']}"
+        body = {k: event[k] for k in ("digest", "step", "loss")}
+        try:
+            put_ref(self._store, name, {**body, "create_time": names.now(), "job": job.name}, if_absent=True)
+        except Aborted:
+            # A later attempt came to the same step again; what it saved is what it will go on from.
+            put_ref(self._store, name, {**body, "create_time": names.now(), "job": job.name})
+        return {**event, "name": name}
+
+    def _succeed(self, job: Record, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"result": f"{job.name}/checkpoints/{result['step']}"}
+
+    # ------------------------------------------------------------------------------------------ names to digests
+
+    def _config(self, spec: Mapping[str, Any]) -> RunConfig:
+        config = self.recipe("recipes/" + spec["recipe"].removeprefix("recipes/")).config
+        overrides = dict(spec["overrides"])
+        if overrides.get("method") == "lora":
+            overrides.setdefault("quant.bits", 0)
+        config = override(config, overrides)
+        if (config.method == "qlora") != (config.quant.bits == 4):
+            raise InvalidArgument("qlora needs quant.bits 4 and lora needs quant.bits 0", reason="CONFIG_VALUE_INVALID")
+        if config.data.template:
+            check_name(config.data.template)
+        _positive(config)
+        return config
+
+    def _model(self, name: str) -> ArtifactRef:
+        names.parse(MODEL, name, "training_job.base_model")
+        ref = get_ref(self._store, name)
+        if ref is None:
+            raise NotFound(
+                f"there is no model {name}; import it first", reason="MODEL_NOT_FOUND", metadata={"name": name}
+            )
+        if ref.body["kind"] == "adapter":
+            raise FailedPrecondition(
+                f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
+            )
+        return ArtifactRef(name=name, digest=ref.body["digest"])
+
+    def _revision(self, name: str) -> ArtifactRef:
+        names.parse(REVISION, name, "training_job.datasets")
+        if name.endswith("/revisions/latest"):
+            dataset = get_ref(self._store, name.removesuffix("/revisions/latest"))
+            name = dataset.body["latest_revision"] or name if dataset else name
+        ref = get_ref(self._store, name)
+        if ref is None:
+            raise NotFound(f"there is no dataset revision {name}", reason="REVISION_NOT_FOUND", metadata={"name": name})
+        return ArtifactRef(name=name, digest=ref.body["digest"])
+
+    def _checkpoint(self, name: str) -> ArtifactRef:
+        names.parse(CHECKPOINT, name, "training_job.resume_from")
+        ref = get_ref(self._store, name)
+        if ref is None:
+            raise NotFound(f"there is no checkpoint {name}", reason="CHECKPOINT_NOT_FOUND", metadata={"name": name})
+        return ArtifactRef(name=name, digest=ref.body["digest"])
+
+
+def _positive(config: RunConfig) -> None:
+    """Values that would make a run senseless are refused before anything is started."""
+    least = {
+        "lora.rank": (config.lora.rank, 1),
+        "data.max_length": (config.data.max_length, 8),
+        "schedule.epochs": (config.schedule.epochs, 1),
+        "schedule.max_steps": (config.schedule.max_steps, 0),
+        "schedule.batch_size": (config.schedule.batch_size, 1),
+        "schedule.accumulate": (config.schedule.accumulate, 1),
+        "schedule.seed": (config.schedule.seed, 0),
+        "report.log_every": (config.report.log_every, 1),
+        "report.checkpoint_every": (config.report.checkpoint_every, 1),
+        "report.sample_every": (config.report.sample_every, 0),
+        "optim.lr": (config.optim.lr, 0),
+        "lora.dropout": (config.lora.dropout, 0),
+    }
+    for key, (value, lowest) in least.items():
+        if value < lowest:
+            raise InvalidArgument(
+                f"config key {key!r} must be at least {lowest}, not {value}",
+                reason="CONFIG_VALUE_INVALID",
+                metadata={"key": key},
+            )
+    if config.lora.dropout >= 1:
+        raise InvalidArgument("config key 'lora.dropout' must be below 1", reason="CONFIG_VALUE_INVALID")

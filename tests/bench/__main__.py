@@ -1,0 +1,51 @@
+"""`make bench`: each section measures against its named peer, interleaved in one run, and prints ratio and spread."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.bench.upload import bench_upload
+from tests.e2e.stack import Stack
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} (min {min(values):.2f}, max {max(values):.2f}, n {len(values)})"
+
+
+def rss_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+def bench_start(rounds: int = 5) -> None:
+    """Start of all four services in one process, until they answer; goal 3 s and 150 MB."""
+    seconds, sizes = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as home:
+            began = time.monotonic()
+            stack = Stack(Path(home)).start()
+            seconds.append(time.monotonic() - began)
+            assert stack.process is not None
+            sizes.append(rss_mb(stack.process.pid))
+            stack.stop()
+    print(f"start  seconds {spread(seconds)}  goal 3")
+    print(f"start  RSS MB  {spread(sizes)}  goal 150")
+
+
+def main() -> None:
+    bench_start()
+    ours, bare = bench_upload()
+    ratio = [a / b for a, b in zip(ours, bare, strict=True)]
+    print(f"upload MB/s    {spread(ours)}")
+    print(f"upload peer    {spread(bare)}  a bare grpc.aio client stream of 1 MiB messages, bytes dropped")
+    print(f"upload ratio   {spread(ratio)}")
+
+
+if __name__ == "__main__":
+    main()

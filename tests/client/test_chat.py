@@ -1,0 +1,126 @@
+"""The talk: messages end with an empty line, history is kept, a model's endpoint lives as long as the talk."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import empty_pb2
+from grpc_status import rpc_status
+from quartet.inference.v1 import inference_pb2, inference_pb2_grpc
+
+from services.common.status import to_status
+from services.finetune.errors import InvalidArgument, NotFound, QuartetError
+from tests.client.conftest import Done, Quartet, serving
+
+Turns = list[tuple[str, str]]
+
+
+class Inference(inference_pb2_grpc.InferenceServicer):
+    """Answers with the number of messages it was shown; remembers what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, inference_pb2.Endpoint] = {}
+        self.created: list[inference_pb2.Endpoint] = []
+        self.asked: list[inference_pb2.ChatRequest] = []
+
+    def turns(self) -> list[Turns]:
+        role = inference_pb2.Message.Role.Name
+        return [[(role(m.role), m.content[0].text) for m in r.messages] for r in self.asked]
+
+    def GetEndpoint(self, request: Any, context: Any) -> Any:
+        if request.name not in self.endpoints:
+            _abort(context, NotFound(f"{request.name} is not there", reason="ENDPOINT_NOT_FOUND"))
+        return self.endpoints[request.name]
+
+    def CreateEndpoint(self, request: Any, context: Any) -> Any:
+        made = inference_pb2.Endpoint()
+        made.CopyFrom(request.endpoint)
+        made.name = f"{request.parent}/endpoints/{request.endpoint_id or 'made'}"
+        made.state = inference_pb2.Endpoint.READY
+        self.endpoints[made.name] = made
+        self.created.append(made)
+        return made
+
+    def DeleteEndpoint(self, request: Any, context: Any) -> Any:
+        del self.endpoints[request.name]
+        return empty_pb2.Empty()
+
+    def Chat(self, request: Any, context: Any) -> Iterator[Any]:
+        self.asked.append(request)
+        if request.messages[-1].content[0].text == "too long":
+            _abort(context, InvalidArgument("the prompt is too long", reason="PROMPT_TOO_LONG"))
+        yield inference_pb2.ChatResponse(text="seen ")
+        yield inference_pb2.ChatResponse(text=str(len(request.messages)))
+
+
+def _abort(context: Any, error: QuartetError) -> None:
+    context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+@pytest.fixture()
+def inference() -> Inference:
+    # What it leaves out answers UNIMPLEMENTED, as gRPC has it.
+    return Inference()  # type: ignore[abstract]
+
+
+@pytest.fixture()
+def address(inference: Inference) -> Iterator[str]:
+    def add(server: grpc.Server) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+
+    with serving(add) as found:
+        yield found
+
+
+def say(quartet: Quartet, monkeypatch: pytest.MonkeyPatch, typed: str, *words: str) -> Done:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    return quartet("chat", *words)
+
+
+def test_history_is_kept_and_forgotten(
+    quartet: Quartet, inference: Inference, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = "one\ntwo\n\nthree\n\nRESET\nfour\n\nEXIT\nfive\n\n"
+    done = say(quartet, monkeypatch, typed, "m", "--system", "be short", "--endpoint", address)
+    assert (done.status, done.out) == (0, "seen 2\nseen 4\nforgotten\nseen 2\n")
+    system = ("SYSTEM", "be short")
+    assert inference.turns() == [
+        [system, ("USER", "one\ntwo")],
+        [system, ("USER", "one\ntwo"), ("ASSISTANT", "seen 2"), ("USER", "three")],
+        [system, ("USER", "four")],
+    ]
+
+
+def test_json_is_a_line_an_answer(quartet: Quartet, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = say(quartet, monkeypatch, "a\n\nRESET\nb", "m", "--json", "--endpoint", address)
+    assert [json.loads(line) for line in done.out.splitlines()] == [{"answer": "seen 1"}] * 2
+
+
+def test_a_models_endpoint_goes_away_even_after_an_error(quartet: Quartet, inference: Inference, address: str) -> None:
+    words = ["--adapter", "mine", "--bits", "4", "--endpoint", address]
+    assert quartet("chat", "m", "-m", "hi", *words).status == 0
+    done = quartet("chat", "m", "-m", "too long", *words)
+    assert (done.status, done.err) == (65, "error: the prompt is too long\n")
+    made = inference.created[0]
+    assert (made.model, made.bits) == ("workspaces/default/models/m", 4)
+    assert made.adapters[0].model == "workspaces/default/models/mine"
+    assert inference.asked[0].adapter == made.adapters[0].alias
+    assert len(inference.created) == 2 and not inference.endpoints
+
+
+def test_an_endpoint_that_is_there_stays(quartet: Quartet, inference: Inference, address: str) -> None:
+    assert quartet("endpoint", "create", "m", "--name", "e", "--endpoint", address).status == 0
+    words = ["--temperature", "0", "--top-p", "0.5", "--top-k", "3", "--max-new-tokens", "9", "--seed", "7"]
+    more = ["--stop-words", "x", "y", "--prompt-template", "t", "--repetition-penalty", "1.5"]
+    done = quartet("chat", "e", "-m", "hi", *words, *more, "--endpoint", address, "--json")
+    assert done.json == {"answer": "seen 1"} and list(inference.endpoints) == ["workspaces/default/endpoints/e"]
+    asked = inference.asked[0]
+    wanted = inference_pb2.Sampling(
+        temperature=0, top_p=0.5, top_k=3, max_tokens=9, seed=7, stop=["x", "y"], repetition_penalty=1.5
+    )
+    assert (asked.endpoint, asked.template, asked.sampling) == ("workspaces/default/endpoints/e", "t", wanted)

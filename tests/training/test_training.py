@@ -1,0 +1,230 @@
+"""The training room over its real server; the workers are tests/common/worker.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from quartet.training.v1 import training_pb2 as pb
+from quartet.training.v1.training_pb2_grpc import TrainingStub, add_TrainingServicer_to_server
+
+from services.common import wire
+from services.common.jobs import Jobs
+from services.common.records import Records
+from services.common.server import Room
+from services.finetune.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+)
+from services.finetune.store import Store, open_store
+from services.training.servicer import Servicer
+from services.training.usecases import Training
+from tests.common.jobbing import ScriptLauncher
+from tests.common.serving import W, fresh, put_dataset, put_model, refused, serve
+
+RECIPE = "smollm2_135m_lora_assistant_e1"
+QLORA = "smollm2_135m_qlora_assistant_e1"
+TERMINAL = (pb.TrainingJob.SUCCEEDED, pb.TrainingJob.FAILED, pb.TrainingJob.CANCELLED)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture(scope="module")
+def store(home: Path) -> Store:
+    made = open_store((home / "store").as_uri())
+    put_model(made, "base")
+    put_model(made, "adapter", "adapter")
+    put_model(made, "merged", "merged")
+    put_model(made, "plain", template="")
+    put_dataset(made, "d")
+    return made
+
+
+@pytest.fixture(scope="module")
+def room(home: Path, store: Store) -> Iterator[TrainingStub]:
+    training = Training(store)
+    records = Records(f"sqlite:///{home}/q.db")
+    training.jobs = Jobs(records, store, ScriptLauncher(home), training.work, max_workers=4, grace_s=5)
+    servicer = Servicer(training)
+    made = Room(
+        "quartet.training.v1.Training",
+        lambda server: add_TrainingServicer_to_server(servicer, server),
+        training.jobs.start,
+        training.jobs.stop,
+    )
+    with serve(made, home) as channel:
+        yield TrainingStub(channel)
+    records.close()
+
+
+def request(job_id: str = "", overrides: dict[str, Any] | None = None, **given: Any) -> pb.CreateTrainingJobRequest:
+    rest = {k: given.pop(k) for k in ("request_id", "validate_only", "parent") if k in given}
+    job: dict[str, Any] = {"recipe": RECIPE, "base_model": f"{W}/models/base"}
+    job |= {"datasets": [f"{W}/datasets/d/revisions/latest"], **given}
+    made = pb.TrainingJob(**job, overrides=wire.to_struct(overrides or {}))
+    return pb.CreateTrainingJobRequest(**{"parent": W, **rest}, training_job_id=job_id, training_job=made)
+
+
+def watch(room: TrainingStub, name: str, after: int = 0) -> list[pb.TrainingEvent]:
+    return list(room.WatchTrainingJob(pb.WatchTrainingJobRequest(name=name, after_sequence=after), timeout=40))
+
+
+def test_whole_job(room: TrainingStub) -> None:
+    labels = {"team": fresh("x")}
+    made = room.CreateTrainingJob(request(display_name="A job", labels=labels, overrides={"optim.lr": 0.5}))
+    assert made.state == pb.TrainingJob.QUEUED and made.attempt == 0
+    assert list(made.datasets) == [f"{W}/datasets/d/revisions/r1"]
+    config = json_format.MessageToDict(made.config)
+    assert config["optim"]["lr"] == 0.5 and config["quant"]["bits"] == 0
+    events = watch(room, made.name)
+    assert [e.sequence for e in events] == list(range(1, len(events) + 1))
+    saved = [e.checkpoint for e in events if e.WhichOneof("event") == "checkpoint"]
+    assert [c.name for c in saved] == [f"{made.name}/checkpoints/{n}" for n in (10, 20)]
+    assert watch(room, made.name, 3) == events[3:]
+    job = room.GetTrainingJob(pb.GetTrainingJobRequest(name=made.name))
+    assert (job.state, job.result, job.attempt) == (pb.TrainingJob.SUCCEEDED, saved[-1].name, 1)
+    assert (job.progress.step, job.progress.total_steps) == (3, 9) and job.etag != made.etag
+    assert made.create_time.ToNanoseconds() <= job.start_time.ToNanoseconds() <= job.end_time.ToNanoseconds()
+    listed = room.ListCheckpoints(pb.ListCheckpointsRequest(parent=made.name, order_by="step desc", page_size=1))
+    assert [c.step for c in listed.checkpoints] == [20] and listed.next_page_token
+    assert listed.checkpoints[0].digest == saved[-1].digest and listed.checkpoints[0].loss == 0.5
+    wanted = f'state = "SUCCEEDED" AND labels.team = "{labels["team"]}"'
+    found = room.ListTrainingJobs(pb.ListTrainingJobsRequest(parent=W, filter=wanted))
+    assert [j.name for j in found.training_jobs] == [made.name]
+    # What it saved can be gone on from.
+    resumed = room.CreateTrainingJob(request(resume_from=saved[0].name, validate_only=True))
+    assert resumed.resume_from == saved[0].name
+
+
+def test_request_id_is_one_job(room: TrainingStub) -> None:
+    rid, job = fresh("r"), fresh("j")
+    made = room.CreateTrainingJob(request(job, request_id=rid))
+    assert room.CreateTrainingJob(request(job, request_id=rid)).name == made.name
+    with refused(InvalidArgument, "REQUEST_ID_REUSED"):
+        room.CreateTrainingJob(request(job, {"optim.lr": 1}, request_id=rid))
+    with refused(AlreadyExists, "JOB_EXISTS"):
+        room.CreateTrainingJob(request(job))
+
+
+def test_validate_only_changes_nothing(room: TrainingStub) -> None:
+    made = room.CreateTrainingJob(request(fresh("dry"), validate_only=True))
+    assert made.config.fields and made.state == pb.TrainingJob.QUEUED
+    with refused(NotFound, "JOB_NOT_FOUND"):
+        room.GetTrainingJob(pb.GetTrainingJobRequest(name=made.name))
+
+
+@pytest.mark.parametrize(
+    ("given", "cls", "reason"),
+    [
+        ({"recipe": "smollm2_135m_lora_assistnt_e1"}, NotFound, "RECIPE_UNKNOWN"),
+        ({"base_model": f"{W}/models/none"}, NotFound, "MODEL_NOT_FOUND"),
+        ({"base_model": "../../x"}, InvalidArgument, "NAME_MALFORMED"),
+        ({"base_model": f"{W}/models/adapter"}, FailedPrecondition, "MODEL_NOT_TRAINABLE"),
+        ({"base_model": f"{W}/models/plain"}, FailedPrecondition, "TEMPLATE_MISSING"),
+        ({"datasets": []}, InvalidArgument, "DATASET_MISSING"),
+        ({"datasets": [f"{W}/datasets/none/revisions/latest"]}, NotFound, "REVISION_NOT_FOUND"),
+        ({"datasets": [f"{W}/datasets/d/revisions/r2"]}, NotFound, "REVISION_NOT_FOUND"),
+        ({"datasets": ["../../../etc/revisions/latest"]}, InvalidArgument, "NAME_MALFORMED"),
+        ({"resume_from": f"{W}/trainingJobs/none/checkpoints/1"}, NotFound, "CHECKPOINT_NOT_FOUND"),
+        ({"overrides": {"optim.lrr": 1}}, InvalidArgument, "CONFIG_KEY_UNKNOWN"),
+        ({"overrides": {"optim.lr": "fast"}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"schedule.epochs": 1.5}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"schedule.batch_size": 0}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"parent": "workspaces/W"}, InvalidArgument, "NAME_MALFORMED"),
+        ({"job_id": "Bad Id"}, InvalidArgument, "NAME_MALFORMED"),
+    ],
+)
+def test_what_is_refused(room: TrainingStub, given: dict[str, Any], cls: Any, reason: str) -> None:
+    with refused(cls, reason) as error:
+        room.CreateTrainingJob(request(**given))
+    assert "Traceback" not in error[0].message
+
+
+def test_lora_takes_the_base_as_it_is(room: TrainingStub) -> None:
+    """Whatever the recipe says of quantisation, and whole numbers stay whole on the wire and back."""
+    wanted = request(recipe=QLORA, overrides={"method": "lora", "schedule.epochs": 2}, validate_only=True)
+    made = wire.from_struct(room.CreateTrainingJob(wanted).config)
+    assert (made["method"], made["quant"]["bits"]) == ("lora", 0)
+    assert made["schedule"]["epochs"] == 2 and isinstance(made["schedule"]["epochs"], int)
+
+
+def test_plain_base_with_a_named_template(room: TrainingStub) -> None:
+    wanted: dict[str, Any] = {
+        "base_model": f"{W}/models/plain",
+        "overrides": {"data.template": "chatml"},
+        "validate_only": True,
+    }
+    assert room.CreateTrainingJob(request(**wanted)).name
+    assert room.CreateTrainingJob(request(base_model=f"{W}/models/merged", validate_only=True)).name
+
+
+def test_cancel_and_delete(room: TrainingStub) -> None:
+    name = room.CreateTrainingJob(request(fresh("slow"))).name
+    stream = room.WatchTrainingJob(pb.WatchTrainingJobRequest(name=name), timeout=40)
+    while next(stream).WhichOneof("event") != "metric":
+        pass
+    with refused(FailedPrecondition, "JOB_NOT_ENDED"):
+        room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name))
+    room.CancelTrainingJob(pb.CancelTrainingJobRequest(name=name))
+    assert list(stream)[-1].state.state == pb.TrainingJob.CANCELLED
+    job = room.CancelTrainingJob(pb.CancelTrainingJobRequest(name=name))
+    with refused(Aborted, "ETAG_MISMATCH"):
+        room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name, etag="1"))
+    room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name, etag=job.etag))
+    with refused(NotFound, "JOB_NOT_FOUND"):
+        room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
+
+
+def test_delete_forgets_checkpoints(room: TrainingStub, store: Store) -> None:
+    name = room.CreateTrainingJob(request(fresh("j"))).name
+    assert watch(room, name)[-1].state.state == pb.TrainingJob.SUCCEEDED
+    room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name))
+    with refused(NotFound, "CHECKPOINT_NOT_FOUND"):
+        room.CreateTrainingJob(request(resume_from=f"{name}/checkpoints/20"))
+    with refused(NotFound, "JOB_NOT_FOUND"):
+        room.ListCheckpoints(pb.ListCheckpointsRequest(parent=name))
+
+
+def test_failed_job_tells_why(room: TrainingStub) -> None:
+    name = room.CreateTrainingJob(request(fresh("faulty"))).name
+    last = watch(room, name)[-1].state
+    assert last.state == pb.TrainingJob.FAILED and "user's fault" in last.message
+    job = room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
+    from services.common.status import from_status
+
+    assert from_status(job.error).reason == "DATASET_EMPTY"
+
+
+def test_watch_refuses(room: TrainingStub) -> None:
+    with refused(NotFound, "JOB_NOT_FOUND"):
+        watch(room, f"{W}/trainingJobs/none")
+    with refused(InvalidArgument, "NAME_MALFORMED"):
+        watch(room, "none")
+    name = room.CreateTrainingJob(request(fresh("j"))).name
+    with refused(OutOfRange, "SEQUENCE_UNKNOWN"):
+        watch(room, name, 10**15)
+
+
+def test_recipes(room: TrainingStub) -> None:
+    first = room.ListRecipes(pb.ListRecipesRequest(page_size=3))
+    second = room.ListRecipes(pb.ListRecipesRequest(page_size=3, page_token=first.next_page_token))
+    names = [r.name for r in [*first.recipes, *second.recipes]]
+    assert names == sorted(set(names)) and len(names) == 6 and not first.recipes[0].HasField("config")
+    lora = room.ListRecipes(pb.ListRecipesRequest(filter='method = "lora"', page_size=1000))
+    assert lora.recipes and {r.method for r in lora.recipes} == {"lora"}
+    whole = room.GetRecipe(pb.GetRecipeRequest(name=f"recipes/{RECIPE}"))
+    assert whole.name == f"recipes/{RECIPE}" and "schedule" in whole.config.fields
+    with refused(NotFound, "RECIPE_UNKNOWN"):
+        room.GetRecipe(pb.GetRecipeRequest(name="recipes/nothing_like_it"))
+    with refused(InvalidArgument, "ORDER_BY_UNKNOWN"):
+        room.ListTrainingJobs(pb.ListTrainingJobsRequest(parent=W, order_by="size"))
