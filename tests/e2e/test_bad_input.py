@@ -90,7 +90,7 @@ def test_store_unreachable(tmp_path: Path) -> None:
 
 
 def test_disk_full(tmp_path: Path, rows: Path) -> None:
-    """A file-size limit of 64 KiB stands for a full disk: the write fails as on ENOSPC, and nothing is kept."""
+    """A file-size limit of 8 MiB stands for a full disk: the write fails as on ENOSPC, and nothing is kept."""
     small = Stack(tmp_path / "home")
     script = (
         "import resource, runpy, signal, sys;"

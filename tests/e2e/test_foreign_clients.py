@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.rpc import error_details_pb2
 
 from tests.e2e.stack import Stack
 
@@ -130,4 +132,10 @@ def test_buf_curl_drives_it_through_reflection(stack: Stack, rows: Path) -> None
 def test_buf_curl_sees_error_details(stack: Stack) -> None:
     done = curl(stack, "quartet.training.v1.Training/GetRecipe", {"name": "recipes/smollm2_135m_qlora_asistant_e1"})
     assert done.returncode == 8 * 5  # NOT_FOUND
-    assert "RECIPE_UNKNOWN" in done.stderr and "smollm2_135m_qlora_assistant_e1" in done.stderr
+    told = json.loads(done.stderr)
+    assert "did you mean 'smollm2_135m_qlora_assistant_e1'?" in told["message"]
+    detail = told["details"][0]
+    assert detail["type"] == "google.rpc.ErrorInfo"
+    # buf prints a detail's bytes in base64, as Connect does: without padding.
+    info = error_details_pb2.ErrorInfo.FromString(base64.b64decode(detail["value"] + "=="))
+    assert (info.reason, info.domain) == ("RECIPE_UNKNOWN", "quartet")

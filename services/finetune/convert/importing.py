@@ -36,7 +36,6 @@ from services.finetune.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    QuartetError,
     ResourceExhausted,
 )
 from services.finetune.progress import Attempt
@@ -78,7 +77,7 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
     InvalidArgument (TEMPLATE_UNKNOWN, DTYPE_UNKNOWN, MODEL_UNSUPPORTED, PICKLE_REFUSED, CONFIG_MALFORMED,
     WEIGHTS_MALFORMED, WEIGHTS_INCOMPLETE, GGUF_MALFORMED), NotFound (MODEL_UNKNOWN, FILE_NOT_FOUND), Unavailable
     (HUB_UNREACHABLE), FailedPrecondition (REMOTE_CODE_REFUSED, MODEL_UNSUPPORTED, TOKENIZER_MISSING,
-    TEMPLATE_MISSING), Cancelled (STOPPED).
+    TOKENIZER_INVALID, TEMPLATE_MISSING), Cancelled (STOPPED).
     """
     if task.template:
         check_name(task.template)
@@ -113,15 +112,10 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
 
 def describe(folder: Path, template: str = "") -> dict[str, Any]:
     """The meta of a model folder (docs/decisions/0003). FailedPrecondition (MODEL_UNSUPPORTED, TOKENIZER_MISSING,
-    TEMPLATE_MISSING), InvalidArgument (CONFIG_MALFORMED, WEIGHTS_*)."""
+    TOKENIZER_INVALID, TEMPLATE_MISSING), InvalidArgument (CONFIG_MALFORMED, WEIGHTS_*)."""
     config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
     architecture = check_architecture(config)
-    try:
-        tokenizer = Tokenizer.from_files(folder)
-    except QuartetError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise FailedPrecondition(f"tokenizer.json cannot be read: {error}", reason="TOKENIZER_MISSING") from error
+    tokenizer = Tokenizer.from_files(folder)
     if template:
         load_template(template, tokenizer)
     tensors = read_folder(folder)

@@ -57,7 +57,8 @@ class FileStore:
         with disk_errors(self.root):
             try:
                 return Blob(digest, path.stat().st_size)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
+                self._standing()
                 return None
 
     def put_blob(self, data: bytes) -> Blob:
@@ -170,6 +171,7 @@ class FileStore:
             try:
                 data = path.read_bytes()
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                self._standing()
                 return None
         return Object(key, data, etag_of(data))
 
@@ -212,10 +214,16 @@ class FileStore:
         base = self.root / "objects"
         folder = base / check_prefix(prefix).rpartition("/")[0]
         walked = (os.path.relpath(os.path.join(at, name), base) for at, _, names in os.walk(folder) for name in names)
+        with disk_errors(self.root):
+            self._standing()
         after = start_after.encode()
         wanted = (k for k in walked if k.startswith(prefix) and k.encode() > after)
         found = (self.get(key) for key in heapq.nsmallest(limit, wanted, key=str.encode))
         return [Entry(read.key, read.etag) for read in found if read is not None]
+
+    def _standing(self) -> None:
+        """Nothing is absent from a store that is gone itself: then an OSError says so."""
+        (self.root / "objects").stat()
 
     def _object_path(self, key: str) -> Path:
         return self.root.joinpath("objects", *check_key(key).split("/"))

@@ -61,6 +61,7 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
             f"transformers cannot load this model: {str(error).splitlines()[0]}", reason="MODEL_NOT_TRAINABLE"
         ) from error
     check_packable(model, config)
+    keep_layout(model, every=True)
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -82,6 +83,18 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def keep_layout(model: Any, every: bool) -> None:
+    """Forbid bitsandbytes to repack 4-bit layers in place at their first evaluation on a CPU with AVX-512 bfloat16.
+
+    Repacking rounds the blocks' scales to bfloat16, so a run that stopped for samples would go on from another base than
+    one resumed; it also fails where rows are no whole blocks. `every` layer, or only those that it fails on.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            fits = layer.in_features % 64 == 0 and layer.out_features % 32 == 0
+            layer.support_avx512bf16_for_cpu &= fits and not every
 
 
 def check_no_code(directory: Path) -> None:

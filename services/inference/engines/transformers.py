@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from services.finetune.errors import FailedPrecondition
+from services.finetune.train.model import keep_layout
 from services.inference.engines.port import Sampling, Step
 
 PREFILL = 1024
@@ -174,7 +175,7 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
     elif bits == 8:
         quant = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=quant,
@@ -187,6 +188,8 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
         raise FailedPrecondition(
             f"transformers cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
         ) from error
+    keep_layout(model, every=False)
+    return model
 
 
 def _with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:

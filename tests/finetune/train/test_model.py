@@ -154,7 +154,7 @@ def test_accumulation_is_exact(tmp_path: Path) -> None:
     def gradients(batch_size: int) -> dict[str, torch.Tensor]:
         model = load_model(folder, config_for(), torch.float32)
         for name, parameter in trainable(model).items():  # B starts at 0, which would leave A without a gradient
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
         for at in range(0, 4, batch_size):
             (summed_loss(model, *(t[at : at + batch_size] for t in blocks)) / learned).backward()
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -163,9 +163,11 @@ def test_accumulation_is_exact(tmp_path: Path) -> None:
     whole, halves, single = gradients(4), gradients(2), gradients(1)
     assert len(whole) == len(trainable(load_model(folder, config_for(), torch.float32)))
     for name, gradient in whole.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(halves[name], gradient, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(single[name], gradient, rtol=1e-4, atol=1e-6)
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        # Sums in another order differ by float32's rounding of their largest terms, not of a small result.
+        torch.testing.assert_close(halves[name], gradient, rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(single[name], gradient, rtol=0, atol=1e-5 * largest)
 
 
 def test_qlora_keeps_the_base_in_four_bits_and_lora_in_float32(tmp_path: Path) -> None:
@@ -175,6 +177,16 @@ def test_qlora_keeps_the_base_in_four_bits_and_lora_in_float32(tmp_path: Path) -
     assert layer.base_layer.weight.quant_state.nested and layer.base_layer.weight.quant_state.quant_type == "nf4"
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+
+
+def test_evaluating_leaves_a_four_bit_base_as_it_was(tmp_path: Path) -> None:
+    model = load_model(tiny_model(tmp_path / "tiny"), config_for(**{"quant.bits": 4}), torch.bfloat16)
+    weight = model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+    before, scales = weight.data.clone(), weight.quant_state.absmax.clone()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 5, 9]]))
+    assert torch.equal(weight.data, before) and torch.equal(weight.quant_state.absmax, scales)
 
 
 def test_code_of_its_own_and_unknown_models_are_refused(tmp_path: Path) -> None:
