@@ -35,6 +35,7 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against '.git#ref=HEAD'
+	$(BIN)/buf breaking --against ".git#ref=$$(git rev-list --max-parents=0 HEAD | tail -n 1)"
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
 test: install ## all tests but the slow ones
