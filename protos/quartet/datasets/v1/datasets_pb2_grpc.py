@@ -202,7 +202,7 @@ class DatasetsServicer:
     def PreviewRows(self, request, context):
         """Shows rows as training will see them: text, token ids and which tokens are learned.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
-        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -81,7 +81,7 @@ class DatasetsStub:
     PreviewRows: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PreviewRowsRequest, _datasets_pb2.PreviewRowsResponse]
     """Shows rows as training will see them: text, token ids and which tokens are learned.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
-    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
     """
     ListFormats: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListFormatsRequest, _datasets_pb2.ListFormatsResponse]
     """Lists the row formats that CommitRevision reads. Errors: none of its own."""
@@ -140,7 +140,7 @@ class DatasetsAsyncStub(DatasetsStub):
     PreviewRows: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PreviewRowsRequest, _datasets_pb2.PreviewRowsResponse]  # type: ignore[assignment]
     """Shows rows as training will see them: text, token ids and which tokens are learned.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
-    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
     """
     ListFormats: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListFormatsRequest, _datasets_pb2.ListFormatsResponse]  # type: ignore[assignment]
     """Lists the row formats that CommitRevision reads. Errors: none of its own."""
@@ -262,7 +262,7 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.PreviewRowsResponse, _abc.Awaitable[_datasets_pb2.PreviewRowsResponse]]:
         """Shows rows as training will see them: text, token ids and which tokens are learned.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
-        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
         """
 
     @_abc_1.abstractmethod
