@@ -14,9 +14,10 @@ from services.finetune.errors import QuartetError
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; leave with its exit status (services/finetune/errors.py)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["up"]:
-        # The services are a program of their own: become it, with its flags.
-        os.execv(sys.executable, [sys.executable, "-m", "services", *words[1:]])
+    if words[:1] in (["up"], ["gateway"]):
+        # Servers are programs of their own: become one, with its flags.
+        program = "services" if words[0] == "up" else "services.gateway"
+        os.execv(sys.executable, [sys.executable, "-m", program, *words[1:]])
     arguments = parser().parse_args(words)
     try:
         sys.exit(_command(arguments.run)(arguments) or 0)
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="quartet", description="Fine-tuning as four gRPC services.", allow_abbrev=False)
     verbs = top.add_subparsers(required=True, metavar="VERB")
     verbs.add_parser("up", help="serve all four services in one process (see quartet up --help)", add_help=False)
+    told = "answer OpenAI's HTTP API in front of the services (see quartet gateway --help)"
+    verbs.add_parser("gateway", help=told, add_help=False)
     _quickstart(verbs)
     _datasets(verbs)
     _models(verbs)

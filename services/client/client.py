@@ -63,15 +63,15 @@ class Client:
         """
         self.endpoint = endpoint or os.environ.get("QUARTET_ENDPOINT", "") or DEFAULT_ENDPOINT
         self._given = bool(endpoint)
-        self._credentials = credentials(tls_ca, tls_cert, tls_key)
+        self.credentials = credentials(tls_ca, tls_cert, tls_key)
         self.parent = f"workspaces/{workspace}"
         token_file = token_file or os.environ.get("QUARTET_TOKEN_FILE", "")
-        metadata = auth.bearer(auth.read_token(token_file)) if token_file else ()
+        self.metadata = auth.bearer(auth.read_token(token_file)) if token_file else ()
         self._channels: dict[str, grpc.Channel] = {}
-        self.datasets = self._room("datasets", metadata)
-        self.training = self._room("training", metadata)
-        self.conversion = self._room("conversion", metadata)
-        self.inference = self._room("inference", metadata)
+        self.datasets = self._room("datasets")
+        self.training = self._room("training")
+        self.conversion = self._room("conversion")
+        self.inference = self._room("inference")
 
     def close(self) -> None:
         for channel in self._channels.values():
@@ -85,15 +85,15 @@ class Client:
     ) -> None:
         self.close()
 
-    def _room(self, room: str, metadata: auth.Metadata) -> Any:
+    def _room(self, room: str) -> Any:
         address = self.address(room)
         if address not in self._channels:
             self._channels[address] = (
-                grpc.secure_channel(address, self._credentials, OPTIONS)
-                if self._credentials
+                grpc.secure_channel(address, self.credentials, OPTIONS)
+                if self.credentials
                 else grpc.insecure_channel(address, OPTIONS)
             )
-        return Room(ROOMS[room](self._channels[address]), metadata, address)
+        return Room(ROOMS[room](self._channels[address]), self.metadata, address)
 
     def address(self, room: str) -> str:
         """Where a service is: the endpoint given to this client, QUARTET_<ROOM>_ENDPOINT, or the common one."""

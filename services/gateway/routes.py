@@ -1,0 +1,229 @@
+"""The HTTP routes: a request in, calls to the inference service, an answer or a stream of server-sent events out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from services.client.client import Client
+from services.client.live import LiveInference
+from services.common import auth
+from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
+from services.gateway import wire
+from services.gateway.wire import Answer, Asked
+
+log = logging.getLogger("quartet.gateway")
+
+MAX_BODY_BYTES = 4 << 20
+
+GONE_S = 0.5
+"""Seconds between looks at whether a caller that waits for a whole answer is still there."""
+
+T = TypeVar("T")
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def application(client: Client, token: str) -> Starlette:
+    """The gateway in front of the services that `client` knows; a `token`, if set, is the API key that all must show."""
+    gateway = Gateway(client)
+    routes = [
+        Route("/healthz", gateway.health),
+        Route("/v1/models", _guarded(gateway.models, token)),
+        Route("/v1/models/{model:path}", _guarded(gateway.model, token)),
+        Route("/v1/chat/completions", _guarded(gateway.chat, token), methods=["POST"]),
+        Route("/v1/completions", _guarded(gateway.complete, token), methods=["POST"]),
+    ]
+    return Starlette(routes=routes, lifespan=gateway.lifespan, exception_handlers={HTTPException: _no_route})
+
+
+class Gateway:
+    """What the routes do."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._live: LiveInference
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._live = LiveInference(self._client)
+        yield
+        await self._live.close()
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        served = await self._live.served()
+        return JSONResponse({"object": "list", "data": [wire.model_object(s) for s in served]})
+
+    async def model(self, request: Request) -> Response:
+        wanted = request.path_params["model"]
+        for served in map(wire.model_object, await self._live.served()):
+            if served["id"] == wanted:
+                return JSONResponse(served)
+        raise NotFound(f"the model {wanted!r} is not served; /v1/models lists what is", reason="ENDPOINT_NOT_FOUND")
+
+    async def chat(self, request: Request) -> Response:
+        asked = wire.read_chat(await _body(request))
+        return await self._answer(request, asked, Answer(asked, chat=True), self._live.chat)
+
+    async def complete(self, request: Request) -> Response:
+        asked = wire.read_completion(await _body(request))
+        return await self._answer(request, asked, Answer(asked, chat=False), self._live.generate)
+
+    async def _answer(
+        self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any], AsyncIterator[Any]]
+    ) -> Response:
+        choices = [ask(wanted) for wanted in asked.requests(self._live.parent)]
+        if asked.stream:
+            pieces = _merged(choices)
+            # The first piece is waited for, so that what is wrong with the request still gets a status of its own.
+            first = await anext(pieces)
+            return StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
+        done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
+        texts = [(text, finish) for text, finish, _ in done]
+        counts = done[0][2].prompt_tokens, sum(used.completion_tokens for _, _, used in done)
+        return JSONResponse(answer.whole(texts, *counts))
+
+
+async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
+    """What `work` gives; if the caller hangs up first it is cancelled, and the engine is free again."""
+    while not (await asyncio.wait({work}, timeout=GONE_S))[0]:
+        if await request.is_disconnected():
+            work.cancel()
+            with suppress(asyncio.CancelledError):
+                await work
+            raise Cancelled("the caller hung up", reason="CALLER_GONE")
+    return work.result()
+
+
+async def _collect(choice: AsyncIterator[Any]) -> tuple[str, str, Any]:
+    """(text, finish reason, usage) of one answer."""
+    text, last = "", None
+    async for last in choice:
+        text += last.text
+    if last is None:
+        raise EOFError("the answer ended before it began")
+    return text, wire.FINISH[last.finish_reason], last.usage
+
+
+async def _merged(choices: list[AsyncIterator[Any]]) -> AsyncIterator[tuple[int, Any]]:
+    """(index, piece) of all answers as they come; closing it ends them all."""
+    pieces: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+    async def drain(index: int, choice: AsyncIterator[Any]) -> None:
+        try:
+            async for piece in choice:
+                pieces.put_nowait((index, piece))
+            pieces.put_nowait((index, None))
+        except Exception as error:
+            pieces.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(drain(n, choice)) for n, choice in enumerate(choices)]
+    left = len(tasks)
+    try:
+        while left:
+            index, piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield index, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(asked: Asked, answer: Answer, first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """The stream as server-sent events. An error in it is its last event: the status has gone out already."""
+    begun: set[int] = set()
+    prompt = completion = 0
+    try:
+        async with aclosing(_joined(first, rest)) as pieces:  # type: ignore[type-var]  # it is a generator
+            async for index, piece in pieces:
+                finish = wire.FINISH.get(piece.finish_reason)
+                if piece.text or index not in begun:
+                    yield _event(answer.chunk(index, piece.text, None, index not in begun))
+                    begun.add(index)
+                if finish:
+                    prompt, completion = piece.usage.prompt_tokens, completion + piece.usage.completion_tokens
+                    yield _event(answer.chunk(index, None, finish))
+        if asked.usage:
+            yield _event(answer.counts(prompt, completion))
+    except QuartetError as error:
+        yield _event(wire.error_object(error))
+        return
+    yield "data: [DONE]\n\n"
+
+
+async def _joined(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    try:
+        yield first
+        async for piece in rest:
+            yield piece
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]  # it is a generator
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _body(request: Request) -> Any:
+    """The JSON of a body. InvalidArgument (BODY_MALFORMED), ResourceExhausted (BODY_TOO_LARGE)."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > MAX_BODY_BYTES:
+            raise ResourceExhausted("a body may have 4 MiB; shorten the conversation", reason="BODY_TOO_LARGE")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"the body is no JSON: {str(error)[:200]}", reason="BODY_MALFORMED") from error
+
+
+def _guarded(handler: Handler, token: str) -> Handler:
+    """`handler` behind the API key, with errors in OpenAI's shape and an id for every request."""
+
+    async def guarded(request: Request) -> Response:
+        number = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
+        try:
+            if token:
+                auth.check(token, [("authorization", request.headers.get("authorization", ""))])
+            response = await handler(request)
+        except QuartetError as error:
+            response = _told(error)
+        except Exception as error:
+            log.error("request %s", number, exc_info=error)
+            body = {"message": f"a defect of this server; its log tells more under {number}", "type": "server_error"}
+            response = JSONResponse({"error": {**body, "param": None, "code": "internal"}}, 500)
+        response.headers["x-request-id"] = number
+        return response
+
+    return guarded
+
+
+def _told(error: QuartetError) -> Response:
+    status = 413 if error.reason == "BODY_TOO_LARGE" else wire.STATUS.get(error.code, 500)
+    return JSONResponse(wire.error_object(error), status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    told = f"there is no {request.method} {request.url.path} here"
+    body = {"message": told, "type": "invalid_request_error", "param": None, "code": "unknown_url"}
+    return JSONResponse({"error": body}, status)

@@ -1,0 +1,282 @@
+"""OpenAI's wire to our messages and back. What a field would change and we do not do is refused, never ignored.
+
+Source of the shapes: OpenAI's API reference, "Chat completions", "Completions", "Models", "Error codes".
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quartet.inference.v1 import inference_pb2 as pb
+
+from services.finetune.errors import InvalidArgument, QuartetError, Violation, nearest
+
+STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "FAILED_PRECONDITION": 409,
+    "ALREADY_EXISTS": 409,
+    "ABORTED": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""HTTP status by our code; 500 for the rest."""
+
+CODES = {
+    "ENDPOINT_NOT_FOUND": "model_not_found",
+    "ADAPTER_NOT_FOUND": "model_not_found",
+    "TOKEN_MISSING": "invalid_api_key",
+    "TOKEN_WRONG": "invalid_api_key",
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+}
+"""OpenAI's own words, for those of our reasons that clients of its API test."""
+
+ROLES = {"system": "SYSTEM", "developer": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}
+FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+MOST_CHOICES = 16
+
+SAMPLING = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "repetition_penalty": float,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "seed": int,
+}
+COMMON = {"model", "stream", "stream_options", "n", "stop", "user", "metadata", "store", *SAMPLING}
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+}
+"""Fields that are taken at values which ask for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, read. `model` is an endpoint, or endpoint:alias for one of its adapters; `n` answers are wanted."""
+
+    model: str
+    n: int
+    stream: bool
+    usage: bool
+    """Whether a stream ends with the counts."""
+    sampling: Mapping[str, Any]
+    stop: Sequence[str]
+    messages: Sequence[pb.Message] = field(default_factory=list)
+    prompt: str | list[int] = ""
+
+    def requests(self, parent: str) -> list[pb.ChatRequest | pb.GenerateRequest]:
+        """One request to the engine for each answer; with a seed, each has its own."""
+        endpoint, _, adapter = self.model.partition(":")
+        to: dict[str, Any] = {"endpoint": f"{parent}/endpoints/{endpoint}", "adapter": adapter}
+        return [self._request(to, n) for n in range(self.n)]
+
+    def _request(self, to: Mapping[str, Any], n: int) -> pb.ChatRequest | pb.GenerateRequest:
+        given = dict(self.sampling)
+        if "seed" in given:
+            given["seed"] += n
+        sampling = pb.Sampling(**given, stop=self.stop)
+        if self.messages:
+            return pb.ChatRequest(**to, messages=self.messages, sampling=sampling)
+        if isinstance(self.prompt, str):
+            return pb.GenerateRequest(**to, text=self.prompt, sampling=sampling)
+        return pb.GenerateRequest(**to, token_ids=pb.TokenIds(ids=self.prompt), sampling=sampling)
+
+
+# ---------------------------------------------------------------------------------------------- requests
+
+
+def read_chat(body: Any) -> Asked:
+    """A body of /v1/chat/completions. InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED)."""
+    body = _checked(body, {"messages"})
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise _bad("messages", "must be a list of at least one message")
+    return _asked(body, messages=[_message(f"messages[{n}]", turn) for n, turn in enumerate(turns)])
+
+
+def read_completion(body: Any) -> Asked:
+    """A body of /v1/completions; the prompt is one text, or one list of token ids. Errors as read_chat."""
+    body = _checked(body, {"prompt"})
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    ids = isinstance(prompt, list) and all(type(i) is int and 0 <= i < 2**31 for i in prompt)
+    if not isinstance(prompt, str) and not ids:
+        raise _bad("prompt", "must be one text, or one list of token ids; send a request for each prompt")
+    return _asked(body, prompt=prompt)
+
+
+def _checked(body: Any, own: set[str]) -> dict[str, Any]:
+    """The fields that are set, once all are known and none asks for what we do not do."""
+    if not isinstance(body, dict):
+        raise _bad("", "the body must be a JSON object")
+    given: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name not in COMMON | own | set(NEUTRAL):
+            why = f"is no field of this request{nearest(name, sorted(COMMON | own))}"
+            raise _bad(name, why, "FIELD_UNKNOWN")
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            raise _bad(name, "is not supported here; leave it out", "FIELD_UNSUPPORTED")
+    return given
+
+
+def _asked(body: Mapping[str, Any], **own: Any) -> Asked:
+    model, n, options = body.get("model"), body.get("n", 1), body.get("stream_options", {})
+    if not isinstance(model, str) or not model:
+        raise _bad("model", "must name an endpoint; /v1/models lists them")
+    if type(n) is not int or not 1 <= n <= MOST_CHOICES:
+        raise _bad("n", f"must be a whole number from 1 to {MOST_CHOICES}")
+    if not isinstance(body.get("stream", False), bool):
+        raise _bad("stream", "must be true or false")
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise _bad("stream_options", "may hold include_usage")
+    return Asked(
+        model=model,
+        n=n,
+        stream=body.get("stream", False),
+        usage=bool(options.get("include_usage")),
+        sampling=_sampling(body),
+        stop=_stop(body.get("stop", [])),
+        **own,
+    )
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in SAMPLING.items():
+        if name in body:
+            value = body[name]
+            right = isinstance(value, int | float) and not isinstance(value, bool)
+            if not right or (kind is int and (value != int(value) or abs(value) >= 2**31)):
+                raise _bad(name, "must be a whole number" if kind is int else "must be a number")
+            found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
+    return found
+
+
+def _stop(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
+        raise _bad("stop", "must be a text or a list of texts")
+    return texts
+
+
+def _message(where: str, turn: Any) -> pb.Message:
+    if not isinstance(turn, dict):
+        raise _bad(where, "must be an object with role and content")
+    role = turn.get("role")
+    if role not in ROLES:
+        raise _bad(f"{where}.role", f"must be one of {', '.join(ROLES)}; tools are not supported here")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise _bad(f"{where}.tool_calls", "is not supported here", "FIELD_UNSUPPORTED")
+    content = turn.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not parts:
+        raise _bad(f"{where}.content", "must be a text, or a list of parts")
+    return pb.Message(role=ROLES[role], content=[_part(f"{where}.content[{n}]", p) for n, p in enumerate(parts)])  # type: ignore[arg-type]  # a role's name will do
+
+
+def _part(where: str, part: Any) -> pb.Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise _bad(where, "must be a part of type text; other kinds are not supported here", "FIELD_UNSUPPORTED")
+    if not isinstance(part.get("text"), str):
+        raise _bad(f"{where}.text", "must be a text")
+    return pb.Part(text=part["text"])
+
+
+def _bad(name: str, why: str, reason: str = "FIELD_INVALID") -> InvalidArgument:
+    return InvalidArgument(f"{name} {why}".strip(), reason=reason, violations=[Violation(name, why, reason)])
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+class Answer:
+    """The objects of one answer: `chunk` for a stream, `whole` at once. `chat` tells the two kinds of request apart."""
+
+    def __init__(self, asked: Asked, chat: bool) -> None:
+        self._chat = chat
+        self._head = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+
+    def chunk(self, index: int, text: str | None, finish: str | None, first: bool = False) -> dict[str, Any]:
+        """A piece of choice `index`; `text` None only ends it."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": None}
+        if self._chat:
+            role = {"role": "assistant"} if first else {}
+            choice["delta"] = {**role, **({"content": text} if text is not None else {})}
+        else:
+            choice["text"] = text or ""
+        return self._object([choice], ".chunk")
+
+    def counts(self, prompt: int, completion: int) -> dict[str, Any]:
+        """The last object of a stream that was asked for its counts."""
+        return {**self._object([], ".chunk"), "usage": usage(prompt, completion)}
+
+    def whole(self, texts: Sequence[tuple[str, str]], prompt: int, completion: int) -> dict[str, Any]:
+        """All choices, (text, finish reason) each."""
+        choices: list[dict[str, Any]] = []
+        for index, (text, finish) in enumerate(texts):
+            said: dict[str, Any] = {"text": text}
+            if self._chat:
+                said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
+        return {**self._object(choices), "usage": usage(prompt, completion)}
+
+    def _object(self, choices: list[dict[str, Any]], chunk: str = "") -> dict[str, Any]:
+        kind = "chat.completion" + chunk if self._chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices}
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def model_object(served: pb.ServedModel) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    endpoint = served.endpoint.rpartition("/")[2]
+    name = f"{endpoint}:{served.adapter}" if served.adapter else endpoint
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": served.endpoint.split("/")[1],
+        "root": served.model,
+    }
+
+
+def error_object(error: QuartetError) -> dict[str, Any]:
+    """The body of a failed request; `code` is our reason, in lower case as OpenAI writes them."""
+    status = STATUS.get(error.code, 500)
+    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+    param = error.violations[0].field if error.violations else None
+    code = CODES.get(error.reason, error.reason.lower())
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}

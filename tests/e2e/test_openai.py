@@ -1,0 +1,123 @@
+"""The unmodified openai SDK against the gateway, in front of a real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
+
+from tests.e2e.stack import Stack
+
+KEY = "a-key-that-is-long-enough"
+FRANCE: ChatCompletionUserMessageParam = {"role": "user", "content": "What is the capital of France?"}
+
+
+@pytest.fixture(scope="module")
+def base_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A gateway with a key; the services behind it have none, so the key is the gateway's alone."""
+    made = stack.quartet("endpoint", "create", "smollm2", "--name", "paris", "--json")
+    assert made.returncode == 0, made.stderr
+    folder = tmp_path_factory.mktemp("gateway")
+    (folder / "key").write_text(KEY)
+    command = [sys.executable, "-m", "services.client", "gateway", "--port", "0", "--endpoint", stack.address]
+    command += ["--token-file", str(folder / "key"), "--address-file", str(folder / "address")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline = time.monotonic() + 30
+    while not (folder / "address").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+    yield (folder / "address").read_text() + "/v1"
+    process.terminate()
+    assert process.wait(timeout=30) == 0
+    assert "Traceback" not in (folder / "log").read_text()
+    assert stack.quartet("endpoint", "delete", "paris").returncode == 0
+
+
+@pytest.fixture()
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["paris"]
+    assert client.models.retrieve("paris").id == "paris"
+
+
+def test_chat_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="paris", messages=[FRANCE], temperature=0, max_tokens=24)
+    text = whole.choices[0].message.content
+    assert text is not None and "Paris" in text
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage is not None and whole.usage.total_tokens > whole.usage.completion_tokens > 0
+    said, finish, counted = "", None, None
+    for chunk in client.chat.completions.create(
+        model="paris",
+        messages=[FRANCE],
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        counted = chunk.usage or counted
+        for choice in chunk.choices:
+            said += choice.delta.content or ""
+            finish = choice.finish_reason or finish
+    assert (said, finish, counted) == (text, "stop", whole.usage)
+
+
+def test_many_choices_and_stops(client: openai.OpenAI) -> None:
+    made = client.chat.completions.create(model="paris", messages=[FRANCE], n=3, seed=1, temperature=1.0, max_tokens=12)
+    assert [c.index for c in made.choices] == [0, 1, 2]
+    cut = client.chat.completions.create(model="paris", messages=[FRANCE], temperature=0, max_tokens=24, stop=["Paris"])
+    assert cut.choices[0].message.content is not None and "Paris" not in cut.choices[0].message.content
+
+
+def test_a_bare_prompt_is_continued(client: openai.OpenAI) -> None:
+    made = client.completions.create(model="paris", prompt="1, 2, 3, 4,", temperature=0, max_tokens=4)
+    assert "5" in made.choices[0].text and made.choices[0].finish_reason == "length"
+
+
+def test_errors_are_the_sdks_own_classes(client: openai.OpenAI, base_url: str) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="nobody", messages=[FRANCE])
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="paris:nobody", messages=[FRANCE], stream=True)
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="paris", prompt="word " * 9000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model="paris", messages=[FRANCE], logprobs=True)
+    assert wrong.value.param == "logprobs"
+    stranger = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+
+
+@pytest.mark.parametrize(("data", "status"), [(b"{", 400), (b"[]", 400), (b" " * (5 << 20), 413)])
+def test_bodies_that_are_no_requests(base_url: str, data: bytes, status: int) -> None:
+    request = urllib.request.Request(
+        f"{base_url}/chat/completions", data, {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    with caught.value as error:
+        assert error.code == status and error.headers["x-request-id"] == "mine"
+        assert json.loads(error.read())["error"]["message"]
+
+
+def test_an_open_door_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "services.client", "gateway", "--host", "0.0.0.0", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 65 and "--token-file" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,118 @@
+"""OpenAI's wire, read strictly: what would change the answer and is not done is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quartet.inference.v1 import inference_pb2 as pb
+
+from services.finetune.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
+from services.gateway.wire import Answer, error_object, model_object, read_chat, read_completion
+
+HI = {"role": "user", "content": "hi"}
+CHAT: dict[str, Any] = {"model": "e", "messages": [HI]}
+
+
+def test_a_chat_becomes_one_request_an_answer() -> None:
+    turns = [{"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": " brief"}]}, HI]
+    body = {
+        "model": "e:v2",
+        "messages": turns,
+        "n": 2,
+        "seed": 7,
+        "max_completion_tokens": 5,
+        "stop": "END",
+        "top_k": 3,
+    }
+    first, second = read_chat(body).requests("workspaces/w")
+    assert isinstance(first, pb.ChatRequest) and isinstance(second, pb.ChatRequest)
+    assert (first.endpoint, first.adapter) == ("workspaces/w/endpoints/e", "v2")
+    assert [m.role for m in first.messages] == [pb.Message.SYSTEM, pb.Message.USER]
+    assert "".join(p.text for p in first.messages[0].content) == "be brief"
+    assert (first.sampling.max_tokens, first.sampling.top_k, list(first.sampling.stop)) == (5, 3, ["END"])
+    assert (first.sampling.seed, second.sampling.seed) == (7, 8)
+    assert not first.sampling.HasField("temperature")
+
+
+@pytest.mark.parametrize("prompt", ["once", ["once"], [5, 6], [[5, 6]]])
+def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
+    (request,) = read_completion({"model": "e", "prompt": prompt}).requests("workspaces/w")
+    assert isinstance(request, pb.GenerateRequest)
+    assert request.text == "once" or list(request.token_ids.ids) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "reason"),
+    [
+        ({"temprature": 1}, "temprature", "FIELD_UNKNOWN"),
+        ({"temperature": "hot"}, "temperature", "FIELD_INVALID"),
+        ({"max_tokens": 1.5}, "max_tokens", "FIELD_INVALID"),
+        ({"seed": 2**40}, "seed", "FIELD_INVALID"),
+        ({"n": 0}, "n", "FIELD_INVALID"),
+        ({"stop": [""]}, "stop", "FIELD_INVALID"),
+        ({"model": ""}, "model", "FIELD_INVALID"),
+        ({"messages": []}, "messages", "FIELD_INVALID"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "FIELD_INVALID"),
+        ({"messages": [HI, {"role": "assistant"}]}, "messages[1].content", "FIELD_INVALID"),
+        ({"messages": [{**HI, "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "FIELD_UNSUPPORTED"),
+        ({"tools": [{"type": "function"}]}, "tools", "FIELD_UNSUPPORTED"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "FIELD_UNSUPPORTED"),
+        ({"logprobs": True}, "logprobs", "FIELD_UNSUPPORTED"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "FIELD_UNSUPPORTED"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(change: dict[str, Any], param: str, reason: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_chat({**CHAT, **change})
+    assert caught.value.reason == reason
+    assert error_object(caught.value)["error"]["param"] == param
+
+
+def test_values_that_ask_for_nothing_are_taken() -> None:
+    neutral = {"presence_penalty": 0, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "seed": None}
+    assert read_chat({**CHAT, **neutral}).sampling == {}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from([*CHAT, "prompt", "n", "stop", "stream", "stream_options", "top_p", "seed"]), JSON)
+)
+def test_any_body_is_read_or_refused(body: dict[str, Any]) -> None:
+    for read in (read_chat, read_completion):
+        try:
+            read(body).requests("workspaces/w")
+        except InvalidArgument as error:
+            assert error.violations
+
+
+def test_errors_speak_as_openai_does() -> None:
+    missing = error_object(NotFound("no", reason="ENDPOINT_NOT_FOUND"))["error"]
+    assert (missing["code"], missing["type"]) == ("model_not_found", "not_found_error")
+    wrong = error_object(Unauthenticated("no", reason="TOKEN_WRONG"))["error"]
+    assert (wrong["code"], wrong["type"]) == ("invalid_api_key", "authentication_error")
+    assert error_object(Unavailable("no", reason="ENGINE_LOST"))["error"]["type"] == "server_error"
+
+
+def test_models_and_streams_have_openais_shapes() -> None:
+    served = pb.ServedModel(endpoint="workspaces/w/endpoints/e", adapter="v2", model="workspaces/w/models/m")
+    assert model_object(served) == {
+        "id": "e:v2",
+        "object": "model",
+        "created": 0,
+        "owned_by": "w",
+        "root": "workspaces/w/models/m",
+    }
+    answer = Answer(read_chat(CHAT), chat=True)
+    first, last = answer.chunk(0, "a", None, first=True), answer.chunk(0, None, "stop")
+    assert first["id"] == last["id"] and first["object"] == "chat.completion.chunk"
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
+    assert last["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
