@@ -12,14 +12,16 @@ from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
 from services.finetune.store import open_store
-from services.inference.servicer import Servicer, answers
+from services.inference.servicer import EngineCalls, Servicer
 from services.inference.usecases import Inference
 
 
 def build(settings: Settings) -> Room:
     store, records = open_store(settings.store_uri), Records(settings.database_url)
-    inference = Inference(store, records, LocalLauncher(Path(settings.home)), settings.token_file, answers)
-    servicer = Servicer(inference, auth.read_token(settings.token_file) if settings.token_file else "")
+    token = auth.read_token(settings.token_file) if settings.token_file else ""
+    launcher = LocalLauncher(Path(settings.home))
+    inference = Inference(store, records, launcher, settings.token_file, EngineCalls(token))
+    servicer = Servicer(inference, token)
     return Room(
         "quartet.inference.v1.Inference",
         lambda server: add_InferenceServicer_to_server(servicer, server),

@@ -14,11 +14,14 @@ from quartet.inference.v1.inference_pb2_grpc import InferenceServicer, Inference
 
 from services.common import auth, wire
 from services.common.records import Record
+from services.common.status import from_rpc_error
 from services.finetune.errors import QuartetError, Unavailable
+from services.inference.adapters import Adapter
 from services.inference.usecases import Inference
 
 PAGING = ("page_size", "page_token", "filter", "order_by")
 HEALTH_S = 2.0
+LOAD_S = 600.0
 # What gRPC itself says of a server that vanishes. The engine's own errors have our details beside the code.
 LOST = (
     grpc.StatusCode.UNAVAILABLE,
@@ -63,6 +66,13 @@ class Servicer(InferenceServicer):
     def DeleteEndpoint(self, request: pb.DeleteEndpointRequest, context: Any) -> Empty:
         self._inference.delete(request.name, request.etag)
         return Empty()
+
+    def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.Endpoint:
+        adapter = request.adapter
+        return _endpoint(self._inference.load_adapter(request.endpoint, adapter.alias, adapter.model, request.etag))
+
+    def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.Endpoint:
+        return _endpoint(self._inference.unload_adapter(request.endpoint, request.alias, request.etag))
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         async for answer in self._pass_on("Generate", request, context):
@@ -119,15 +129,34 @@ class Servicer(InferenceServicer):
         )
 
 
-def answers(address: str) -> bool:
-    """Whether the server at `address` says that it serves."""
-    with grpc.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        try:
-            said = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
-        except grpc.RpcError:
-            return False
-        return bool(said.status == health_pb2.HealthCheckResponse.SERVING)
+class EngineCalls:
+    """See Engines. `token` is shown to the engines."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = tuple(auth.bearer(token)) if token else ()
+
+    def answers(self, address: str) -> bool:
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            try:
+                said = health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
+            except grpc.RpcError:
+                return False
+            return bool(said.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def load(self, address: str, endpoint: str, adapter: Adapter) -> None:
+        told = pb.ServedAdapter(alias=adapter["alias"], model=adapter["name"], digest=adapter["digest"])
+        self._call(address, "LoadAdapter", pb.LoadAdapterRequest(endpoint=endpoint, adapter=told))
+
+    def unload(self, address: str, endpoint: str, alias: str) -> None:
+        self._call(address, "UnloadAdapter", pb.UnloadAdapterRequest(endpoint=endpoint, alias=alias))
+
+    def _call(self, address: str, method: str, request: Any) -> None:
+        with grpc.insecure_channel(address) as channel:
+            try:
+                getattr(InferenceStub(channel), method)(request, timeout=LOAD_S, metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise from_rpc_error(error) from error
 
 
 def _has_details(error: grpc.aio.AioRpcError) -> bool:
@@ -155,11 +184,12 @@ def _endpoint(record: Record) -> pb.Endpoint:
 
 
 def _served(record: Record) -> list[pb.ServedModel]:
-    spec, length = record.body["spec"], record.body["context_length"]
+    body = record.body
+    spec, length = body["spec"], body["context_length"]
     bare = {"alias": "", "name": spec["model"], "digest": spec["digest"]}
     return [
         pb.ServedModel(
             endpoint=record.name, adapter=s["alias"], model=s["name"], digest=s["digest"], context_length=length
         )
-        for s in (bare, *spec["adapters"])
+        for s in (bare, *body["applied"])
     ]

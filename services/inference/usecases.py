@@ -10,11 +10,13 @@ fenced (services.finetune.progress), and an engine that finds itself fenced ends
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,9 +36,20 @@ from services.finetune.errors import (
     NotFound,
     QuartetError,
     Violation,
+    from_json,
 )
 from services.finetune.store import Store
 from services.finetune.store.artifacts import get_ref, load
+from services.inference.adapters import (
+    Adapter,
+    Engines,
+    changed,
+    settle_one,
+    settled,
+    wanted,
+    with_adapter,
+    without_adapter,
+)
 
 log = logging.getLogger("quartet.inference")
 
@@ -46,23 +59,20 @@ KIND = "endpoint"
 TICK_S = 0.2
 QUICK_FAILURES = 5
 YOUNG_S = 60.0
+CHANGE_S = 60.0
 STOP_GRACE_S = 5.0
 
 
 class Inference:
-    """Endpoints and their engine servers. `start` and `stop` the thread that looks after them.
+    """Endpoints and their engine servers. `start` and `stop` the thread that looks after them."""
 
-    `answers` asks the server at an address whether it serves.
-    """
-
-    def __init__(
-        self, store: Store, records: Records, launcher: Launcher, token_file: str, answers: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, store: Store, records: Records, launcher: Launcher, token_file: str, engines: Engines) -> None:
         self._store = store
         self._records = records
         self._launcher = launcher
         self._token_file = token_file
-        self._answers = answers
+        self._engines = engines
+        self._settling: set[str] = set()  # endpoints whose engine is just told of an adapter
         self._asked: set[str] = set()  # attempts that this process has asked to end
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._look_after, name="endpoints", daemon=True)
@@ -136,16 +146,47 @@ class Inference:
         while self._records.get(name) is not None and time.monotonic() < deadline and not self._stopping.is_set():
             time.sleep(TICK_S / 4)
 
+    def load_adapter(self, name: str, alias: str, model: str, etag: str) -> Record:
+        """Serve an adapter under an alias; the endpoint once it does, or at once if it is not READY."""
+
+        def adapters(record: Record) -> Sequence[Adapter]:
+            spec = record.body["spec"]
+            new = self._adapter("adapter", {"alias": alias, "model": model}, spec["model"], spec["digest"])
+            return with_adapter(spec["adapters"], new)
+
+        return self._change(name, etag, adapters)
+
+    def unload_adapter(self, name: str, alias: str, etag: str) -> Record:
+        """Serve nothing under an alias any more; as load_adapter."""
+        return self._change(name, etag, lambda r: without_adapter(wanted(r), alias, name))
+
+    def _change(self, name: str, etag: str, adapters: Callable[[Record], Sequence[Adapter]]) -> Record:
+        change = uuid.uuid4().hex
+        while True:
+            record = self.get(name)
+            if record.state == "FAILED":
+                raise _not_ready(record)
+            if etag and etag != record.etag:
+                raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
+            with contextlib.suppress(Aborted):
+                record = self._records.update(changed(record, adapters(record), change))
+                break
+        deadline = time.monotonic() + CHANGE_S
+        while record.state == "READY" and not settled(record):
+            if time.monotonic() > deadline:
+                raise Aborted(f"{name} still loads; GetEndpoint and Chat will tell", reason="ADAPTER_PENDING")
+            time.sleep(TICK_S / 4)
+            record = self.get(name)
+        refused = record.body.get("refused")
+        if refused and refused["change"] == change:
+            raise from_json(refused["error"])
+        return record
+
     def address(self, name: str) -> str:
         """Where a READY endpoint's engine listens. FailedPrecondition (ENDPOINT_NOT_READY)."""
         record = self.get(name)
         if record.state != "READY":
-            error = (record.body.get("error") or {}).get("message", "")
-            raise FailedPrecondition(
-                f"{name} is {record.state}{': ' + error if error else '; ask again soon'}",
-                reason="ENDPOINT_NOT_READY",
-                metadata={"state": record.state},
-            )
+            raise _not_ready(record)
         return str(record.body["address"])
 
     def _resolved(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -161,21 +202,23 @@ class Inference:
                 reason="MODEL_NOT_SERVABLE",
                 metadata={"model": spec["model"], "kind": kind.upper()},
             )
-        adapters = [self._adapter(n, a, spec["model"], digest) for n, a in enumerate(spec["adapters"])]
+        adapters = [
+            self._adapter(f"endpoint.adapters[{n}]", a, spec["model"], digest) for n, a in enumerate(spec["adapters"])
+        ]
         aliases = [a["alias"] for a in adapters]
         for n, alias in enumerate(aliases):
             if alias in aliases[:n]:
-                raise _bad_alias(n, f"two adapters have the alias {alias!r}")
+                raise _bad_alias(f"endpoint.adapters[{n}]", f"two adapters have the alias {alias!r}")
         template = load(self._store, digest).meta["template"]
         return {**spec, "digest": digest, "adapters": adapters, "template": template}
 
-    def _adapter(self, n: int, adapter: Mapping[str, str], model: str, base: str) -> dict[str, str]:
+    def _adapter(self, where: str, adapter: Mapping[str, str], model: str, base: str) -> dict[str, str]:
         try:
             names.parse("{id}", adapter["alias"])
         except InvalidArgument as error:
             why = f"the alias {adapter['alias'][:100]!r} must be a letter, then letters, digits and '-', lower case"
-            raise _bad_alias(n, why) from error
-        digest, kind = self._model(adapter["model"], f"endpoint.adapters[{n}].model")
+            raise _bad_alias(where, why) from error
+        digest, kind = self._model(adapter["model"], f"{where}.model")
         if kind != "adapter":
             raise FailedPrecondition(
                 f"{adapter['model']} is of kind {kind.upper()}, not an adapter: serve it as a model of its own",
@@ -258,6 +301,20 @@ class Inference:
             self._died(record)
         elif record.state == "STARTING":
             self._ready(record, handle)
+        elif not settled(record) and record.name not in self._settling:
+            # Loading takes its time, and other endpoints should not wait for it.
+            self._settling.add(record.name)
+            threading.Thread(target=self._settle, args=(record,), daemon=True).start()
+
+    def _settle(self, record: Record) -> None:
+        try:
+            self._records.update(settle_one(record, self._engines))
+        except Aborted:
+            pass  # it was written meanwhile: the next tick reads it anew
+        except QuartetError as error:
+            log.warning("%s: %s", record.name, error.message)
+        finally:
+            self._settling.discard(record.name)
 
     def _end(self, record: Record) -> None:
         """Stop the engine, and forget the endpoint once it is gone."""
@@ -279,7 +336,7 @@ class Inference:
 
     def _launch(self, record: Record) -> None:
         spec, key, attempt = record.body["spec"], record.body["key"], record.body["attempt"] + 1
-        record = self._records.update(_with(record, attempt=attempt, launched=time.time()))
+        record = self._records.update(_with(record, attempt=attempt, launched=time.time(), ordered=spec["adapters"]))
         progress.raise_fence(self._store, key, attempt)
         order = {
             "kind": "serve",
@@ -306,8 +363,9 @@ class Inference:
         told = self._store.get(f"{key}/ready.json")
         if told is not None:
             ready = json.loads(told.data)
-            if self._answers(ready["address"]):
-                self._records.update(replace(_with(record, **ready, handle=handle), state="READY"))
+            if self._engines.answers(ready["address"]):
+                serving = _with(record, **ready, handle=handle, applied=record.body["ordered"])
+                self._records.update(replace(serving, state="READY"))
 
     def _died(self, record: Record) -> None:
         """Try again with growing pauses; give up when it says why it cannot, or keeps dying young."""
@@ -354,8 +412,17 @@ def _one_of(field: str, value: object, known: Sequence[object]) -> None:
         )
 
 
-def _bad_alias(n: int, why: str) -> InvalidArgument:
-    field = f"endpoint.adapters[{n}].alias"
+def _not_ready(record: Record) -> FailedPrecondition:
+    error = (record.body.get("error") or {}).get("message", "")
+    return FailedPrecondition(
+        f"{record.name} is {record.state}{': ' + error if error else '; ask again soon'}",
+        reason="ENDPOINT_NOT_READY",
+        metadata={"state": record.state},
+    )
+
+
+def _bad_alias(where: str, why: str) -> InvalidArgument:
+    field = f"{where}.alias"
     return InvalidArgument(
         f"{field}: {why}", reason="ALIAS_MALFORMED", violations=[Violation(field, why, "ALIAS_MALFORMED")]
     )

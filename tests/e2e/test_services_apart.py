@@ -61,6 +61,11 @@ def test_the_main_job(addresses: Mapping[str, str], rows: Path) -> None:
     quartet("convert", "merge", "tiny", "tiny-adapter", "tiny-merged")
     kinds = {m["name"].split("/")[-1]: m["kind"] for m in json.loads(quartet("model", "list", "--json"))["models"]}
     assert kinds == {"tiny": "BASE", "tiny-adapter": "ADAPTER", "tiny-merged": "MERGED"}
+    quartet("endpoint", "create", "tiny", "--name", "live")
+    told = json.loads(quartet("endpoint", "update", "live", "--adapter", "v1=tiny-adapter", "--json"))
+    assert [a["alias"] for a in told["adapters"]] == ["v1"]
+    assert "v1" not in quartet("endpoint", "update", "live", "--drop-adapter", "v1")
+    quartet("endpoint", "delete", "live")
     ask = ["-m", "What is 1 plus 1?", "--max-new-tokens", "4", "--temperature", "0"]
     merged = quartet("chat", "tiny-merged", *ask)
     assert merged.strip() and merged == quartet("chat", "tiny-merged", *ask)

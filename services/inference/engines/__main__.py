@@ -36,7 +36,8 @@ def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]
     Nothing in `folder` is needed afterwards.
     """
     from services.finetune.train.model import check_no_code, choose_dtype
-    from services.inference.engines.servicer import EngineServicer, Served
+    from services.inference.engines.adapters import Served
+    from services.inference.engines.servicer import EngineServicer
     from services.inference.engines.transformers import TransformersEngine
 
     model = order["model"]
@@ -46,10 +47,10 @@ def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]
     adapters = {}
     for n, adapter in enumerate(order["adapters"]):
         served.append(Served(adapter["alias"], adapter["name"], adapter["digest"], load(store, adapter["digest"])))
-        adapters[adapter["alias"]] = materialise(store, served[-1].manifest, folder / f"adapter-{n}")
+        adapters[served[-1].key] = materialise(store, served[-1].manifest, folder / f"adapter-{n}")
     dtype = order["dtype"] or str(choose_dtype("auto")[0]).removeprefix("torch.")
     engine = TransformersEngine(base, adapters, dtype, order["bits"])
-    servicer = EngineServicer(order["endpoint"], engine, Tokenizer.from_files(base), served)
+    servicer = EngineServicer(order["endpoint"], engine, Tokenizer.from_files(base), served, store)
     room = Room("quartet.inference.v1.Inference", lambda server: add_InferenceServicer_to_server(servicer, server))
     return room, engine.context_length
 

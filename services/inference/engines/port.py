@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -37,4 +38,13 @@ class Engine(Protocol):
     """Token ids are from 0 to below this."""
 
     def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
-        """Continue `ids`. Closing the iterator frees what the request holds. `adapter` is an alias, or "" for none."""
+        """Continue `ids`. Closing the iterator frees what the request holds. `adapter` is a loaded key, or "" for none."""
+
+    def load(self, key: str, folder: Path) -> None:
+        """Make an adapter in PEFT layout known as `key`, while others answer. Nothing in `folder` is needed afterwards.
+
+        FailedPrecondition (MODEL_NOT_SERVABLE); then nothing changed.
+        """
+
+    def unload(self, key: str) -> None:
+        """Forget a loaded adapter, which no answer uses."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
-from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
+from services.finetune.errors import FailedPrecondition, InvalidArgument, Unimplemented, Violation
 from services.finetune.formats import Message
-from services.finetune.store.artifacts import Manifest
+from services.finetune.store import Store
+from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
+from services.inference.engines.adapters import Adapters, Served
 from services.inference.engines.port import Engine, Sampling
 
 COALESCE_S = 0.04
@@ -25,24 +28,17 @@ ROLES = {pb.Message.SYSTEM: "system", pb.Message.USER: "user", pb.Message.ASSIST
 FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The bare model or an adapter on it, as it describes itself."""
-
-    alias: str
-    name: str
-    digest: str
-    manifest: Manifest
-
-
 class EngineServicer(InferenceServicer):
     """See the proto: what is about answers is here, what is about endpoints is the inference service's."""
 
-    def __init__(self, endpoint: str, engine: Engine, tokenizer: Tokenizer, served: Sequence[Served]) -> None:
+    def __init__(
+        self, endpoint: str, engine: Engine, tokenizer: Tokenizer, served: Sequence[Served], store: Store
+    ) -> None:
         self._endpoint = endpoint
         self._engine = engine
         self._tokenizer = tokenizer
-        self._served: Mapping[str, Served] = {s.alias: s for s in served}
+        self._adapters = Adapters(engine, served)
+        self._store = store
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
 
     def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
@@ -57,14 +53,29 @@ class EngineServicer(InferenceServicer):
     def DeleteEndpoint(self, request: pb.DeleteEndpointRequest, context: Any) -> Empty:
         raise _elsewhere()
 
+    def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.Endpoint:
+        adapter = request.adapter
+        served = Served(adapter.alias, adapter.model, adapter.digest, load(self._store, adapter.digest))
+        with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
+            self._adapters.put(served, materialise(self._store, served.manifest, Path(folder)))
+        return self._described()
+
+    def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.Endpoint:
+        self._adapters.drop(request.alias)
+        return self._described()
+
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        served = self._find(request.adapter)
         ids = self._plain(request)
-        async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
-            yield answer
+        with self._adapters.using(request.adapter) as served:
+            async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+                yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
-        served = self._find(request.adapter)
+        with self._adapters.using(request.adapter) as served:
+            async for answer in self._chat(served, request):
+                yield answer
+
+    async def _chat(self, served: Served, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
         template = self._template(served)
         if request.template and request.template != template.name:
             raise FailedPrecondition(
@@ -77,7 +88,7 @@ class EngineServicer(InferenceServicer):
             yield answer
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        served = self._find(request.adapter)
+        served = self._adapters.find(request.adapter)
         if request.WhichOneof("input") == "text":
             return pb.TokenizeResponse(token_ids=self._plain(request))
         template = self._template(served)
@@ -93,21 +104,17 @@ class EngineServicer(InferenceServicer):
                 digest=s.digest,
                 context_length=self._engine.context_length,
             )
-            for s in self._served.values()
+            for s in self._adapters.all()
         ]
         return pb.ListServedModelsResponse(models=models)
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    def _find(self, alias: str) -> Served:
-        if alias not in self._served:
-            known = ", ".join(a for a in self._served if a) or "none"
-            raise NotFound(
-                f"no adapter {alias!r} is served here; there are: {known}",
-                reason="ADAPTER_NOT_FOUND",
-                metadata={"adapter": alias},
-            )
-        return self._served[alias]
+    def _described(self) -> pb.Endpoint:
+        adapters = [
+            pb.ServedAdapter(alias=s.alias, model=s.name, digest=s.digest) for s in self._adapters.all() if s.alias
+        ]
+        return pb.Endpoint(name=self._endpoint, adapters=adapters, state=pb.Endpoint.READY)
 
     def _template(self, served: Served) -> Template:
         name = served.manifest.meta["template"]
@@ -157,7 +164,7 @@ class EngineServicer(InferenceServicer):
         text = StopText(self._tokenizer, (*stops, *wanted.stop))
         pending_text, pending_ids, count, finish = "", [], 0, ""
         last = 0.0  # the first token goes out at once
-        steps = self._engine.generate(ids, sampling, served.alias)
+        steps = self._engine.generate(ids, sampling, served.key)
         try:
             async for step in steps:
                 count += len(step.ids)

@@ -28,18 +28,34 @@ PREFILL = 1024
 
 
 class TransformersEngine:
-    """See Engine. `adapters` are folders in PEFT layout by alias."""
+    """See Engine. `adapters` are folders in PEFT layout by key."""
 
     def __init__(self, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> None:
         model = _load(folder, getattr(torch, dtype), bits)
         text = model.config.get_text_config()
         self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
         self.vocabulary = int(text.vocab_size)
-        self._model = _with_adapters(model, adapters).eval()
+        self._model = model.eval()
         self._device = next(model.parameters()).device
         self._turns = FairLock()
-        self._adapted = bool(adapters)
+        self._adapted = False
         self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
+        for key, path in adapters.items():
+            self.load(key, path)
+
+    def load(self, key: str, folder: Path) -> None:
+        with self._turns.turn():
+            self._model = _with_adapter(self._model, self._adapted, key, folder).eval()
+            self._adapted, self._adapter = True, None
+
+    def unload(self, key: str) -> None:
+        with self._turns.turn():
+            if set(self._model.peft_config) == {_inner(key)}:
+                # PEFT cannot answer without any adapter: take its layers out again.
+                self._model, self._adapted = self._model.unload(), False
+            else:
+                self._model.delete_adapter(_inner(key))
+            self._adapter = None
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
         loop = asyncio.get_running_loop()
@@ -192,36 +208,37 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
     return model
 
 
-def _with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
-    """`model` with adapters beside each other. FailedPrecondition (MODEL_NOT_SERVABLE)."""
+def _with_adapter(model: Any, adapted: bool, key: str, folder: Path) -> Any:
+    """`model` with one adapter more. FailedPrecondition (MODEL_NOT_SERVABLE); then it is as it was."""
     import peft
 
-    wrapped: Any = None
-    for alias, folder in adapters.items():
-        if not (folder / "adapter_model.safetensors").exists():
-            raise FailedPrecondition(f"{alias} has no adapter_model.safetensors", reason="MODEL_NOT_SERVABLE")
-        try:
-            if wrapped is None:
-                wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name=_inner(alias))
-            else:
-                wrapped.load_adapter(folder, adapter_name=_inner(alias))
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    if not (folder / "adapter_model.safetensors").exists():
+        raise FailedPrecondition(f"{key} has no adapter_model.safetensors", reason="MODEL_NOT_SERVABLE")
+    name = _inner(key)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
             raise FailedPrecondition(
-                f"PEFT cannot load the adapter {alias}: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
-            ) from error
-        if wrapped.peft_config[_inner(alias)].is_prompt_learning:
-            raise FailedPrecondition(
-                f"{alias} is an adapter of learned prompts; only those that change layers can be served",
+                f"{key} is an adapter of learned prompts; only those that change layers can be served",
                 reason="MODEL_NOT_SERVABLE",
             )
-    return wrapped or model
+        if not adapted:
+            return peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model.load_adapter(folder, adapter_name=name)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if adapted and name in model.peft_config:
+            model.delete_adapter(name)
+        raise FailedPrecondition(
+            f"PEFT cannot load the adapter {key}: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
+        ) from error
+    return model
 
 
-def _inner(alias: str) -> str:
+def _inner(key: str) -> str:
     """PEFT's name for an adapter: it becomes a name inside of modules, where 'train' or 'lora' mean something else."""
-    return f"served-{alias}"
+    return f"served-{key}"
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -175,3 +177,31 @@ def test_top_k_and_top_p_leave_the_tail_out() -> None:
     assert draws(replace(WARM, top_p=0.7), logits) == {0, 1}
     assert draws(replace(WARM, top_p=0.01), logits) == {0}
     assert draws(replace(WARM, temperature=0.01), logits) == {0}
+
+
+def test_adapters_come_and_go(folders: tuple[Path, Path, Path]) -> None:
+    base, one, two = folders
+    engine = TransformersEngine(base, {}, "float32", 0)
+    bare = answer(engine, GREEDY)
+    engine.load("one", one)
+    first = answer(engine, GREEDY, "one")
+    engine.load("two", two)
+    assert (first[0], answer(engine, GREEDY, "two")[0]) == (reference(base, one), reference(base, two))
+    engine.unload("one")
+    assert answer(engine, GREEDY, "two")[0] == reference(base, two)
+    engine.unload("two")
+    assert answer(engine, GREEDY) == bare
+    engine.load("one", one)
+    assert answer(engine, GREEDY, "one") == first
+
+
+def test_a_refused_adapter_leaves_the_others_as_they_were(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, one, _ = folders
+    shutil.copytree(one, tmp_path / "other")
+    config = json.loads((one / "adapter_config.json").read_text())
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
+    engine = TransformersEngine(base, {"one": one}, "float32", 0)
+    before = answer(engine, GREEDY, "one")
+    with pytest.raises(FailedPrecondition, match="other"):
+        engine.load("other", tmp_path / "other")
+    assert answer(engine, GREEDY, "one") == before

@@ -184,7 +184,7 @@ class ServedAdapter(_message.Message):
     model: _builtins.str
     """workspaces/{workspace}/models/{model} of kind ADAPTER."""
     digest: _builtins.str
-    """Output only: sha256:<hex> of what is served under the alias."""
+    """sha256:<hex> of what is served under the alias. The service finds it by the name; an engine server is told it."""
     def __init__(
         self,
         *,
@@ -525,6 +525,64 @@ class DeleteEndpointRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteEndpointRequest: _TypeAlias = DeleteEndpointRequest  # noqa: Y015
+
+@_typing.final
+class LoadAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """workspaces/{workspace}/endpoints/{endpoint}"""
+    etag: _builtins.str
+    """When set, it must be the endpoint's present one."""
+    @_builtins.property
+    def adapter(self) -> Global___ServedAdapter:
+        """What to serve, and under which alias."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        adapter: Global___ServedAdapter | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "endpoint", b"endpoint", "etag", b"etag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """workspaces/{workspace}/endpoints/{endpoint}"""
+    alias: _builtins.str
+    """The alias to give up."""
+    etag: _builtins.str
+    """When set, it must be the endpoint's present one."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "endpoint", b"endpoint", "etag", b"etag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):

@@ -28,8 +28,8 @@ if _version_not_supported:
 
 class InferenceStub:
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -62,6 +62,16 @@ class InferenceStub:
                 request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.DeleteEndpointRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/quartet.inference.v1.Inference/LoadAdapter',
+                request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/quartet.inference.v1.Inference/UnloadAdapter',
+                request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/quartet.inference.v1.Inference/Generate',
                 request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
@@ -86,8 +96,8 @@ class InferenceStub:
 
 class InferenceServicer:
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -122,6 +132,25 @@ class InferenceServicer:
 
     def DeleteEndpoint(self, request, context):
         """Stops an endpoint's engine and forgets it. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), ABORTED (ETAG_MISMATCH).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Serves an adapter under an alias while the endpoint answers. An alias that is in use goes over to the new version at
+        once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
+        has done it; on an endpoint that is not READY, at once, and the engine starts with it.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Serves nothing under an alias any more; answers under way go on.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), ABORTED (as LoadAdapter).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +212,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.DeleteEndpointRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.SerializeToString,
+            ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
@@ -213,8 +252,8 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -319,6 +358,60 @@ class Inference:
             '/quartet.inference.v1.Inference/DeleteEndpoint',
             quartet_dot_inference_dot_v1_dot_inference__pb2.DeleteEndpointRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.inference.v1.Inference/LoadAdapter',
+            quartet_dot_inference_dot_v1_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
+            quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.inference.v1.Inference/UnloadAdapter',
+            quartet_dot_inference_dot_v1_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
+            quartet_dot_inference_dot_v1_dot_inference__pb2.Endpoint.FromString,
             options,
             channel_credentials,
             insecure,

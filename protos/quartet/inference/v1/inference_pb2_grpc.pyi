@@ -29,8 +29,8 @@ GRPC_VERSION: str
 
 class InferenceStub:
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -56,6 +56,17 @@ class InferenceStub:
     """
     DeleteEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DeleteEndpointRequest, _empty_pb2.Empty]
     """Stops an endpoint's engine and forgets it. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), ABORTED (ETAG_MISMATCH)."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.Endpoint]
+    """Serves an adapter under an alias while the endpoint answers. An alias that is in use goes over to the new version at
+    once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
+    has done it; on an endpoint that is not READY, at once, and the engine starts with it.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]
+    """Serves nothing under an alias any more; answers under way go on.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), ABORTED (as LoadAdapter).
+    """
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
@@ -75,8 +86,8 @@ class InferenceStub:
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -99,6 +110,17 @@ class InferenceAsyncStub(InferenceStub):
     """
     DeleteEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.DeleteEndpointRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Stops an endpoint's engine and forgets it. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), ABORTED (ETAG_MISMATCH)."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
+    """Serves an adapter under an alias while the endpoint answers. An alias that is in use goes over to the new version at
+    once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
+    has done it; on an endpoint that is not READY, at once, and the engine starts with it.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
+    """Serves nothing under an alias any more; answers under way go on.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), ABORTED (as LoadAdapter).
+    """
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
@@ -117,8 +139,8 @@ class InferenceAsyncStub(InferenceStub):
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Inference serves models. The inference service keeps endpoints and routes to them; each endpoint is an engine server
-    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels; the rest answers
-    UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
+    of its own that speaks this same contract (Generate, Chat, Tokenize, ListServedModels, LoadAdapter, UnloadAdapter; the
+    rest answers UNIMPLEMENTED there), so a client may also talk to it directly at the address that GetEndpoint tells.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -163,6 +185,29 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Stops an endpoint's engine and forgets it. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), ABORTED (ETAG_MISMATCH)."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _inference_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.Endpoint, _abc.Awaitable[_inference_pb2.Endpoint]]:
+        """Serves an adapter under an alias while the endpoint answers. An alias that is in use goes over to the new version at
+        once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
+        has done it; on an endpoint that is not READY, at once, and the engine starts with it.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _inference_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.Endpoint, _abc.Awaitable[_inference_pb2.Endpoint]]:
+        """Serves nothing under an alias any more; answers under way go on.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), ABORTED (as LoadAdapter).
+        """
 
     @_abc_1.abstractmethod
     def Generate(
