@@ -92,6 +92,11 @@ def _files(source: DataSource) -> list[Path]:
         path = Path(name).expanduser()
         if not path.exists():
             raise NotFound(f"data.sources: {name} is not here; give --data", reason="FILE_NOT_FOUND")
+        if path.is_file() and path.suffix.lower() not in ROWS:
+            # A config may be a stranger's: it must not make us send any file that it names.
+            raise InvalidArgument(
+                f"data.sources: {name} is no file of rows; use {', '.join(ROWS)}", reason="FORMAT_UNDETECTED"
+            )
         found += of_split(path / source.folder, source.split) if path.is_dir() else [path]
     return found
 

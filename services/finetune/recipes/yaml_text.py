@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from services.finetune.config import RunConfig, from_json, to_json
+from services.finetune.config import DataSource, RunConfig, from_json, to_json
 from services.finetune.errors import InvalidArgument
 
 MAX_TEXT_BYTES = 1 << 20
@@ -30,7 +30,7 @@ _ABOUT = {
     "lora": "Unused by the method full. targets: names of linear layers, or all-linear.",
     "quant": "How the frozen base is stored. bits: 4 for qlora, 8 for int8_lora, else 0.",
     "data": "template: a prompt template's name, tokenizer for the model's own. sources: where the rows come from, unless "
-    "`quartet train --data` names datasets; each has files, or a hub_id, and a format.",
+    "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; and split and format.",
     "optim": "clip_norm: largest norm of the gradient; 0 does not clip.",
     "schedule": "One optimizer step reads batch_size * accumulate blocks. The rate climbs for warmup_ratio of all steps, or "
     "warmup_steps, then falls by a cosine.",
@@ -53,8 +53,12 @@ for _name, (_pattern, _first) in _PATTERNS.items():
 
 
 def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds rare line ends into spaces in every style but this.
-    return dumper.represent_scalar(_TAG + "str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+    style = None
+    if re.search("[\x85\u2028\u2029]", text):
+        style = '"'  # PyYAML folds rare line ends into spaces in every other style
+    elif "\n" in text and not text.startswith((" ", "\n")):
+        style = "|"
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent)
@@ -76,8 +80,10 @@ def read_yaml(text: str, file: str) -> RunConfig:
 
 
 def write_yaml(config: RunConfig, name: str) -> str:
-    """The whole config with a comment on each section."""
+    """The whole config with a comment on each section; of a source only what it has."""
     data = to_json(config)
+    plain = to_json(DataSource())
+    data["data"]["sources"] = [{k: v for k, v in s.items() if v != plain[k]} for s in data["data"]["sources"]]
     made = [f"# {name}: edit, then `quartet train` this file.\n", _dump({"method": data["method"]})]
     for f in dataclasses.fields(config):
         if f.name in _ABOUT:

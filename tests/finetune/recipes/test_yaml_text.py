@@ -20,6 +20,16 @@ def test_every_one_of_the_seeds_recipes_survives(name: str) -> None:
     assert read_yaml(write_yaml(resolve(name).config, name), "x.yaml") == resolve(name).config
 
 
+LINES = st.lists(st.sampled_from(["a", " a", "a ", "", "# a", "- a", "a: b", "\ta", "'", '"', "…"])).map("\n".join)
+
+
+@settings(deadline=None)
+@given(LINES)
+def test_any_lines_survive(text: str) -> None:
+    config = override(RunConfig(), {"report.system": text, "report.prompts": [text]})
+    assert read_yaml(write_yaml(config, "x"), "x.yaml") == config
+
+
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1e9), st.integers(0, 10**15))
 def test_any_text_and_number_survives(text: str, lr: float, seed: int) -> None:

@@ -7,11 +7,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ArtifactRef, RunConfig, ScheduleConfig, TrainRun, override
+import pytest
+
+from services.finetune.config import ArtifactRef, RunConfig, ScheduleConfig, TrainRun, override, to_json
+from services.finetune.errors import FailedPrecondition
 from services.finetune.progress import Attempt, raise_fence, read_segments
 from services.finetune.store import Store
-from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory
+from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, publish_directory
 from services.finetune.train import train
+from services.finetune.train.checkpoint import check_same
 from services.finetune.train.loop import rate
 from tests.tiny import tiny_model
 
@@ -20,6 +24,16 @@ def test_warm_up_by_steps_takes_the_place_of_its_ratio() -> None:
     schedule = ScheduleConfig(warmup_ratio=0.5, warmup_steps=4)
     assert [rate(step, 100, schedule) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rate(49, 100, ScheduleConfig(warmup_ratio=0.5)) == 1.0
+
+
+def test_going_on_looks_at_what_base_and_rows_are_not_where_they_came_from() -> None:
+    base, data = (ArtifactRef(name=n, digest=f"sha256:{n}") for n in ("base", "data"))
+    parents = (Parent("base", base.digest, base.name), Parent("dataset", data.digest, data.name))
+    moved = {"model.checkpoint": "./here", "data.sources": [{"files": ["./rows.jsonl"]}], "schedule.max_steps": 9}
+    run = TrainRun(job="j", config=override(RunConfig(), moved), base=base, datasets=(data,))
+    check_same(run, to_json(RunConfig()), parents)
+    with pytest.raises(FailedPrecondition, match=r"optim\.lr"):
+        check_same(run, to_json(override(RunConfig(), {"optim.lr": 1.0})), parents)
 
 
 def test_samples_have_a_system_text_of_their_own(file_store: Store, tmp_path: Path) -> None:
