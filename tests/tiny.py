@@ -37,8 +37,11 @@ def tiny_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def tiny_model(directory: Path, seed: int = 0) -> Path:
-    """Write a whole model: hidden 32, 2 layers, 4 heads over 2 KV heads, 259 tokens, random from `seed`."""
+def tiny_model(directory: Path, seed: int = 0, hidden_size: int = 32) -> Path:
+    """Write a whole model: hidden 32, 2 layers, 4 heads over 2 KV heads, 259 tokens, random from `seed`.
+
+    Answers of a 4-bit model need a hidden size of 64 or more on a CPU: bitsandbytes' kernels take whole blocks only.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,8 +49,8 @@ def tiny_model(directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -119,13 +119,25 @@ def _models(verbs: Any) -> None:
 
 
 def _training(verbs: Any) -> None:
-    p = _verb(verbs, "list-cfg", "commands.jobs:list_cfg", "the recipes on offer")
+    p = _verb(verbs, "list-cfg", "commands.recipes:list_cfg", "the recipes on offer")
     p.add_argument("-p", "--pattern", default="", help="only names with this text in them")
-    p = _verb(verbs, "train", "commands.jobs:train", "run a recipe")
+    p.add_argument("--seed", action="store_true", help="only the 301 names of XTuner 0.1.9")
+    p = _verb(verbs, "copy-cfg", "commands.recipes:copy_cfg", "write a recipe's whole config as YAML to edit")
     p.add_argument("recipe")
-    p.add_argument("--base", required=True, help="the model to tune")
-    p.add_argument("--data", required=True, nargs="+", help="datasets or revisions to learn from")
-    p.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="as optim.lr=1e-3")
+    p.add_argument("directory")
+    p = _verb(verbs, "train", "commands.recipes:train", "run a recipe, our YAML, or XTuner's Python config")
+    p.add_argument("config", help="a recipe's name, a .yaml file, or a .py file, which is read and never run")
+    p.add_argument(
+        "--base", default="", help="the model to tune; else the config's, brought from here if it is a folder"
+    )
+    p.add_argument("--data", nargs="+", default=[], help="datasets or revisions to learn from; else the config's files")
+    p.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="as optim.lr=1e-3, or XTuner's keys"
+    )
+    p.add_argument(
+        "--work-dir", default="", metavar="DIR", help="keep the config, and the job's and checkpoint's names"
+    )
+    p.add_argument("--deepspeed", default="", metavar="NAME", help="a preset of list-cfg -p deepspeed, or a .json file")
     p.add_argument("--seed", type=int)
     p.add_argument("--resume", default="", metavar="CHECKPOINT", help="go on exactly from here")
     p.add_argument("--name", default="", help="the job's name")

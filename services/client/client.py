@@ -220,14 +220,21 @@ class Client:
     def train(
         self, recipe: str, base: str, datasets: Sequence[str], overrides: Mapping[str, Any], **more: Any
     ) -> training_pb2.TrainingJob:
-        """Queue a training job; `more` are further fields of TrainingJob, and job_id."""
-        job_id = more.pop("job_id", "")
+        """Queue a training job, or with `validate_only` check it; `more` are further fields of TrainingJob, and job_id.
+
+        An empty `recipe` starts from the defaults; an empty `base` is found by the config's model.checkpoint.
+        """
+        job_id, dry = more.pop("job_id", ""), more.pop("validate_only", False)
         revisions = [self.revision(d) for d in datasets]
-        base = self.name("models", base)
+        base = base and self.name("models", base)
         job = training_pb2.TrainingJob(recipe=recipe, base_model=base, datasets=revisions, **more)
         job.overrides.update(dict(overrides))
         request = training_pb2.CreateTrainingJobRequest(
-            parent=self.parent, training_job_id=job_id, training_job=job, request_id=str(uuid.uuid4())
+            parent=self.parent,
+            training_job_id=job_id,
+            training_job=job,
+            request_id=str(uuid.uuid4()),
+            validate_only=dry,
         )
         made: training_pb2.TrainingJob = self.training.CreateTrainingJob(request)
         return made

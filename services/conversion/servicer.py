@@ -122,6 +122,7 @@ def _model(model: Model) -> pb.Model:
         size_bytes=manifest.size,
         create_time=wire.timestamp(ref.body["create_time"]),
         etag=ref.etag,
+        source=ref.body.get("source", ""),
     )
 
 

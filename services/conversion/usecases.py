@@ -107,6 +107,8 @@ class Conversion:
             "labels": spec["labels"],
             "create_time": names.now(),
             "job": job.name,
+            # Only imports have one.
+            "source": spec["arguments"].get("hub_id", ""),
         }
         try:
             put_ref(self._store, spec["target_model"], body, if_absent=True)

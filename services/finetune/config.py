@@ -18,6 +18,9 @@ from services.finetune.errors import InvalidArgument, nearest
 T = TypeVar("T")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Deepspeed = Literal[
+    "", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3", "deepspeed_zero3_offload"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +45,29 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """Storage of the frozen base (Dettmers et al. 2023): bits 4 is NF4 in blocks of 64; 0 leaves it unquantised."""
+    """Storage of the frozen base: bits 4 in blocks of 64 (Dettmers et al. 2023), bits 8 with outliers left out (Dettmers
+    et al. 2022), 0 leaves it unquantised. `kind` and `double_quant` say how 4 bits are made."""
 
-    bits: Literal[0, 4] = 4
+    bits: Literal[0, 4, 8] = 4
+    kind: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """Where rows of a recipe come from: files, or a dataset of a hub. A job's datasets take precedence."""
+
+    hub_id: str = ""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    subset: str = ""
+    """The hub's name for a part of the dataset."""
+    folder: str = ""
+    """A folder of the hub's repository."""
+    split: str = "train"
+    files: tuple[str, ...] = ()
+    """Files, or one folder of them, on the machine where the config is used."""
+    format: str = ""
+    """The row format; empty means that it is detected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +82,9 @@ class DataConfig:
     """Tokens in a block; longer rows are cut at the right."""
     pack: bool = True
     """Several rows share a block, without seeing each other."""
+    max_rows: int = 0
+    """Learn from so many rows, drawn by the seed; 0 means all."""
+    sources: tuple[DataSource, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +112,8 @@ class ScheduleConfig:
     accumulate: int = 16
     warmup_ratio: float = 0.03
     """Part of all steps in which the rate climbs from 0; then it falls by a cosine to min_lr_ratio * lr."""
+    warmup_steps: int = 0
+    """Steps of warm-up in place of warmup_ratio; 0 leaves it to that."""
     min_lr_ratio: float = 0.0
     seed: int = 0
 
@@ -99,17 +126,30 @@ class ReportConfig:
     """Steps between metric events."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always makes one."""
+    checkpoint_epochs: int = 0
+    """Epochs between further checkpoints; 0 makes none."""
     sample_every: int = 0
     """Steps between answers to `prompts`; 0 means only at the end."""
     prompts: tuple[str, ...] = ()
+    system: str = ""
+    """System text for `prompts` alone; empty means data.system."""
     sample_tokens: int = 64
+    measures: tuple[Literal["mmlu"], ...] = ()
+    """Benchmarks to run beside training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the processes of one run share the work. `deepspeed` is a preset's name; empty trains without DeepSpeed."""
+
+    deepspeed: Deepspeed = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides the numbers of a training run, apart from the base and the data themselves."""
 
-    method: Literal["lora", "qlora"] = "qlora"
+    method: Literal["full", "lora", "qlora", "int8_lora"] = "qlora"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -117,6 +157,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

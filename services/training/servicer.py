@@ -86,6 +86,7 @@ def _recipe(recipe: Recipe, whole: bool) -> pb.Recipe:
         method=recipe.method,
         checkpoint=recipe.checkpoint,
         tested=recipe.tested,
+        since=recipe.since,
         config=wire.to_struct(to_json(recipe.config)) if whole else None,
     )
 

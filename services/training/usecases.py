@@ -11,7 +11,7 @@ from services.common.paging import page
 from services.common.records import Record
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
-from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Violation
+from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
 from services.finetune.progress import Event
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Ref, delete_ref, get_ref, list_refs, load, put_ref
@@ -21,6 +21,9 @@ JOB = "workspaces/{workspace}/trainingJobs/{job}"
 CHECKPOINT = JOB + "/checkpoints/{step}"
 MODEL = "workspaces/{workspace}/models/{model}"
 REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
+
+
+BITS = {"full": 0, "lora": 0, "qlora": 4, "int8_lora": 8}
 
 
 class Training:
@@ -42,7 +45,7 @@ class Training:
         found = [recipes.resolve(name) for name in recipes.names()]
 
         def fields(r: recipes.Recipe) -> Mapping[str, Any]:
-            return {"name": r.name, "model": r.model, "method": r.method, "dataset": r.dataset}
+            return {"name": r.name, "model": r.model, "method": r.method, "dataset": r.dataset, "since": r.since}
 
         return page(found, fields=fields, orders=["name"], default_order="name", **paging)
 
@@ -56,7 +59,7 @@ class Training:
             return made
         name = f"{parent}/trainingJobs/{names.choose_id(job_id, request[0], 'job')}"
         config = self._config(spec)
-        base = self._model(spec["base_model"])
+        base = self._model(spec["base_model"] or self._imported(parent, config.model.checkpoint))
         if config.data.template in ("", "tokenizer") and not load(self._store, base.digest).meta["template"]:
             raise FailedPrecondition(
                 f"{base.name} has no chat template; name one by data.template", reason="TEMPLATE_MISSING"
@@ -70,7 +73,7 @@ class Training:
             )
         resume = self._checkpoint(spec["resume_from"]) if spec["resume_from"] else None
         run = TrainRun(job=name, config=config, base=base, datasets=tuple(datasets), resume=resume)
-        spec = {**spec, "run": to_json(run), "datasets": [d.name for d in datasets]}
+        spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}
         if dry:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
         return self.jobs.create(name, spec, *request)
@@ -130,17 +133,44 @@ class Training:
     # ------------------------------------------------------------------------------------------ names to digests
 
     def _config(self, spec: Mapping[str, Any]) -> RunConfig:
-        config = self.recipe("recipes/" + spec["recipe"].removeprefix("recipes/")).config
+        name = spec["recipe"].removeprefix("recipes/")
+        config = self._recipe_config(name) if name else RunConfig()
         overrides = dict(spec["overrides"])
-        if overrides.get("method") == "lora":
-            overrides.setdefault("quant.bits", 0)
+        if overrides.get("method") in BITS:
+            overrides.setdefault("quant.bits", BITS[overrides["method"]])
         config = override(config, overrides)
-        if (config.method == "qlora") != (config.quant.bits == 4):
-            raise InvalidArgument("qlora needs quant.bits 4 and lora needs quant.bits 0", reason="CONFIG_VALUE_INVALID")
+        if config.quant.bits != BITS[config.method]:
+            raise InvalidArgument(
+                f"the method {config.method} needs quant.bits {BITS[config.method]}", reason="CONFIG_VALUE_INVALID"
+            )
         if config.data.template:
             check_name(config.data.template)
         _positive(config)
+        _supported(config)
         return config
+
+    def _recipe_config(self, name: str) -> RunConfig:
+        recipe = self.recipe("recipes/" + name)
+        if not recipe.model:
+            raise InvalidArgument(
+                f"{name} is a DeepSpeed preset: train a recipe with parallel.deepspeed set to it",
+                reason="RECIPE_NOT_TRAINABLE",
+                metadata={"recipe": name},
+            )
+        return recipe.config
+
+    def _imported(self, parent: str, checkpoint: str) -> str:
+        """The newest model of a workspace that came from a hub id."""
+        if not checkpoint:
+            raise InvalidArgument("a job needs a base_model, or a config with model.checkpoint", reason="MODEL_MISSING")
+        found = [r for r in list_refs(self._store, f"{parent}/models/") if r.body.get("source") == checkpoint]
+        if not found:
+            raise NotFound(
+                f"no model of {parent} was imported from {checkpoint}; run: quartet model import {checkpoint}",
+                reason="MODEL_NOT_FOUND",
+                metadata={"checkpoint": checkpoint},
+            )
+        return max(found, key=lambda r: str(r.body["create_time"])).name
 
     def _model(self, name: str) -> ArtifactRef:
         names.parse(MODEL, name, "training_job.base_model")
@@ -183,8 +213,10 @@ def _positive(config: RunConfig) -> None:
         "schedule.batch_size": (config.schedule.batch_size, 1),
         "schedule.accumulate": (config.schedule.accumulate, 1),
         "schedule.seed": (config.schedule.seed, 0),
+        "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
         "report.log_every": (config.report.log_every, 1),
         "report.checkpoint_every": (config.report.checkpoint_every, 1),
+        "report.checkpoint_epochs": (config.report.checkpoint_epochs, 0),
         "report.sample_every": (config.report.sample_every, 0),
         "optim.lr": (config.optim.lr, 0),
         "lora.dropout": (config.lora.dropout, 0),
@@ -198,3 +230,22 @@ def _positive(config: RunConfig) -> None:
             )
     if config.lora.dropout >= 1:
         raise InvalidArgument("config key 'lora.dropout' must be below 1", reason="CONFIG_VALUE_INVALID")
+
+
+def _supported(config: RunConfig) -> None:
+    """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
+    lacks = {
+        "method": (config.method, ("lora", "qlora"), "set it to lora or qlora"),
+        "quant.kind": (config.quant.kind if config.quant.bits == 4 else "nf4", ("nf4",), "set it to nf4"),
+        "data.max_rows": (config.data.max_rows, (0,), "set it to 0 to learn from all rows"),
+        "report.measures": (config.report.measures, ((),), "set it to []"),
+        "parallel.deepspeed": (config.parallel.deepspeed, ("",), "leave it empty"),
+    }
+    violations = [
+        Violation(key, f"{value!r} is not supported by the trainer yet; {instead}", "TRAINER_LACKS")
+        for key, (value, known, instead) in lacks.items()
+        if value not in known
+    ]
+    if violations:
+        told = "; ".join(f"{v.field} {v.message}" for v in violations)
+        raise Unimplemented(told, reason="TRAINER_LACKS", violations=violations)

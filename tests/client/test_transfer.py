@@ -17,8 +17,8 @@ import pytest
 from quartet.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 
 from services.client import Client
-from services.client.commands.jobs import read_options
 from services.client.commands.models import import_name, read_size
+from services.client.configs import read_options
 from services.client.download import download_model
 from services.finetune.errors import DataLoss, InvalidArgument
 from tests.client.conftest import Quartet, serving

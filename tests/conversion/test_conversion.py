@@ -116,6 +116,14 @@ def test_whole_job(room: ConversionStub, kind: str) -> None:
     assert model.size_bytes == sum(f.size_bytes for f in model.files) > 0
 
 
+def test_an_import_remembers_its_hub_id(room: ConversionStub) -> None:
+    """By it a recipe's base model is found again."""
+    for task, source in (({"import_model": pb.ImportTask(hub_id="a/b")}, "a/b"), (ADAPTER, "")):
+        made = room.CreateConversionJob(request(**task))
+        watch(room, made.name)
+        assert room.GetModel(pb.GetModelRequest(name=made.target_model)).source == source
+
+
 def test_request_id_and_names(room: ConversionStub) -> None:
     rid, target, job = fresh("r"), fresh("m"), fresh("j")
     made = room.CreateConversionJob(request(target, job, request_id=rid, **ADAPTER))

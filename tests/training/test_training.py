@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf import json_format
 from quartet.training.v1 import training_pb2 as pb
@@ -15,6 +16,7 @@ from services.common import wire
 from services.common.jobs import Jobs
 from services.common.records import Records
 from services.common.server import Room
+from services.common.status import from_rpc_error
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -22,8 +24,10 @@ from services.finetune.errors import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    Unimplemented,
 )
 from services.finetune.store import Store, open_store
+from services.finetune.store.artifacts import get_ref, put_ref
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 from tests.common.jobbing import ScriptLauncher
@@ -127,7 +131,10 @@ def test_validate_only_changes_nothing(room: TrainingStub) -> None:
     ("given", "cls", "reason"),
     [
         ({"recipe": "smollm2_135m_lora_assistnt_e1"}, NotFound, "RECIPE_UNKNOWN"),
+        ({"recipe": "deepspeed_zero2"}, InvalidArgument, "RECIPE_NOT_TRAINABLE"),
         ({"base_model": f"{W}/models/none"}, NotFound, "MODEL_NOT_FOUND"),
+        ({"base_model": ""}, NotFound, "MODEL_NOT_FOUND"),
+        ({"base_model": "", "recipe": ""}, InvalidArgument, "MODEL_MISSING"),
         ({"base_model": "../../x"}, InvalidArgument, "NAME_MALFORMED"),
         ({"base_model": f"{W}/models/adapter"}, FailedPrecondition, "MODEL_NOT_TRAINABLE"),
         ({"base_model": f"{W}/models/plain"}, FailedPrecondition, "TEMPLATE_MISSING"),
@@ -156,6 +163,59 @@ def test_lora_takes_the_base_as_it_is(room: TrainingStub) -> None:
     made = wire.from_struct(room.CreateTrainingJob(wanted).config)
     assert (made["method"], made["quant"]["bits"]) == ("lora", 0)
     assert made["schedule"]["epochs"] == 2 and isinstance(made["schedule"]["epochs"], int)
+
+
+def test_what_the_trainer_cannot_act_on_is_refused_by_name(room: TrainingStub) -> None:
+    """Whatever a config may hold is acted on or refused, never left out."""
+    lacking: dict[str, Any] = {
+        "method": "full",
+        "data.max_rows": 20000,
+        "report.measures": ["mmlu"],
+        "parallel.deepspeed": "deepspeed_zero2",
+    }
+    with refused(Unimplemented, "TRAINER_LACKS") as error:
+        room.CreateTrainingJob(request(overrides=lacking))
+    assert [v.field for v in error[0].violations] == list(lacking)
+    for overrides in ({"method": "int8_lora"}, {"method": "qlora", "quant.kind": "fp4"}):
+        with refused(Unimplemented, "TRAINER_LACKS"):
+            room.CreateTrainingJob(request(overrides=overrides))
+    with refused(InvalidArgument, "CONFIG_VALUE_INVALID"):
+        room.CreateTrainingJob(request(overrides={"method": "qlora", "quant.bits": 8}))
+
+
+def test_every_one_of_the_seeds_recipes_is_taken_or_refused_by_name(room: TrainingStub) -> None:
+    """Methods and templates that are not there yet are the only reasons."""
+    seed = room.ListRecipes(pb.ListRecipesRequest(page_size=1000, filter='since = "seed"')).recipes
+    assert len(seed) == 301
+    taken = []
+    for recipe in seed:
+        try:
+            taken.append(room.CreateTrainingJob(request(recipe=recipe.name, validate_only=True)).recipe)
+        except grpc.RpcError as error:
+            assert from_rpc_error(error).reason in ("TRAINER_LACKS", "TEMPLATE_UNKNOWN", "RECIPE_NOT_TRAINABLE")
+    assert "recipes/internlm_chat_7b_qlora_oasst1_e3" in taken
+
+
+def test_a_base_is_found_by_where_it_came_from(room: TrainingStub, store: Store) -> None:
+    for n, name in enumerate(("older", "newer")):
+        put_model(store, name)
+        ref = get_ref(store, f"{W}/models/{name}")
+        assert ref is not None
+        body = {
+            **ref.body,
+            "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "create_time": f"2026-01-0{n + 1}T00:00:00Z",
+        }
+        put_ref(store, ref.name, body)
+    made = room.CreateTrainingJob(request(base_model="", validate_only=True))
+    assert made.base_model == f"{W}/models/newer"
+
+
+def test_a_config_of_its_own_needs_no_recipe(room: TrainingStub) -> None:
+    overrides = {"method": "lora", "optim.lr": 3e-4, "report.prompts": ["hello"]}
+    made = room.CreateTrainingJob(request(recipe="", overrides=overrides, validate_only=True))
+    config = wire.from_struct(made.config)
+    assert made.recipe == "" and config["optim"]["lr"] == 3e-4 and config["report"]["prompts"] == ["hello"]
 
 
 def test_plain_base_with_a_named_template(room: TrainingStub) -> None:
@@ -222,6 +282,8 @@ def test_recipes(room: TrainingStub) -> None:
     assert names == sorted(set(names)) and len(names) == 6 and not first.recipes[0].HasField("config")
     lora = room.ListRecipes(pb.ListRecipesRequest(filter='method = "lora"', page_size=1000))
     assert lora.recipes and {r.method for r in lora.recipes} == {"lora"}
+    ours = room.ListRecipes(pb.ListRecipesRequest(filter='since = "quartet"', page_size=1000)).recipes
+    assert ours and {r.since for r in ours} == {"quartet"}
     whole = room.GetRecipe(pb.GetRecipeRequest(name=f"recipes/{RECIPE}"))
     assert whole.name == f"recipes/{RECIPE}" and "schedule" in whole.config.fields
     with refused(NotFound, "RECIPE_UNKNOWN"):

@@ -1,13 +1,12 @@
-"""train, list-cfg, job."""
+"""job."""
 
 from __future__ import annotations
 
-import json
 import queue
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from quartet.conversion.v1 import conversion_pb2
@@ -18,52 +17,10 @@ from services.client.commands import connect
 from services.client.retry import pages
 from services.client.show import event_line, out, plain, table, tell
 from services.common.status import from_status
-from services.finetune.errors import InvalidArgument, QuartetError
+from services.finetune.errors import QuartetError
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 SILENCE_S = 0.5
-
-
-def list_cfg(a: Namespace) -> None:
-    with connect(a) as client:
-        recipes = pages(client.training.ListRecipes, training_pb2.ListRecipesRequest(), "recipes")
-        names = [r.name.removeprefix("recipes/") for r in recipes]
-    found = [name for name in names if a.pattern.lower() in name.lower()]
-    if a.json:
-        out({"recipes": found})
-        return
-    print("==========================CONFIGS===========================")
-    if a.pattern:
-        print(f"PATTERN: {a.pattern}\n-------------------------------")
-    print("\n".join(found))
-    print("=============================================================")
-
-
-def train(a: Namespace) -> int:
-    overrides = read_options(a.cfg_options)
-    if a.seed is not None:
-        overrides["schedule.seed"] = a.seed
-    with connect(a) as client:
-        job = client.train(a.recipe, a.base, a.data, overrides, resume_from=a.resume, job_id=a.name)
-        if a.detach:
-            out(plain(job)) if a.json else print(f"{job.name}\ncome back with: quartet job watch {job.name}")
-            return 0
-        return follow(client, job.name, a.json)
-
-
-def read_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """--cfg-options: values are JSON where they can be read as that, else texts. InvalidArgument (CONFIG_KEY_UNKNOWN)."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise InvalidArgument(f"--cfg-options: {pair!r} is not KEY=VALUE", reason="CONFIG_KEY_UNKNOWN")
-        try:
-            # JSON as its standard says: NaN and Infinity are texts, and the service refuses them by key.
-            found[key] = json.loads(value, parse_constant=str)
-        except ValueError:
-            found[key] = {"True": True, "False": False}.get(value, value)
-    return found
 
 
 def list_all(a: Namespace) -> None:

@@ -90,6 +90,9 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
     for config in (then, now):
         config.pop("report")
         config["schedule"].pop("max_steps")
+        # Where base and rows came from; what they are is compared by digest.
+        config["model"].pop("checkpoint")
+        config["data"].pop("sources")
     changed = [f"{s}.{k}" for s in now if isinstance(now[s], dict) for k in now[s] if now[s][k] != then[s][k]]
     base = next(p.digest for p in parents if p.role == "base")
     data = [p.digest for p in parents if p.role == "dataset"]

@@ -53,7 +53,8 @@ class Trainer:
                 self._save()
                 raise Cancelled(f"stopped after step {self.step}; its checkpoint is kept", reason="STOPPED")
             self._train_step()
-            if self.step % report.checkpoint_every == 0:
+            each = report.checkpoint_epochs * self.per_epoch
+            if self.step % report.checkpoint_every == 0 or (each and self.step % each == 0):
                 self._save()
             if report.sample_every and self.step % report.sample_every == 0 and self.step < self.total:
                 self._sample()
@@ -193,8 +194,9 @@ class Trainer:
     def _sample(self) -> None:
         """Let the model answer the recipe's prompts, greedily, and report what it says."""
         self.model.eval()
+        system = self.config.report.system or self.config.data.system
         for prompt in self.config.report.prompts:
-            ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], self.config.data.system)
+            ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
             prompt_BL = torch.tensor([ids], device=self.device)
             with torch.no_grad():
                 out_BL = self.model.generate(
@@ -212,7 +214,7 @@ class Trainer:
 
 def rate(step: int, total: int, schedule: ScheduleConfig) -> float:
     """The learning rate of a step (from 0) as a part of the highest: linear warm-up, then a cosine to min_lr_ratio."""
-    warm = math.ceil(total * schedule.warmup_ratio)
+    warm = schedule.warmup_steps or math.ceil(total * schedule.warmup_ratio)
     if step < warm:
         return (step + 1) / warm
     along = (step - warm) / max(1, total - warm)

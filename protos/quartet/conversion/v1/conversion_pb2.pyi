@@ -86,6 +86,7 @@ class Model(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/models/{model}"""
     display_name: _builtins.str
@@ -101,6 +102,8 @@ class Model(_message.Message):
     """Bytes of all files."""
     etag: _builtins.str
     """Output only: changes whenever the model does."""
+    source: _builtins.str
+    """Output only: the hub id that it was imported from, as "internlm/internlm-chat-7b"; empty for all others."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs of the caller."""
@@ -137,10 +140,11 @@ class Model(_message.Message):
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "etag", b"etag", "files", b"files", "generation", b"generation", "kind", b"kind", "labels", b"labels", "name", b"name", "parents", b"parents", "size_bytes", b"size_bytes", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "etag", b"etag", "files", b"files", "generation", b"generation", "kind", b"kind", "labels", b"labels", "name", b"name", "parents", b"parents", "size_bytes", b"size_bytes", "source", b"source", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

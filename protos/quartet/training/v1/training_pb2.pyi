@@ -35,6 +35,7 @@ class Recipe(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     TESTED_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """recipes/{recipe}"""
     model: _builtins.str
@@ -42,11 +43,13 @@ class Recipe(_message.Message):
     dataset: _builtins.str
     """The dataset row with its epochs, as "oasst1_e3"."""
     method: _builtins.str
-    """The method row: "qlora", "lora"."""
+    """The method row: "qlora", "lora", "int8_lora", "full"; "deepspeed" for a preset, which is one part of a config only."""
     checkpoint: _builtins.str
     """Where the base model is imported from, as "internlm/internlm-chat-7b"."""
     tested: _builtins.bool
-    """Whether this combination is on offer and tried; others resolve as well."""
+    """Whether this combination was trained here; others resolve as well."""
+    since: _builtins.str
+    """"seed" for the names of XTuner 0.1.9, "quartet" for ours; empty for a combination that is not on offer."""
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
         """Every value of the run, nested by section; the keys that `overrides` accepts, joined by dots."""
@@ -61,10 +64,11 @@ class Recipe(_message.Message):
         checkpoint: _builtins.str = ...,
         tested: _builtins.bool = ...,
         config: _struct_pb2.Struct | None = ...,
+        since: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "config", b"config", "dataset", b"dataset", "method", b"method", "model", b"model", "name", b"name", "tested", b"tested"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "config", b"config", "dataset", b"dataset", "method", b"method", "model", b"model", "name", b"name", "since", b"since", "tested", b"tested"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -160,9 +164,11 @@ class TrainingJob(_message.Message):
     display_name: _builtins.str
     """For people."""
     recipe: _builtins.str
-    """recipes/{recipe}, or only its last part."""
+    """recipes/{recipe}, or only its last part; empty starts from the defaults, and `overrides` say the rest."""
     base_model: _builtins.str
-    """workspaces/{workspace}/models/{model}: what is tuned."""
+    """workspaces/{workspace}/models/{model}: what is tuned. Empty takes the newest model of the workspace that was imported
+    from the config's model.checkpoint.
+    """
     resume_from: _builtins.str
     """A checkpoint to go on from exactly: workspaces/{w}/trainingJobs/{j}/checkpoints/{step}."""
     state: Global___TrainingJob.State.ValueType
@@ -547,7 +553,7 @@ class ListRecipesRequest(_message.Message):
     page_token: _builtins.str
     """next_page_token of the answer before."""
     filter: _builtins.str
-    """AIP-160, equalities joined by AND: `method = "qlora"`."""
+    """AIP-160, equalities joined by AND: `method = "qlora" AND since = "seed"`."""
     order_by: _builtins.str
     """"name" (the default) or "name desc"."""
     def __init__(

@@ -51,8 +51,9 @@ class TrainingStub:
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
     the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
-    (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; DATASET_MISSING; REQUEST_ID_REUSED),
-    FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
+    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -98,8 +99,9 @@ class TrainingAsyncStub(TrainingStub):
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
     the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
-    (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; DATASET_MISSING; REQUEST_ID_REUSED),
-    FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
+    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -160,8 +162,9 @@ class TrainingServicer(metaclass=_abc_1.ABCMeta):
         """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
         the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
         Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
-        (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; DATASET_MISSING; REQUEST_ID_REUSED),
-        FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+        (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
+        REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
         """
 
     @_abc_1.abstractmethod

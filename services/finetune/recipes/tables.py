@@ -1,0 +1,51 @@
+"""The tables that recipes are made of, and what XTuner's words mean in ours."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+_PLAIN = (
+    "alpaca",
+    "alpaca_zh",
+    "arxiv",
+    "code_alpaca",
+    "colors",
+    "default",
+    "law_reference",
+    "medical",
+    "msagent_react",
+    "oasst1",
+    "openai",
+    "openorca",
+    "pretrain",
+    "sql",
+    "stack_exchange",
+    "tiny_codes",
+    "wizardlm",
+)
+
+FORMATS: Mapping[str, str] = {f"{name}_map_fn": name for name in _PLAIN} | {
+    # XTuner lists this format without the second t.
+    "crime_kg_assitant_map_fn": "crime_kg_assitan",
+}
+"""XTuner's mapping functions for text, and the row formats that they are."""
+
+
+@cache
+def table(name: str) -> dict[str, Any]:
+    """A table of this folder by its name."""
+    return tomllib.loads(resources.files(__package__).joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def steps(iterations: int, accumulate: int) -> int:
+    """Optimizer steps in so many of XTuner's iterations, one micro-batch each; 1 at least."""
+    return max(1, iterations // max(1, accumulate))
+
+
+def filled(system: str, bot: str) -> str:
+    """A system text as XTuner's hook puts it: {bot_name} is the model's, doubled braces are single ones."""
+    return system.replace("{bot_name}", bot).replace("{{", "{").replace("}}", "}")
