@@ -56,7 +56,8 @@ def leaves(parser: argparse.ArgumentParser, path: str = "") -> dict[str, argpars
     return found
 
 
-VERBS = sorted(set(leaves(parser())) - {"up"})  # up becomes another program before anything is parsed
+# Servers become programs of their own before anything is parsed.
+VERBS = sorted(set(leaves(parser())) - {"up", "gateway"})
 
 
 @pytest.mark.parametrize("verb", VERBS)
