@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -23,6 +24,9 @@ _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
 Render = Callable[[Sequence[Message], bool], str]
+
+CLOCK: ContextVar[datetime | None] = ContextVar("CLOCK", default=None)
+"""What a template that asks for the time is told; None is the present. A parity certificate must not change by the day."""
 
 
 class ChatTemplate:
@@ -182,7 +186,7 @@ def _compile(source: str) -> Any:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (CLOCK.get() or datetime.now()).strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -1,0 +1,115 @@
+"""Rows of several datasets to memory-mapped blocks: read, tokenise, mask, weigh, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.finetune.config import DataConfig
+from services.finetune.errors import QuartetError
+from services.finetune.formats import Row, read_rows
+from services.finetune.packing import pack
+from services.finetune.templates import Encoded, Template, encode, load_template
+from services.finetune.tokenizer import Tokenizer
+
+TOLD_ROWS = 500
+"""Rows between two calls of `on_rows`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One dataset revision on disk. `files` are (path in the artifact, path on disk); `weight` as DataConfig.weights."""
+
+    name: str
+    files: tuple[tuple[str, Path], ...]
+    format: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What was made. `lengths` counts rows by the power of two that is the first not below their tokens."""
+
+    rows: int
+    tokens: int
+    learned: int
+    truncated: int
+    dropped: int
+    blocks: int
+    fill: float
+    lengths: Mapping[int, int]
+
+
+def build(
+    sources: Sequence[Source],
+    template: str,
+    model_dir: Path,
+    data: DataConfig,
+    seed: int,
+    out: Path,
+    *,
+    processes: int = 0,
+    on_rows: Callable[[int], None] | None = None,
+) -> Built:
+    """Write the blocks of all good rows below `out`; bad rows were settled when their revision was committed.
+
+    The same arguments give the same bytes. `on_rows` hears how many rows are done, and may raise to stop.
+    """
+    tokenizer = Tokenizer.from_files(model_dir)
+    chosen = load_template(template, tokenizer)
+    samples: list[Encoded] = []
+    for n, source in enumerate(sources):
+        encoded = list(_encoded(source, chosen, tokenizer, data.system, len(samples), on_rows))
+        samples += _weighed(encoded, source.weight, seed, n)
+    blocks = pack(samples, data.max_length, data.pack)
+    blocks.save(out)
+    tokens = int((blocks.segments > 0).sum())
+    return Built(
+        rows=len(samples),
+        tokens=tokens,
+        learned=int((blocks.labels >= 0).sum()),
+        truncated=blocks.truncated,
+        dropped=blocks.dropped,
+        blocks=len(blocks),
+        fill=tokens / max(blocks.ids.size, 1),
+        lengths=_histogram([len(s.ids) for s in samples]),
+    )
+
+
+def _encoded(
+    source: Source,
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str,
+    before: int,
+    on_rows: Callable[[int], None] | None,
+) -> Iterator[Encoded]:
+    good = (r for r in read_rows(source.files, source.format) if isinstance(r, Row))
+    for n, row in enumerate(good, 1):
+        try:
+            yield encode(template.pieces(row.conversation, system), tokenizer)
+        except QuartetError as error:
+            blamed = f"{source.name} files[{row.file}].rows[{row.row}]: {error.message}"
+            raise type(error)(blamed, reason=error.reason, metadata=error.metadata) from error
+        if on_rows is not None and n % TOLD_ROWS == 0:
+            on_rows(before + n)
+
+
+def _weighed(samples: list[Encoded], weight: float, seed: int, source: int) -> list[Encoded]:
+    """All samples as often as the whole part of `weight` says, and a seeded choice for the rest, in their order."""
+    import numpy as np
+
+    times, part = divmod(weight, 1)
+    draw = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, source], np.uint64)))
+    extra = np.sort(draw.permutation(len(samples))[: round(part * len(samples))])
+    return samples * int(times) + [samples[n] for n in extra]
+
+
+def _histogram(lengths: Sequence[int]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for length in lengths:
+        upper = 1 << max(length - 1, 0).bit_length()
+        found[upper] = found.get(upper, 0) + 1
+    return dict(sorted(found.items()))
