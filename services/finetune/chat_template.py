@@ -166,7 +166,8 @@ def _compile(source: str) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from services.finetune.sandbox import Bounded
 
     class Generation(Extension):
         """transformers' {% generation %} … {% endgeneration %} around answers: here they are found without it."""
@@ -181,9 +182,7 @@ def _compile(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     # The same switches and helpers as transformers' apply_chat_template, so that templates mean the same.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: (CLOCK.get() or datetime.now()).strftime(form)

@@ -25,6 +25,8 @@ from services.finetune.store.artifacts import Manifest, Parent, load, materialis
 if TYPE_CHECKING:
     from services.finetune.prepare.pipeline import Built, Source
 
+MADE = "prepared"
+"""The folder below a worker's own in which blocks that it made itself lie."""
 MAX_WEIGHT = 100.0
 TOLD_S = 1.0
 """Seconds between two progress events."""
@@ -129,7 +131,7 @@ def _make(
 ) -> str:
     from services.finetune.prepare.pipeline import build
 
-    store, out = attempt.store, workdir / "prepared"
+    store, out = attempt.store, workdir / MADE
     manifests = [load(store, dataset.digest) for dataset in run.datasets]
     weights = run.data.weights or (1.0,) * len(run.datasets)
     sources = [
@@ -138,11 +140,6 @@ def _make(
     ]
     tell = progress(attempt, stop, sum(int(m.meta["rows"]) for m in manifests))
     built = build(sources, run.data.template, model_dir, run.data, run.seed, out, on_rows=tell)
-    if not built.blocks:
-        raise InvalidArgument(
-            f"none of the {built.rows} rows has an answer within data.max_length = {run.data.max_length} tokens",
-            reason="DATASET_EMPTY",
-        )
     (out / "certificate.json").write_text(json.dumps(certificate, sort_keys=True, indent=1, ensure_ascii=False))
     if stop.is_set():
         raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
@@ -151,9 +148,8 @@ def _make(
 
 
 def _counts(built: Built) -> dict[str, Any]:
-    names = ("rows", "tokens", "learned", "truncated", "dropped", "blocks", "fill")
-    lengths = {str(upper): count for upper, count in built.lengths.items()}
-    return {**{name: getattr(built, name) for name in names}, "lengths": lengths}
+    names = ("rows", "tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
+    return {name: built.index[name] for name in names}
 
 
 def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: float, folder: Path) -> Source:

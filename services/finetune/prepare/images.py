@@ -56,9 +56,9 @@ class Images:
         return found
 
     def _fault(self, file: str, name: str) -> Fault | None:
-        """A row names an image from the dataset's root, or from the folder that its own file is in."""
+        """A row names an image from the folder that its own file is in, or from the dataset's root."""
         beside = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-        path = next((p for p in (name, beside) if p in self._files), None)
+        path = next((p for p in (beside, name) if p in self._files), None)
         if path is None:
             return "IMAGE_MISSING", f"there is no file {name[:200]!r} in the dataset; upload it beside the rows"
         if path not in self._faults:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from services.finetune.config import DataConfig
-from services.finetune.errors import QuartetError
+from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Row, read_rows
-from services.finetune.packing import pack
+from services.finetune.packing import Blocks, pack
 from services.finetune.templates import Encoded, Template, encode, load_template
 from services.finetune.tokenizer import Tokenizer
 
+EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+"""Where the bars of a histogram of lengths begin, in tokens; the last has no end."""
 TOLD_ROWS = 500
 """Rows between two calls of `on_rows`."""
 
@@ -30,16 +33,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What was made. `lengths` counts rows by the power of two that is the first not below their tokens."""
+    """What `build` made."""
 
-    rows: int
-    tokens: int
-    learned: int
-    truncated: int
-    dropped: int
-    blocks: int
-    fill: float
-    lengths: Mapping[int, int]
+    blocks: Blocks
+    index: Mapping[str, Any]
+    """rows (good ones, before weights), tokens, learned, blocks, fill, truncated, dropped, and lengths: how many rows
+    begin at each of EDGES."""
 
 
 def build(
@@ -56,26 +55,35 @@ def build(
     """Write the blocks of all good rows below `out`; bad rows were settled when their revision was committed.
 
     The same arguments give the same bytes. `on_rows` hears how many rows are done, and may raise to stop.
+    Raises InvalidArgument (DATASET_EMPTY, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING, TOKENIZER_MISSING).
     """
     tokenizer = Tokenizer.from_files(model_dir)
     chosen = load_template(template, tokenizer)
     samples: list[Encoded] = []
+    every: list[Encoded] = []
     for n, source in enumerate(sources):
-        encoded = list(_encoded(source, chosen, tokenizer, data.system, len(samples), on_rows))
+        encoded = list(_encoded(source, chosen, tokenizer, data.system, len(every), on_rows))
+        every += encoded
         samples += _weighed(encoded, source.weight, seed, n)
     blocks = pack(samples, data.max_length, data.pack)
+    if not len(blocks):
+        raise InvalidArgument(
+            f"none of the {len(every)} rows has an answer within data.max_length = {data.max_length} tokens",
+            reason="DATASET_EMPTY",
+        )
     blocks.save(out)
     tokens = int((blocks.segments > 0).sum())
-    return Built(
-        rows=len(samples),
-        tokens=tokens,
-        learned=int((blocks.labels >= 0).sum()),
-        truncated=blocks.truncated,
-        dropped=blocks.dropped,
-        blocks=len(blocks),
-        fill=tokens / max(blocks.ids.size, 1),
-        lengths=_histogram([len(s.ids) for s in samples]),
-    )
+    index = {
+        "rows": len(every),
+        "tokens": tokens,
+        "learned": int((blocks.labels >= 0).sum()),
+        "blocks": len(blocks),
+        "fill": tokens / blocks.ids.size,
+        "truncated": sum(len(s.ids) > data.max_length for s in every),
+        "dropped": sum(not any(s.mask[1 : data.max_length]) for s in every),
+        "lengths": {"edges": list(EDGES), "counts": bars([len(s.ids) for s in every])},
+    }
+    return Built(blocks=Blocks.open(out), index=index)
 
 
 def _encoded(
@@ -107,9 +115,9 @@ def _weighed(samples: list[Encoded], weight: float, seed: int, source: int) -> l
     return samples * int(times) + [samples[n] for n in extra]
 
 
-def _histogram(lengths: Sequence[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for length in lengths:
-        upper = 1 << max(length - 1, 0).bit_length()
-        found[upper] = found.get(upper, 0) + 1
-    return dict(sorted(found.items()))
+def bars(lengths: Sequence[int]) -> list[int]:
+    """How many lengths lie between each of EDGES and the next."""
+    import numpy as np
+
+    places = np.searchsorted(EDGES, np.asarray(lengths, np.int64), "right") - 1
+    return [int(count) for count in np.bincount(places, minlength=len(EDGES))]

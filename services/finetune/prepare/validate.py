@@ -10,7 +10,6 @@ import threading
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Conversation, Problem, Row, read_rows
 from services.finetune.prepare import holds_rows, local_files, progress, row_files
 from services.finetune.prepare.images import Images
+from services.finetune.prepare.pipeline import EDGES, bars
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise, put_json_blob
 from services.finetune.templates import Template, encode, load_template
@@ -157,7 +157,7 @@ class Tokens:
             "template": self._template.name,
             "token_count": int(lengths.sum()),
             "learned_count": self._learned,
-            "lengths": [{"upper": upper, "row_count": count} for upper, count in _buckets(lengths)],
+            "lengths": [{"least": n, "row_count": c} for n, c in zip(EDGES, bars(self._lengths), strict=True) if c],
             "max_length": int(ordered[-1]),
             "median_length": int(ordered[(len(ordered) - 1) // 2]),
             "p99_length": int(ordered[(len(ordered) * 99 - 1) // 100]),
@@ -232,15 +232,3 @@ def _firsts(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     found = np.empty(len(hashes), np.int64)
     found[order] = first
     return found
-
-
-def _buckets(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """(upper end, rows) for each power of two up to the longest, from the shortest bucket that has rows."""
-    import numpy as np
-
-    if not len(lengths):
-        return
-    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    counts = np.bincount(exponents)
-    for exponent in range(int(exponents.min()), len(counts)):
-        yield 1 << exponent, int(counts[exponent])

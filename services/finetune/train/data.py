@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.finetune.config import PrepareRun, TrainRun
 from services.finetune.packing import Blocks
-from services.finetune.prepare import obtain
+from services.finetune.prepare import MADE, obtain
 from services.finetune.prepare.certificate import Certificate
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise
@@ -33,4 +33,7 @@ def prepare(
         seed=run.config.schedule.seed,
     )
     digest = obtain(order, certificate, model_dir, attempt, stop, workdir)
-    return Blocks.open(materialise(attempt.store, load(attempt.store, digest), workdir / "blocks"))
+    folder = workdir / MADE
+    if not folder.exists():
+        materialise(attempt.store, load(attempt.store, digest), folder)
+    return Blocks.open(folder)

@@ -48,7 +48,7 @@ def test_a_worker_prepares_what_the_next_finds(file_store: Store, order: Prepare
     digest = work("jobs/a")
     manifest = load(file_store, digest)
     assert manifest.kind == "prepared" and [p.role for p in manifest.parents] == ["dataset"]
-    assert manifest.meta["rows"] == len(ROWS) == sum(manifest.meta["lengths"].values())
+    assert manifest.meta["rows"] == len(ROWS) == sum(manifest.meta["lengths"]["counts"])
     assert json.loads(read_file(file_store, manifest, "certificate.json")) == manifest.meta["certificate"]
     assert texts(file_store, digest, tmp_path) == sorted(f"{n} it is" for n in range(24))
     before = file_store.list("manifests/")

@@ -49,9 +49,8 @@ def test_tokens_are_those_of_training(file_store: Store, order: PrepareRun, tmp_
     meta = load(file_store, do(prepare, run, file_store, tmp_path / "p")[0]["prepared"]).meta
     assert found["truncated_row_count"] == meta["truncated"] == 2
     assert found["dropped_row_count"] == meta["dropped"] == 1
-    assert {b["upper"]: b["row_count"] for b in found["lengths"] if b["row_count"]} == {
-        int(upper): count for upper, count in meta["lengths"].items()
-    }
+    bars = zip(meta["lengths"]["edges"], meta["lengths"]["counts"], strict=True)
+    assert [(b["least"], b["row_count"]) for b in found["lengths"]] == [(least, n) for least, n in bars if n]
     whole = report(file_store, tmp_path / "x", revision, order.model)["tokens"]
     run = replace(run, data=replace(run.data, max_length=512))
     meta = load(file_store, do(prepare, run, file_store, tmp_path / "y")[0]["prepared"]).meta
