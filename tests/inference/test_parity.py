@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,12 @@ def test_an_endpoint_of_other_tokens_is_not_created(made: Made, service: Service
     published.named(store, "tuned", made.adapter, "adapter")
     published.named(store, "plain", made.base, "base")
     assert endpoint(service.stub, "a", "plain", adapters=[("one", "tuned")], validate_only=True)
+    manifest = load(store, made.adapter)
+    retold = publish(store, replace(manifest, meta={**manifest.meta, "template": "vicuna"}))
+    published.named(store, "retold", retold, "adapter")
+    with refused(FailedPrecondition, "PARITY_MISMATCH") as error:
+        endpoint(service.stub, "a", "plain", adapters=[("one", "retold")], validate_only=True)
+    assert error[0].metadata["own_template"] == "vicuna" and "models/retold" in error[0].message
 
 
 def publish_copy(source: Store, target: Store, digest: str) -> str:

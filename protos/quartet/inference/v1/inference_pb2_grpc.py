@@ -142,7 +142,8 @@ class InferenceServicer:
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        within a minute, but it goes on).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

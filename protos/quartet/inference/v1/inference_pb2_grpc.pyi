@@ -61,7 +61,8 @@ class InferenceStub:
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    within a minute, but it goes on).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]
     """Serves nothing under an alias any more; answers under way go on.
@@ -116,7 +117,8 @@ class InferenceAsyncStub(InferenceStub):
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    within a minute, but it goes on).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Serves nothing under an alias any more; answers under way go on.
@@ -198,7 +200,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        within a minute, but it goes on).
         """
 
     @_abc_1.abstractmethod
