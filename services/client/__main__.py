@@ -76,11 +76,31 @@ def _datasets(verbs: Any) -> None:
     p.add_argument("--start", type=int, default=0)
     p.add_argument("--rows", type=int, default=3)
     p.add_argument("--max-length", type=int, default=0)
+    p = _verb(group, "validate", "commands.checks:validate", "look at every row; bad rows are this command's failure")
+    p.add_argument("dataset")
+    _tokens(p, model=False)
+    p.add_argument("--detach", action="store_true", help="do not wait for the end")
+    p = _verb(group, "prepare", "commands.checks:prepare", "tokenise and pack before a GPU is taken")
+    p.add_argument(
+        "datasets", nargs="+", metavar="DATASET[=WEIGHT]", help="=2 takes its rows twice, =0.5 a half of them"
+    )
+    _tokens(p)
+    p.add_argument("--separate-rows", action="store_true", help="a block for each row")
+    p.add_argument("--seed", type=int, default=0, help="training looks under its schedule.seed")
+    p.add_argument("--detach", action="store_true", help="do not wait for the end")
     p = _verb(group, "repeat", "commands.datasets:repeat", "repeat the rows of a file, or of a dataset")
     p.add_argument("input", help="a .json or .jsonl file, or a dataset")
     p.add_argument("-n", type=int, required=True, help="how many times")
     p.add_argument("-o", "--output", required=True, help="the file, or the dataset, to make")
     _verb(verbs, "list-dataset-format", "commands.datasets:formats", "the row formats that can be read")
+    p = _verb(verbs, "log-dataset", "commands.checks:log_dataset", "one row as training will see it")
+    p.add_argument("dataset")
+    p.add_argument("--show", default="text", choices=["text", "masked_text", "input_ids", "labels", "all"])
+    p.add_argument("--row", type=int, default=0, help="which one, from 0")
+    _tokens(p)
+    p = _verb(verbs, "check-custom-dataset", "commands.checks:check_custom", "whether a dataset can be trained on")
+    p.add_argument("dataset")
+    _tokens(p)
     group = _group(verbs, "assistant", "data that teaches a model its name")
     p = _verb(group, "create", "commands.datasets:assistant", "make the data, and a dataset of it")
     p.add_argument("--name", required=True, help="the assistant's name")
@@ -90,6 +110,14 @@ def _datasets(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dataset", default="", help="the dataset to make; from the name if left out")
     p.add_argument("--output", default="", help="write the rows to this .jsonl file and make no dataset")
+
+
+def _tokens(p: argparse.ArgumentParser, model: bool = True) -> None:
+    """How rows become tokens."""
+    p.add_argument("--model", required=model, default="", help="whose tokenizer")
+    p.add_argument("--template", default="", help="a prompt template in place of the model's own")
+    p.add_argument("--system", default="", help="system text for rows that have none")
+    p.add_argument("--max-length", type=int, default=0, help="tokens in a block")
 
 
 def _models(verbs: Any) -> None:

@@ -34,6 +34,13 @@ T = TypeVar("T")
 DEFAULT_ENDPOINT = "127.0.0.1:50050"
 CHUNK_BYTES = 1 << 20
 ROOMS = {"datasets": DatasetsStub, "training": TrainingStub, "conversion": ConversionStub, "inference": InferenceStub}
+JOBS: Mapping[str, tuple[str, Any, str]] = {
+    "trainingJobs": ("training", training_pb2, "TrainingJob"),
+    "conversionJobs": ("conversion", conversion_pb2, "ConversionJob"),
+    "preparedDatasets": ("datasets", datasets_pb2, "PreparedDataset"),
+    "validations": ("datasets", datasets_pb2, "Validation"),
+}
+"""What lives like a job, by the word in its name: the room, its messages, and the resource in its rpcs' names."""
 OPTIONS = [*CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", 30_000)]
 
 Progress = Callable[[int, int], None]
@@ -239,20 +246,40 @@ class Client:
         made: training_pb2.TrainingJob = self.training.CreateTrainingJob(request)
         return made
 
+    def validate(
+        self, dataset: str, model: str = "", template: str = "", system: str = "", max_length: int = 0
+    ) -> datasets_pb2.Validation:
+        """Queue a look at every row of a dataset's newest revision, or of a revision."""
+        request = datasets_pb2.ValidateRevisionRequest(
+            name=self.revision(dataset),
+            model=self.name("models", model) if model else "",
+            template=template,
+            system=system,
+            max_length=max_length,
+            request_id=str(uuid.uuid4()),
+        )
+        made: datasets_pb2.Validation = self.datasets.ValidateRevision(request)
+        return made
+
+    def prepare(self, datasets: Mapping[str, float], model: str, **how: Any) -> datasets_pb2.PreparedDataset:
+        """Tokenise and pack datasets by their weights; `how` are further fields of PrepareDatasetRequest."""
+        sources = [datasets_pb2.PrepareSource(revision=self.revision(d), weight=w) for d, w in datasets.items()]
+        request = datasets_pb2.PrepareDatasetRequest(
+            parent=self.parent, sources=sources, model=self.name("models", model), request_id=str(uuid.uuid4()), **how
+        )
+        made: datasets_pb2.PreparedDataset = self.datasets.PrepareDataset(request)
+        return made
+
     def job(self, name: str) -> Any:
-        """A training or conversion job, by its full or short name; training jobs are looked for first."""
-        if "/conversionJobs/" in name:
-            return self.conversion.GetConversionJob(conversion_pb2.GetConversionJobRequest(name=name))
+        """A job by its full name, or a training or conversion job by its short one; training jobs are looked for first."""
         try:
-            full = self.name("trainingJobs", name)
-            return self.training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=full))
+            return self._job("Get", self.name("trainingJobs", name))
         except QuartetError as error:
             if error.reason != "JOB_NOT_FOUND" or name.startswith("workspaces/"):
                 raise
             short = error
         try:
-            full = self.name("conversionJobs", name)
-            return self.conversion.GetConversionJob(conversion_pb2.GetConversionJobRequest(name=full))
+            return self._job("Get", self.name("conversionJobs", name))
         except QuartetError as error:
             raise short from error
 
@@ -261,13 +288,7 @@ class Client:
         tries = 0
         while True:
             try:
-                if "/conversionJobs/" in name:
-                    watch = self.conversion.WatchConversionJob
-                    request: Any = conversion_pb2.WatchConversionJobRequest(name=name, after_sequence=after)
-                else:
-                    watch = self.training.WatchTrainingJob
-                    request = training_pb2.WatchTrainingJobRequest(name=name, after_sequence=after)
-                for event in watch(request):
+                for event in self._job("Watch", name, after_sequence=after):
                     after, tries = event.sequence, 0
                     yield event
                 return
@@ -279,11 +300,14 @@ class Client:
 
     def cancel(self, name: str) -> Any:
         """Ask a job to end, by its full name; the job."""
-        request_id = str(uuid.uuid4())
-        if "/conversionJobs/" in name:
-            conversion = conversion_pb2.CancelConversionJobRequest(name=name, request_id=request_id)
-            return self.conversion.CancelConversionJob(conversion)
-        return self.training.CancelTrainingJob(training_pb2.CancelTrainingJobRequest(name=name, request_id=request_id))
+        return self._job("Cancel", name, request_id=str(uuid.uuid4()))
+
+    def _job(self, verb: str, name: str, **fields: Any) -> Any:
+        """One rpc on a job of any kind."""
+        kind = next((kind for kind in JOBS if f"/{kind}/" in name), "trainingJobs")
+        room, messages, resource = JOBS[kind]
+        request = getattr(messages, f"{verb}{resource}Request")(name=name, **fields)
+        return getattr(getattr(self, room), f"{verb}{resource}")(request)
 
     def model(self, name: str) -> conversion_pb2.Model:
         """A model by its full or short name."""

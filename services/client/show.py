@@ -27,8 +27,11 @@ def _numbers(message: Message, name: str, value: Any) -> Any:
     field = message.DESCRIPTOR.fields_by_name[name]
     if field.message_type is None and isinstance(value, str) and field.cpp_type in (2, 4):  # int64, uint64
         return int(value)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        whole = field.message_type.fields_by_name["value"].cpp_type in (2, 4)
+        return {key: int(v) for key, v in value.items()} if whole else value
     inner = getattr(message, name)
-    if field.message_type is not None and isinstance(value, dict) and not field.message_type.GetOptions().map_entry:
+    if field.message_type is not None and isinstance(value, dict):
         well_known = field.message_type.file.package == "google.protobuf"
         return value if well_known else plain(inner)
     if field.message_type is not None and isinstance(value, list):
@@ -100,4 +103,5 @@ def event_line(event: Any) -> str:
         return f"step {event.sample.step}  {event.sample.prompt!r} -> {event.sample.answer!r}"
     if kind == "checkpoint":
         return f"checkpoint {event.checkpoint.step}"
-    return f"{event.progress.done_bytes} of {event.progress.total_bytes} bytes"
+    what = "rows" if "done_rows" in event.progress.DESCRIPTOR.fields_by_name else "bytes"
+    return f"{getattr(event.progress, f'done_{what}')} of {getattr(event.progress, f'total_{what}')} {what}"

@@ -76,12 +76,25 @@ class Jobs:
 
     # ------------------------------------------------------------------------------------------ for use-cases
 
-    def create(self, name: str, spec: Mapping[str, Any], request_id: str, request: str) -> Record:
-        """Queue a job. AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED)."""
+    def create(
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        request_id: str,
+        request: str,
+        result: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Queue a job; one whose `result` (changes to its body) is known already ends well at once.
+
+        AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED).
+        """
         body = {"spec": dict(spec), "attempt": 0, "cursor": -1, "handle": None, "cancel": False, "key": job_key(name)}
-        job = Record(name, self.work.kind, "QUEUED", body)
+        job, events = Record(name, self.work.kind, "QUEUED", body), [_state("QUEUED", 0)]
+        if result is not None:
+            job = _with(replace(job, state="SUCCEEDED"), **result, end_time=names.now())
+            events.append(_state("SUCCEEDED", 0))
         try:
-            return self.records.create(job, request_id, request, [_state("QUEUED", 0)])
+            return self.records.create(job, request_id, request, events)
         except AlreadyExists as error:
             raise AlreadyExists(error.message, reason="JOB_EXISTS", metadata={"name": name}) from error
 
@@ -337,5 +350,5 @@ def _progress(event: Mapping[str, Any]) -> dict[str, Any]:
         values = {k: v for k, v in event["values"].items() if k in ("loss", "total_steps", "eta_s")}
         return {"step": event["step"], **values}
     if event["type"] == "progress":
-        return {"done_bytes": event["done_bytes"], "total_bytes": event["total_bytes"]}
+        return {k: event[k] for k in ("done_bytes", "total_bytes", "done_rows", "total_rows") if k in event}
     return {}

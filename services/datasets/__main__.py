@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from quartet.datasets.v1 import datasets_pb2_grpc as rpc
 
 from services.common import server
+from services.common.jobs import Jobs
+from services.common.launchers.local import LocalLauncher
+from services.common.records import Records
 from services.common.settings import Settings
+from services.datasets.preparing import Preparing
 from services.datasets.servicer import Servicer
 from services.datasets.uploads import Uploads
 from services.datasets.usecases import Datasets
+from services.datasets.validating import Validating
 from services.finetune.store import open_store
 
 
@@ -23,9 +29,23 @@ def build(settings: Settings) -> server.Room:
     scratch.mkdir(parents=True)
     store = open_store(settings.store_uri)
     datasets = Datasets(store, scratch)
-    servicer = Servicer(datasets, Uploads(store, datasets.get))
+    preparing, validating = Preparing(store, datasets), Validating(store, datasets)
+    records, launcher = Records(settings.database_url), LocalLauncher(Path(settings.home))
+    limits: dict[str, Any] = {"max_workers": settings.max_workers, "grace_s": settings.worker_grace_s}
+    preparing.jobs = Jobs(records, store, launcher, preparing.work, **limits)
+    validating.jobs = Jobs(records, store, launcher, validating.work, **limits)
+    servicer = Servicer(datasets, Uploads(store, datasets.get), preparing, validating)
+
+    def start() -> None:
+        preparing.jobs.start()
+        validating.jobs.start()
+
+    def stop() -> None:
+        preparing.jobs.stop()
+        validating.jobs.stop()
+
     return server.Room(
-        "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target)
+        "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target), start, stop
     )
 
 

@@ -10,10 +10,14 @@ from google.protobuf import empty_pb2, timestamp_pb2
 from quartet.datasets.v1 import datasets_pb2 as pb
 from quartet.datasets.v1 import datasets_pb2_grpc as rpc
 
+from services.common import wire
 from services.common.paging import page
-from services.datasets import usecases
+from services.common.records import Record
+from services.datasets import messages, usecases
+from services.datasets.preparing import Preparing
 from services.datasets.uploads import Uploads, UploadStatus, Writing
 from services.datasets.usecases import Datasets
+from services.datasets.validating import Validating
 from services.finetune import formats, templates
 from services.finetune.errors import InvalidArgument
 from services.finetune.store.artifacts import Ref
@@ -22,9 +26,11 @@ from services.finetune.store.artifacts import Ref
 class Servicer(rpc.DatasetsServicer):
     """See datasets.proto. Plain methods run in threads; the one stream is a coroutine."""
 
-    def __init__(self, datasets: Datasets, uploads: Uploads) -> None:
+    def __init__(self, datasets: Datasets, uploads: Uploads, preparing: Preparing, validating: Validating) -> None:
         self._datasets = datasets
         self._uploads = uploads
+        self._preparing = preparing
+        self._validating = validating
 
     def CreateDataset(self, request: pb.CreateDatasetRequest, context: Any) -> pb.Dataset:
         wanted = request.dataset
@@ -94,6 +100,64 @@ class Servicer(rpc.DatasetsServicer):
         )
         return pb.PreviewRowsResponse(rows=[_row(s) for s in shown], template=template)
 
+    def ValidateRevision(self, request: pb.ValidateRevisionRequest, context: Any) -> pb.Validation:
+        spec = {k: getattr(request, k) for k in ("model", "template", "system", "max_length")}
+        asked = (request.request_id, wire.fingerprint(request))
+        return self._validation(self._validating.create(request.name, request.validation_id, spec, asked))
+
+    def GetValidation(self, request: pb.GetValidationRequest, context: Any) -> pb.Validation:
+        return self._validation(self._validating.get(request.name))
+
+    def ListValidations(self, request: pb.ListValidationsRequest, context: Any) -> pb.ListValidationsResponse:
+        found, token = self._validating.list(request.parent, **_paging(request))
+        return pb.ListValidationsResponse(
+            validations=[messages.validation(r, None) for r in found], next_page_token=token
+        )
+
+    def CancelValidation(self, request: pb.CancelValidationRequest, context: Any) -> pb.Validation:
+        return self._validation(self._validating.cancel(request.name))
+
+    def DeleteValidation(self, request: pb.DeleteValidationRequest, context: Any) -> empty_pb2.Empty:
+        self._validating.delete(request.name, request.etag)
+        return empty_pb2.Empty()
+
+    async def WatchValidation(self, request: pb.WatchValidationRequest, context: Any) -> AsyncIterator[pb.DatasetEvent]:
+        async for sequence, event in wire.follow(self._validating.watch(request.name, request.after_sequence)):
+            yield messages.event(sequence, event)
+
+    def PrepareDataset(self, request: pb.PrepareDatasetRequest, context: Any) -> pb.PreparedDataset:
+        spec = {k: getattr(request, k) for k in ("model", "template", "system", "max_length", "separate_rows", "seed")}
+        spec["sources"] = [{"revision": s.revision, "weight": s.weight} for s in request.sources]
+        asked = (request.request_id, wire.fingerprint(request))
+        return messages.prepared(self._preparing.prepare(request.parent, spec, asked, request.validate_only))
+
+    def GetPreparedDataset(self, request: pb.GetPreparedDatasetRequest, context: Any) -> pb.PreparedDataset:
+        return messages.prepared(self._preparing.get(request.name))
+
+    def ListPreparedDatasets(
+        self, request: pb.ListPreparedDatasetsRequest, context: Any
+    ) -> pb.ListPreparedDatasetsResponse:
+        found, token = self._preparing.list(request.parent, **_paging(request))
+        return pb.ListPreparedDatasetsResponse(
+            prepared_datasets=[messages.prepared(r) for r in found], next_page_token=token
+        )
+
+    def CancelPreparedDataset(self, request: pb.CancelPreparedDatasetRequest, context: Any) -> pb.PreparedDataset:
+        return messages.prepared(self._preparing.cancel(request.name))
+
+    def DeletePreparedDataset(self, request: pb.DeletePreparedDatasetRequest, context: Any) -> empty_pb2.Empty:
+        self._preparing.delete(request.name, request.etag)
+        return empty_pb2.Empty()
+
+    async def WatchPreparedDataset(
+        self, request: pb.WatchPreparedDatasetRequest, context: Any
+    ) -> AsyncIterator[pb.DatasetEvent]:
+        async for sequence, event in wire.follow(self._preparing.watch(request.name, request.after_sequence)):
+            yield messages.event(sequence, event)
+
+    def _validation(self, record: Record) -> pb.Validation:
+        return messages.validation(record, self._validating.report(record))
+
     def ListFormats(self, request: pb.ListFormatsRequest, context: Any) -> pb.ListFormatsResponse:
         known = [pb.Format(name=f.name, description=f.description) for f in formats.FORMATS.values()]
         files = pb.Format(name=usecases.FILES_FORMAT, description=usecases.FILES_DESCRIPTION)
@@ -132,14 +196,12 @@ async def _take(writing: Writing, first: pb.WriteBlobRequest, rest: AsyncIterato
         await asyncio.to_thread(writing.flush)
 
 
+def _paging(request: Any) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in ("page_size", "page_token", "filter", "order_by")}
+
+
 def _page(request: pb.ListDatasetsRequest | pb.ListRevisionsRequest) -> dict[str, Any]:
-    return {
-        "page_size": request.page_size,
-        "page_token": request.page_token,
-        "filter": request.filter,
-        "order_by": request.order_by,
-        "orders": ("name", "create_time"),
-    }
+    return {**_paging(request), "orders": ("name", "create_time")}
 
 
 def _time(text: str) -> timestamp_pb2.Timestamp | None:

@@ -308,16 +308,20 @@ class Datasets:
             "skipped": [asdict(p) for p in problems],
         }
 
-    def _model(self, name: str) -> tuple[Tokenizer, str]:
-        from services.finetune.tokenizer import Tokenizer
-
+    def model(self, name: str) -> tuple[str, Manifest]:
+        """(digest, artifact) of a model by name. NotFound (MODEL_NOT_FOUND)."""
         parse(MODEL, name, "model")
         ref = artifacts.get_ref(self._store, name)
         if ref is None:
             raise NotFound(
                 f"there is no model {name}; import it first", reason="MODEL_NOT_FOUND", metadata={"name": name}
             )
-        manifest = artifacts.load(self._store, ref.body["digest"])
+        return ref.body["digest"], artifacts.load(self._store, ref.body["digest"])
+
+    def _model(self, name: str) -> tuple[Tokenizer, str]:
+        from services.finetune.tokenizer import Tokenizer
+
+        _, manifest = self.model(name)
         return Tokenizer.from_artifact(self._store, manifest), str(manifest.meta.get("template", ""))
 
 

@@ -1,4 +1,4 @@
-"""A worker: ``python -m services.finetune {train|convert} <run.json URI>``. It knows the store and nothing else.
+"""A worker: ``python -m services.finetune {prepare|validate|train|convert} <run.json URI>``. It knows the store only.
 
 Exit status: 0 when the outcome is SUCCEEDED or CANCELLED; the error's own status when the user must act; 75 when another
 attempt owns the job; 1 when the machinery failed and another attempt may do better.
@@ -14,14 +14,23 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ConvertRun, TrainRun, from_json
+from services.finetune.config import ConvertRun, PrepareRun, TrainRun, ValidateRun, from_json
 from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
 from services.finetune.store import open_store
+
+VERBS: Mapping[str, tuple[str, type[Any]]] = {
+    "prepare": ("prepare", PrepareRun),
+    "validate": ("prepare.validate", ValidateRun),
+    "train": ("train", TrainRun),
+    "convert": ("convert", ConvertRun),
+}
+"""By verb: the module that has a function of that name, and the class of its orders."""
 
 
 def who_am_i() -> dict[str, Any]:
@@ -57,13 +66,10 @@ def work(kind: str, uri: str, stop: threading.Event) -> int:
 
 
 def _worker(kind: str) -> Callable[[Any, Attempt, threading.Event, Path], dict[str, Any]]:
-    if kind == "train":
-        from services.finetune.train import train
-
-        return lambda data, *rest: _memory(lambda: train(from_json(TrainRun, data), *rest))
-    from services.finetune.convert import convert
-
-    return lambda data, *rest: _memory(lambda: convert(from_json(ConvertRun, data), *rest))
+    """What does the orders of a verb; only its own libraries are loaded."""
+    module, order = VERBS[kind]
+    do = getattr(import_module(f"services.finetune.{module}"), kind)
+    return lambda data, *rest: _memory(lambda: do(from_json(order, data), *rest))
 
 
 def _memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -80,18 +86,19 @@ def _memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, a GPU, or torch's allocator on the CPU raises when memory runs out."""
-    import torch
-
+    # A worker that never needed torch must not load it for this.
+    torch = sys.modules.get("torch")
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # The CPU's allocator has no class of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def main() -> int:
-    if len(sys.argv) != 3 or sys.argv[1] not in ("train", "convert"):
-        print("usage: python -m services.finetune {train|convert} <run.json URI>", file=sys.stderr)
+    if len(sys.argv) != 3 or sys.argv[1] not in VERBS:
+        print(f"usage: python -m services.finetune {{{'|'.join(VERBS)}}} <run.json URI>", file=sys.stderr)
         return 64
     os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    if sys.argv[1] == "train":
+    if sys.argv[1] != "convert":
         os.environ["HF_HUB_OFFLINE"] = "1"  # the store has all that training needs
     # It tells every worker on a CPU of a package for faster kernels that would be fetched from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

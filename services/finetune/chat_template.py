@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -23,6 +24,9 @@ _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
 Render = Callable[[Sequence[Message], bool], str]
+
+CLOCK: ContextVar[datetime | None] = ContextVar("CLOCK", default=None)
+"""What a template that asks for the time is told; None is the present. A parity certificate must not change by the day."""
 
 
 class ChatTemplate:
@@ -162,7 +166,8 @@ def _compile(source: str) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from services.finetune.sandbox import Bounded
 
     class Generation(Extension):
         """transformers' {% generation %} … {% endgeneration %} around answers: here they are found without it."""
@@ -177,12 +182,10 @@ def _compile(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     # The same switches and helpers as transformers' apply_chat_template, so that templates mean the same.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (CLOCK.get() or datetime.now()).strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -1,7 +1,7 @@
 """What a worker is told to do: frozen, typed, complete; strict to and from JSON.
 
 A config never names code: every value is a number, a text, or a key of a table in this library. `RunConfig` says how to
-train; `TrainRun` and `ConvertRun` are whole orders, one JSON file each, that a worker reads from the store.
+train; the classes ending in `Run` are whole orders, one JSON file each, that a worker reads from the store.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class DataConfig:
     max_rows: int = 0
     """Learn from so many rows, drawn by the seed; 0 means all."""
     sources: tuple[DataSource, ...] = ()
+    weights: tuple[float, ...] = ()
+    """How often the rows of each dataset are taken, in their order: 2 is twice, 0.5 a seeded half; empty is once each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +181,32 @@ class TrainRun:
     base: ArtifactRef
     datasets: tuple[ArtifactRef, ...]
     resume: ArtifactRef | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareRun:
+    """An order to tokenise, mask and pack. `data.template` is resolved: a named one's, or "tokenizer"."""
+
+    kind: Literal["prepare"] = "prepare"
+    job: str
+    model: ArtifactRef
+    """Whose tokenizer."""
+    datasets: tuple[ArtifactRef, ...]
+    data: DataConfig
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateRun:
+    """An order to look at every row of a revision; without a model nothing is said about tokens."""
+
+    kind: Literal["validate"] = "validate"
+    job: str
+    dataset: ArtifactRef
+    model: ArtifactRef | None = None
+    template: str = ""
+    system: str = ""
+    max_length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

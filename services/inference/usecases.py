@@ -50,6 +50,7 @@ from services.inference.adapters import (
     with_adapter,
     without_adapter,
 )
+from services.inference.parity import check_parity
 
 log = logging.getLogger("quartet.inference")
 
@@ -209,6 +210,7 @@ class Inference:
         for n, alias in enumerate(aliases):
             if alias in aliases[:n]:
                 raise _bad_alias(f"endpoint.adapters[{n}]", f"two adapters have the alias {alias!r}")
+        check_parity(self._store, spec["model"], digest, digest)
         template = load(self._store, digest).meta["template"]
         return {**spec, "digest": digest, "adapters": adapters, "template": template}
 
@@ -233,6 +235,7 @@ class Inference:
                 reason="BASE_MISMATCH",
                 metadata={"adapter": adapter["model"], "base": own.digest if own else "", "model": base},
             )
+        check_parity(self._store, adapter["model"], digest, base)
         return {"alias": adapter["alias"], "name": adapter["model"], "digest": digest}
 
     def _model(self, name: str, field: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from services.common.records import Record
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
+from services.finetune.prepare import check_weights
 from services.finetune.progress import Event
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Ref, delete_ref, get_ref, list_refs, load, put_ref
@@ -71,6 +72,7 @@ class Training:
                 reason="DATASET_MISSING",
                 violations=[Violation("training_job.datasets", "is empty", "DATASET_MISSING")],
             )
+        check_weights(config.data.weights, len(datasets))
         resume = self._checkpoint(spec["resume_from"]) if spec["resume_from"] else None
         run = TrainRun(job=name, config=config, base=base, datasets=tuple(datasets), resume=resume)
         spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.second import bench_second
 from tests.bench.upload import bench_upload
 from tests.e2e.stack import Stack
 
@@ -45,6 +46,9 @@ def main() -> None:
     print(f"upload MB/s    {spread(ours)}")
     print(f"upload peer    {spread(bare)}  a bare grpc.aio client stream of 1 MiB messages, bytes dropped")
     print(f"upload ratio   {spread(ratio)}")
+    first, second = bench_second()
+    print(f"prepare s      {spread(first)}  20,000 short rows, from the request to SUCCEEDED")
+    print(f"the same again {spread(second)}  from another workspace; goal 2")
 
 
 if __name__ == "__main__":

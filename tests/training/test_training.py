@@ -148,6 +148,8 @@ def test_validate_only_changes_nothing(room: TrainingStub) -> None:
         ({"overrides": {"schedule.epochs": 1.5}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"overrides": {"schedule.batch_size": 0}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"parent": "workspaces/W"}, InvalidArgument, "NAME_MALFORMED"),
+        ({"overrides": {"data.weights": [1, 2]}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"data.weights": [0]}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"job_id": "Bad Id"}, InvalidArgument, "NAME_MALFORMED"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 from services.finetune.config import AdapterTask
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.prepare.certificate import carried
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish
 from services.finetune.store.port import Store
@@ -52,6 +53,7 @@ def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, wor
     parents = (*checkpoint.parents, Parent("checkpoint", task.checkpoint.digest, task.checkpoint.name))
     meta = {
         **{k: checkpoint.meta[k] for k in ("architecture", "template", "system", "base_name")},
+        **carried(checkpoint.meta),
         "generation": base.meta["generation"],
         "context_length": base.meta["context_length"],
         "dtype": task.dtype,

@@ -30,6 +30,7 @@ from services.finetune.convert.shards import (
     write,
 )
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.prepare.certificate import META, carried
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
 from services.finetune.templates import load_template
@@ -51,7 +52,9 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event, workdir: Pat
     _copy_rest(folder, out, task.dtype, adapter.meta["template"])
     parents = [Parent("base", task.base.digest, task.base.name)]
     parents += [Parent("adapter", task.adapter.digest, task.adapter.name)]
-    meta = {**base.meta, **{k: adapter.meta[k] for k in ("template", "system", "base_name")}}
+    # A certificate of the base's own speaks of the template that the base was tuned with.
+    meta = {k: v for k, v in base.meta.items() if k != META} | carried(adapter.meta)
+    meta |= {k: adapter.meta[k] for k in ("template", "system", "base_name")}
     return publish_directory(attempt.store, "merged", out, parents, {**meta, "dtype": task.dtype or base.meta["dtype"]})
 
 

@@ -27,6 +27,8 @@ class Conversation:
     """Turns: system (optional, first), then user and assistant in turn."""
 
     messages: tuple[Message, ...]
+    images: tuple[str, ...] = ()
+    """Relative paths of image files, in the order of the `<image>` marks in the messages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -16,6 +17,7 @@ from services.finetune.formats import Problem
 
 MAX_LINE_BYTES = 64 << 20
 MAX_JSON_BYTES = 2 << 30
+MAX_COLUMNS = 10_000
 BOM = b"\xef\xbb\xbf"
 
 Raw = tuple[int, Mapping[str, Any]] | Problem
@@ -75,8 +77,7 @@ def _decode(file: str, number: int, data: bytes) -> str | Problem:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [k for k, _ in pairs]
-        twice = next(k for k in names if names.count(k) > 1)
+        twice = next(k for k, count in Counter(k for k, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:40]!r} stands twice in one object; remove one")
     return found
 
@@ -230,10 +231,19 @@ def _csv(file: str, path: Path) -> Iterator[Raw]:
                 yield _csv_row(file, start, header, cells)
             elif cells:
                 header = cells
-                if twice := {name for name in header if header.count(name) > 1}:
-                    message = f"the header names {min(twice)[:40]!r} twice; rename one"
-                    yield Problem(file, start, min(twice)[:40], "CSV_HEADER", message)
+                if wrong := _header_problem(file, start, header):
+                    yield wrong
                     return
+
+
+def _header_problem(file: str, row: int, header: list[str]) -> Problem | None:
+    if len(header) > MAX_COLUMNS:
+        message = f"the header names {len(header)} columns; {MAX_COLUMNS} are read at most: is the line break missing?"
+        return Problem(file, row, "", "CSV_HEADER", message)
+    twice = min((name for name, count in Counter(header).items() if count > 1), default=None)
+    if twice is None:
+        return None
+    return Problem(file, row, twice[:40], "CSV_HEADER", f"the header names {twice[:40]!r} twice; rename one")
 
 
 def _csv_row(file: str, number: int, header: list[str], cells: list[str]) -> Raw:

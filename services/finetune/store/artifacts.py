@@ -21,7 +21,7 @@ from typing import Any, Literal
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound
 from services.finetune.store.port import Blob, Store
 
-Kind = Literal["dataset", "base", "adapter", "merged", "checkpoint"]
+Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)

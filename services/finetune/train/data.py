@@ -1,49 +1,39 @@
-"""From dataset revisions to blocks of tokens."""
+"""From dataset revisions to blocks of tokens: what an earlier job prepared of the same, or prepared now for later ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import threading
 from pathlib import Path
 
-from services.finetune.config import TrainRun
-from services.finetune.errors import InvalidArgument
-from services.finetune.formats import Row, read_rows
-from services.finetune.packing import Blocks, pack
+from services.finetune.config import PrepareRun, TrainRun
+from services.finetune.packing import Blocks
+from services.finetune.prepare import MADE, obtain
+from services.finetune.prepare.certificate import Certificate
 from services.finetune.progress import Attempt
-from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise
-from services.finetune.templates import Template, encode
-from services.finetune.tokenizer import Tokenizer
+from services.finetune.templates import Template
 
 
-def prepare(run: TrainRun, attempt: Attempt, template: Template, tokenizer: Tokenizer, workdir: Path) -> Blocks:
-    """Read, tokenise and pack all datasets of a run. InvalidArgument (DATASET_EMPTY)."""
-    data = run.config.data
-    rows = list(read(attempt.store, run, workdir))
-    samples = [encode(template.pieces(row.conversation, data.system), tokenizer) for row in rows]
-    pack(samples, data.max_length, data.pack).save(workdir / "blocks")
-    blocks = Blocks.open(workdir / "blocks")
-    if not len(blocks):
-        raise InvalidArgument(
-            f"none of the {len(rows)} rows has an answer within data.max_length = {data.max_length} tokens",
-            reason="DATASET_EMPTY",
-        )
-    tokens, learned = int((blocks.segments > 0).sum()), int((blocks.labels >= 0).sum())
-    attempt.emit(
-        "log",
-        level="info",
-        text=f"{len(rows)} rows in {len(blocks)} blocks of {blocks.ids.shape[1]} tokens: {tokens} tokens, {learned} "
-        f"learned, {blocks.truncated} rows cut, {blocks.dropped} dropped",
+def prepare(
+    run: TrainRun,
+    template: Template,
+    certificate: Certificate,
+    model_dir: Path,
+    attempt: Attempt,
+    stop: threading.Event,
+    workdir: Path,
+) -> Blocks:
+    """The blocks of all datasets of a run, memory-mapped. Errors as services.finetune.prepare.prepare."""
+    order = PrepareRun(
+        job=run.job,
+        model=run.base,
+        datasets=run.datasets,
+        data=dataclasses.replace(run.config.data, template=template.name),
+        seed=run.config.schedule.seed,
     )
-    return blocks
-
-
-def read(store: Store, run: TrainRun, workdir: Path) -> Iterator[Row]:
-    """The good rows of all datasets, in order; bad ones were settled when their revision was committed."""
-    for n, dataset in enumerate(run.datasets):
-        manifest = load(store, dataset.digest)
-        if manifest.kind != "dataset" or manifest.meta["format"] == "files":
-            raise InvalidArgument(f"{dataset.name} holds no rows", reason="DATASET_EMPTY")
-        folder = materialise(store, manifest, workdir / "datasets" / str(n))
-        files = [(f.path, folder / f.path) for f in manifest.files]
-        yield from (row for row in read_rows(files, manifest.meta["format"]) if isinstance(row, Row))
+    digest = obtain(order, certificate, model_dir, attempt, stop, workdir)
+    folder = workdir / MADE
+    if not folder.exists():
+        materialise(attempt.store, load(attempt.store, digest), folder)
+    return Blocks.open(folder)

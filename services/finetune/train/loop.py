@@ -17,6 +17,7 @@ from services.finetune import packing
 from services.finetune.config import OptimConfig, ScheduleConfig, TrainRun
 from services.finetune.errors import Cancelled, InvalidArgument
 from services.finetune.formats import Message
+from services.finetune.prepare.certificate import META, certify
 from services.finetune.progress import Attempt, newest_checkpoint
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import load_template, to_prompt_ids
@@ -68,7 +69,8 @@ class Trainer:
         folder = materialise(store, base, self.workdir / "base")
         self.tokenizer = Tokenizer.from_files(folder)
         self.template = load_template(self.config.data.template or base.meta["template"], self.tokenizer)
-        self.blocks = prepare(self.order, self.attempt, self.template, self.tokenizer, self.workdir)
+        certificate = certify(self.tokenizer, self.template)
+        self.blocks = prepare(self.order, self.template, certificate, folder, self.attempt, self.stop, self.workdir)
         dtype, why = choose_dtype(self.config.model.dtype)
         self.attempt.emit("log", level="info", text=f"computing in {str(dtype).removeprefix('torch.')}: {why}")
         self.model = load_model(folder, self.config, dtype)
@@ -81,6 +83,7 @@ class Trainer:
             "method": self.config.method,
             "base_name": self.order.base.name,
             "architecture": base.meta["architecture"],
+            META: certificate,
         }
 
     def _resume(self) -> None:

@@ -15,6 +15,7 @@ from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument, Unimplemented, Violation
 from services.finetune.formats import Message
+from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import Template, load_template, to_prompt_ids
@@ -40,6 +41,7 @@ class EngineServicer(InferenceServicer):
         self._adapters = Adapters(engine, served)
         self._store = store
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
+        self._certify = functools.cache(lambda name: certify(tokenizer, self._load_template(name)))
 
     def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
         raise _elsewhere()
@@ -83,6 +85,7 @@ class EngineServicer(InferenceServicer):
                 reason="TEMPLATE_MISMATCH",
                 metadata={"template": template.name},
             )
+        self._check_parity(served, template)
         ids = self._prompt(template, served, request.messages)
         async for answer in self._answer(ids, served, request.sampling, template.stop, pb.ChatResponse):
             yield answer
@@ -125,6 +128,12 @@ class EngineServicer(InferenceServicer):
             )
         template: Template = self._load_template(name)
         return template
+
+    def _check_parity(self, served: Served, template: Template) -> None:
+        """FailedPrecondition (PARITY_MISMATCH) if a chat's tokens here are not what `served` was trained on."""
+        trained = served.manifest.meta.get(META)
+        if trained is not None:
+            check(trained, self._certify(template.name), served.name)
 
     def _prompt(self, template: Template, served: Served, messages: Sequence[pb.Message]) -> list[int]:
         turns = [Message(ROLES.get(m.role, ""), "".join(p.text for p in m.content)) for m in messages]

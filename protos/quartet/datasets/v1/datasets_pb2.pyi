@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,48 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _State:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STATE_UNSPECIFIED: _State.ValueType  # 0
+    QUEUED: _State.ValueType  # 1
+    """Waits for its turn, or for another try."""
+    PREPARING: _State.ValueType  # 2
+    """A worker is being started."""
+    RUNNING: _State.ValueType  # 3
+    """A worker has reported."""
+    PAUSED: _State.ValueType  # 4
+    """Stopped on request, resumable."""
+    SUCCEEDED: _State.ValueType  # 5
+    """Ended well; the result is there."""
+    FAILED: _State.ValueType  # 6
+    """Ended badly; `error` says why."""
+    CANCELLED: _State.ValueType  # 7
+    """Ended on request."""
+
+class State(_State, metaclass=_StateEnumTypeWrapper):
+    """Where a validation or a preparation is in its life; terminal states stay."""
+
+STATE_UNSPECIFIED: State.ValueType  # 0
+QUEUED: State.ValueType  # 1
+"""Waits for its turn, or for another try."""
+PREPARING: State.ValueType  # 2
+"""A worker is being started."""
+RUNNING: State.ValueType  # 3
+"""A worker has reported."""
+PAUSED: State.ValueType  # 4
+"""Stopped on request, resumable."""
+SUCCEEDED: State.ValueType  # 5
+"""Ended well; the result is there."""
+FAILED: State.ValueType  # 6
+"""Ended badly; `error` says why."""
+CANCELLED: State.ValueType  # 7
+"""Ended on request."""
+Global___State: _TypeAlias = State  # noqa: Y015
 
 @_typing.final
 class Dataset(_message.Message):
@@ -889,3 +932,1133 @@ class Template(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Template: _TypeAlias = Template  # noqa: Y015
+
+@_typing.final
+class Validation(_message.Message):
+    """One look at every row of a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/validations/{validation}"""
+    revision: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"""
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model}: whose tokenizer; without it nothing is said about tokens."""
+    template: _builtins.str
+    """A key of ListTemplates; empty means the model's own."""
+    system: _builtins.str
+    """System text for rows that have none."""
+    max_length: _builtins.int
+    """Tokens in a block: longer rows are counted as truncated; 0 means no limit."""
+    state: Global___State.ValueType
+    """Output only."""
+    attempt: _builtins.int
+    """Output only: the attempt now running or last run, from 1; 0 before the first."""
+    etag: _builtins.str
+    """Output only: changes whenever the validation does."""
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Output only: why it failed; google.rpc.ErrorInfo in its details. Bad rows are no failure: the report tells them."""
+
+    @_builtins.property
+    def progress(self) -> Global___RowProgress:
+        """Output only: how far it is."""
+
+    @_builtins.property
+    def report(self) -> Global___ValidationReport:
+        """Output only: what was found, once SUCCEEDED."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only: when a worker first reported."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only: when the state became terminal."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        model: _builtins.str = ...,
+        template: _builtins.str = ...,
+        system: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        state: Global___State.ValueType = ...,
+        error: _status_pb2.Status | None = ...,
+        progress: Global___RowProgress | None = ...,
+        report: Global___ValidationReport | None = ...,
+        attempt: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "report", b"report", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "max_length", b"max_length", "model", b"model", "name", b"name", "progress", b"progress", "report", b"report", "revision", b"revision", "start_time", b"start_time", "state", b"state", "system", b"system", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Validation: _TypeAlias = Validation  # noqa: Y015
+
+@_typing.final
+class ValidationReport(_message.Message):
+    """What a validation found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CausesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    BAD_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    CAUSES_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    EXACT_DUPLICATE_COUNT_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATE_COUNT_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    row_count: _builtins.int
+    """Rows that can be read."""
+    bad_row_count: _builtins.int
+    """Rows with a problem, whether they cannot be read or hold something that training would stumble over."""
+    exact_duplicate_count: _builtins.int
+    """Rows that say exactly what an earlier row says."""
+    near_duplicate_count: _builtins.int
+    """Rows that do so apart from case, width of characters and white space; exact ones are among them."""
+    @_builtins.property
+    def causes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Problems by their reason, all of them counted."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowProblem]:
+        """The first 100 problems in full."""
+
+    @_builtins.property
+    def duplicates(self) -> _containers.RepeatedCompositeFieldContainer[Global___DuplicateRow]:
+        """The first 20 of them."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenReport:
+        """Absent without a model."""
+
+    @_builtins.property
+    def images(self) -> Global___ImageReport:
+        """Absent if no row names an image."""
+
+    def __init__(
+        self,
+        *,
+        row_count: _builtins.int = ...,
+        bad_row_count: _builtins.int = ...,
+        causes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        problems: _abc.Iterable[Global___RowProblem] | None = ...,
+        exact_duplicate_count: _builtins.int = ...,
+        near_duplicate_count: _builtins.int = ...,
+        duplicates: _abc.Iterable[Global___DuplicateRow] | None = ...,
+        tokens: Global___TokenReport | None = ...,
+        images: Global___ImageReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_row_count", b"bad_row_count", "causes", b"causes", "duplicates", b"duplicates", "exact_duplicate_count", b"exact_duplicate_count", "images", b"images", "near_duplicate_count", b"near_duplicate_count", "problems", b"problems", "row_count", b"row_count", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationReport: _TypeAlias = ValidationReport  # noqa: Y015
+
+@_typing.final
+class DuplicateRow(_message.Message):
+    """A row that says what an earlier row says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    FIRST_FILE_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """The file's path."""
+    row: _builtins.int
+    """Where in the file, as in RowProblem."""
+    first_file: _builtins.str
+    """The file of the first row that says it."""
+    first_row: _builtins.int
+    """Where in that file."""
+    exact: _builtins.bool
+    """Whether they are equal to the letter."""
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        row: _builtins.int = ...,
+        first_file: _builtins.str = ...,
+        first_row: _builtins.int = ...,
+        exact: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "file", b"file", "first_file", b"first_file", "first_row", b"first_row", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DuplicateRow: _TypeAlias = DuplicateRow  # noqa: Y015
+
+@_typing.final
+class TokenReport(_message.Message):
+    """Rows in tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    LEARNED_COUNT_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    MEDIAN_LENGTH_FIELD_NUMBER: _builtins.int
+    P99_LENGTH_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    DROPPED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    SPECIAL_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    SPECIAL_ROWS_FIELD_NUMBER: _builtins.int
+    template: _builtins.str
+    """The template used."""
+    token_count: _builtins.int
+    """Tokens of all rows, before any is cut."""
+    learned_count: _builtins.int
+    """Those that are learned."""
+    max_length: _builtins.int
+    """The longest row."""
+    median_length: _builtins.int
+    """Half of the rows are not longer."""
+    p99_length: _builtins.int
+    """99 of 100 rows are not longer."""
+    truncated_row_count: _builtins.int
+    """Rows that are longer than the max_length asked for, and would be cut."""
+    dropped_row_count: _builtins.int
+    """Rows of which nothing would be learned, as their answers are cut off."""
+    special_row_count: _builtins.int
+    """Rows whose text holds the text of a special token; it is tokenised as text and cannot steer."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthBucket]:
+        """Rows by their length in tokens."""
+
+    @_builtins.property
+    def special_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowProblem]:
+        """The first 20 of them; `message` names the token."""
+
+    def __init__(
+        self,
+        *,
+        template: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        learned_count: _builtins.int = ...,
+        lengths: _abc.Iterable[Global___LengthBucket] | None = ...,
+        max_length: _builtins.int = ...,
+        median_length: _builtins.int = ...,
+        p99_length: _builtins.int = ...,
+        truncated_row_count: _builtins.int = ...,
+        dropped_row_count: _builtins.int = ...,
+        special_row_count: _builtins.int = ...,
+        special_rows: _abc.Iterable[Global___RowProblem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_row_count", b"dropped_row_count", "learned_count", b"learned_count", "lengths", b"lengths", "max_length", b"max_length", "median_length", b"median_length", "p99_length", b"p99_length", "special_row_count", b"special_row_count", "special_rows", b"special_rows", "template", b"template", "token_count", b"token_count", "truncated_row_count", b"truncated_row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenReport: _TypeAlias = TokenReport  # noqa: Y015
+
+@_typing.final
+class LengthBucket(_message.Message):
+    """Rows of about one length."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAST_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    least: _builtins.int
+    """The fewest tokens of a row in this bucket, 0 or a power of two from 64 on; it ends where the next power begins."""
+    row_count: _builtins.int
+    def __init__(
+        self,
+        *,
+        least: _builtins.int = ...,
+        row_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["least", b"least", "row_count", b"row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthBucket: _TypeAlias = LengthBucket  # noqa: Y015
+
+@_typing.final
+class ImageReport(_message.Message):
+    """Images of rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    GOOD_COUNT_FIELD_NUMBER: _builtins.int
+    row_count: _builtins.int
+    """Rows that name images, or hold `<image>` marks."""
+    image_count: _builtins.int
+    """Images named, as often as they are."""
+    good_count: _builtins.int
+    """Different images opened and decoded without a problem."""
+    def __init__(
+        self,
+        *,
+        row_count: _builtins.int = ...,
+        image_count: _builtins.int = ...,
+        good_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["good_count", b"good_count", "image_count", b"image_count", "row_count", b"row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageReport: _TypeAlias = ImageReport  # noqa: Y015
+
+@_typing.final
+class PreparedDataset(_message.Message):
+    """Revisions as blocks of tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    SEPARATE_ROWS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model}: whose tokenizer."""
+    template: _builtins.str
+    """The template used."""
+    system: _builtins.str
+    """System text for rows that have none."""
+    max_length: _builtins.int
+    """Tokens in a block."""
+    separate_rows: _builtins.bool
+    """Each row has a block of its own."""
+    seed: _builtins.int
+    """Decides which rows a broken weight takes."""
+    state: Global___State.ValueType
+    """Output only."""
+    digest: _builtins.str
+    """Output only: sha256:<hex> of the artifact's manifest, once SUCCEEDED."""
+    attempt: _builtins.int
+    """Output only: the attempt now running or last run, from 1; 0 before the first, and if it was there already."""
+    etag: _builtins.str
+    """Output only: changes whenever the prepared dataset does."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareSource]:
+        """What it is made of, `revisions/latest` resolved."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Output only: why it failed; google.rpc.ErrorInfo in its details."""
+
+    @_builtins.property
+    def progress(self) -> Global___RowProgress:
+        """Output only: how far it is."""
+
+    @_builtins.property
+    def counts(self) -> Global___PreparedCounts:
+        """Output only: what the blocks hold, once SUCCEEDED."""
+
+    @_builtins.property
+    def certificate(self) -> Global___ParityCertificate:
+        """Output only: what tokenizer and template make of fixed texts."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only: when a worker first reported."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only: when the state became terminal."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        sources: _abc.Iterable[Global___PrepareSource] | None = ...,
+        model: _builtins.str = ...,
+        template: _builtins.str = ...,
+        system: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        separate_rows: _builtins.bool = ...,
+        seed: _builtins.int = ...,
+        state: Global___State.ValueType = ...,
+        error: _status_pb2.Status | None = ...,
+        progress: Global___RowProgress | None = ...,
+        digest: _builtins.str = ...,
+        counts: Global___PreparedCounts | None = ...,
+        certificate: Global___ParityCertificate | None = ...,
+        attempt: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "counts", b"counts", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "certificate", b"certificate", "counts", b"counts", "create_time", b"create_time", "digest", b"digest", "end_time", b"end_time", "error", b"error", "etag", b"etag", "max_length", b"max_length", "model", b"model", "name", b"name", "progress", b"progress", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "start_time", b"start_time", "state", b"state", "system", b"system", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparedDataset: _TypeAlias = PreparedDataset  # noqa: Y015
+
+@_typing.final
+class PrepareSource(_message.Message):
+    """One revision to prepare."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"""
+    weight: _builtins.float
+    """How often its rows are taken: 2 is twice, 0.5 a seeded half; 0 means 1."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareSource: _TypeAlias = PrepareSource  # noqa: Y015
+
+@_typing.final
+class PreparedCounts(_message.Message):
+    """What prepared blocks hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    LEARNED_COUNT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    DROPPED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    FILL_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    row_count: _builtins.int
+    """Good rows, before weights."""
+    block_count: _builtins.int
+    token_count: _builtins.int
+    """Tokens in the blocks, weights applied, without padding."""
+    learned_count: _builtins.int
+    """Those that are learned."""
+    truncated_row_count: _builtins.int
+    """Rows cut at max_length."""
+    dropped_row_count: _builtins.int
+    """Rows left out, as nothing of them would be learned."""
+    fill: _builtins.float
+    """The part of the blocks that is not padding, from 0 to 1."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthBucket]:
+        """Rows by their length in tokens before cutting."""
+
+    def __init__(
+        self,
+        *,
+        row_count: _builtins.int = ...,
+        block_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        learned_count: _builtins.int = ...,
+        truncated_row_count: _builtins.int = ...,
+        dropped_row_count: _builtins.int = ...,
+        fill: _builtins.float = ...,
+        lengths: _abc.Iterable[Global___LengthBucket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "dropped_row_count", b"dropped_row_count", "fill", b"fill", "learned_count", b"learned_count", "lengths", b"lengths", "row_count", b"row_count", "token_count", b"token_count", "truncated_row_count", b"truncated_row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparedCounts: _TypeAlias = PreparedCounts  # noqa: Y015
+
+@_typing.final
+class ParityCertificate(_message.Message):
+    """What a tokenizer and a template make of fixed texts. It goes along from prepared data to checkpoint, adapter and
+    merged model; Chat refuses to answer (PARITY_MISMATCH) where its own is another.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256:<hex> of all that follows."""
+    tokenizer_digest: _builtins.str
+    """sha256:<hex> of tokenizer.json."""
+    template: _builtins.str
+    """The template's name."""
+    template_digest: _builtins.str
+    """sha256:<hex> of what the template writes."""
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParityProbe]: ...
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        tokenizer_digest: _builtins.str = ...,
+        template: _builtins.str = ...,
+        template_digest: _builtins.str = ...,
+        probes: _abc.Iterable[Global___ParityProbe] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "probes", b"probes", "template", b"template", "template_digest", b"template_digest", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParityCertificate: _TypeAlias = ParityCertificate  # noqa: Y015
+
+@_typing.final
+class ParityProbe(_message.Message):
+    """A fixed conversation as token ids."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    """sha256:<hex> of its ids; empty if the template refuses such a conversation."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParityProbe: _TypeAlias = ParityProbe  # noqa: Y015
+
+@_typing.final
+class RowProgress(_message.Message):
+    """How far a job is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_ROWS_FIELD_NUMBER: _builtins.int
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    done_rows: _builtins.int
+    total_rows: _builtins.int
+    """0 until known."""
+    def __init__(
+        self,
+        *,
+        done_rows: _builtins.int = ...,
+        total_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_rows", b"done_rows", "total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowProgress: _TypeAlias = RowProgress  # noqa: Y015
+
+@_typing.final
+class DatasetEvent(_message.Message):
+    """Something that happened in a validation or a preparation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """From 1, without gaps, over all attempts."""
+    attempt: _builtins.int
+    """The attempt it belongs to; 0 before the first."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def state(self) -> Global___StateChange: ...
+    @_builtins.property
+    def log(self) -> Global___LogLine: ...
+    @_builtins.property
+    def progress(self) -> Global___RowProgress: ...
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        attempt: _builtins.int = ...,
+        state: Global___StateChange | None = ...,
+        log: Global___LogLine | None = ...,
+        progress: Global___RowProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "log", b"log", "progress", b"progress", "state", b"state", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "log", b"log", "progress", b"progress", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "log", "progress"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DatasetEvent: _TypeAlias = DatasetEvent  # noqa: Y015
+
+@_typing.final
+class StateChange(_message.Message):
+    """It entered a state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    state: Global___State.ValueType
+    message: _builtins.str
+    """Why, for people; may be empty."""
+    def __init__(
+        self,
+        *,
+        state: Global___State.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateChange: _TypeAlias = StateChange  # noqa: Y015
+
+@_typing.final
+class LogLine(_message.Message):
+    """A line for people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Level:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _LevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LogLine._Level.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        LEVEL_UNSPECIFIED: LogLine._Level.ValueType  # 0
+        INFO: LogLine._Level.ValueType  # 1
+        WARNING: LogLine._Level.ValueType  # 2
+        ERROR: LogLine._Level.ValueType  # 3
+
+    class Level(_Level, metaclass=_LevelEnumTypeWrapper): ...
+    LEVEL_UNSPECIFIED: LogLine.Level.ValueType  # 0
+    INFO: LogLine.Level.ValueType  # 1
+    WARNING: LogLine.Level.ValueType  # 2
+    ERROR: LogLine.Level.ValueType  # 3
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    level: Global___LogLine.Level.ValueType
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        level: Global___LogLine.Level.ValueType = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
+
+@_typing.final
+class ValidateRevisionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATION_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}/revisions/{revision}; `revisions/latest` is resolved at creation."""
+    validation_id: _builtins.str
+    """The last part of the validation's name; made by the server when empty."""
+    model: _builtins.str
+    """As in Validation."""
+    template: _builtins.str
+    """As in Validation."""
+    system: _builtins.str
+    """As in Validation."""
+    max_length: _builtins.int
+    """As in Validation."""
+    request_id: _builtins.str
+    """A UUID; the same again returns the first answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validation_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        template: _builtins.str = ...,
+        system: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_length", b"max_length", "model", b"model", "name", b"name", "request_id", b"request_id", "system", b"system", "template", b"template", "validation_id", b"validation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidateRevisionRequest: _TypeAlias = ValidateRevisionRequest  # noqa: Y015
+
+@_typing.final
+class GetValidationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/validations/{validation}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetValidationRequest: _TypeAlias = GetValidationRequest  # noqa: Y015
+
+@_typing.final
+class ListValidationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}"""
+    page_size: _builtins.int
+    """At most so many; 0 means 50, above 1000 means 1000."""
+    page_token: _builtins.str
+    """next_page_token of the answer before."""
+    filter: _builtins.str
+    """AIP-160, equalities joined by AND: `state = "RUNNING"`."""
+    order_by: _builtins.str
+    """"create_time desc" (the default) or "create_time"."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListValidationsRequest: _TypeAlias = ListValidationsRequest  # noqa: Y015
+
+@_typing.final
+class ListValidationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALIDATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
+    @_builtins.property
+    def validations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Validation]: ...
+    def __init__(
+        self,
+        *,
+        validations: _abc.Iterable[Global___Validation] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "validations", b"validations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListValidationsResponse: _TypeAlias = ListValidationsResponse  # noqa: Y015
+
+@_typing.final
+class CancelValidationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/validations/{validation}"""
+    request_id: _builtins.str
+    """A UUID; cancelling twice is harmless anyway."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelValidationRequest: _TypeAlias = CancelValidationRequest  # noqa: Y015
+
+@_typing.final
+class DeleteValidationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/validations/{validation}"""
+    etag: _builtins.str
+    """When set, it must be the present one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteValidationRequest: _TypeAlias = DeleteValidationRequest  # noqa: Y015
+
+@_typing.final
+class WatchValidationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/validations/{validation}"""
+    after_sequence: _builtins.int
+    """The last sequence number seen; 0 means from the start."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchValidationRequest: _TypeAlias = WatchValidationRequest  # noqa: Y015
+
+@_typing.final
+class PrepareDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    SEPARATE_ROWS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}"""
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model}: whose tokenizer."""
+    template: _builtins.str
+    """A key of ListTemplates; empty means the model's own."""
+    system: _builtins.str
+    """System text for rows that have none."""
+    max_length: _builtins.int
+    """Tokens in a block; longer rows are cut at the right. 0 means 2048."""
+    separate_rows: _builtins.bool
+    """Give each row a block of its own, as models need that cannot keep the rows of one block apart."""
+    seed: _builtins.int
+    """Decides which rows a broken weight takes; training looks under its schedule.seed."""
+    request_id: _builtins.str
+    """A UUID; equal requests have one answer anyway."""
+    validate_only: _builtins.bool
+    """Check, answer, change nothing."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareSource]:
+        """What to prepare; `revisions/latest` is resolved now."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        sources: _abc.Iterable[Global___PrepareSource] | None = ...,
+        model: _builtins.str = ...,
+        template: _builtins.str = ...,
+        system: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        separate_rows: _builtins.bool = ...,
+        seed: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_length", b"max_length", "model", b"model", "parent", b"parent", "request_id", b"request_id", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "system", b"system", "template", b"template", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrepareDatasetRequest: _TypeAlias = PrepareDatasetRequest  # noqa: Y015
+
+@_typing.final
+class GetPreparedDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPreparedDatasetRequest: _TypeAlias = GetPreparedDatasetRequest  # noqa: Y015
+
+@_typing.final
+class ListPreparedDatasetsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}"""
+    page_size: _builtins.int
+    """At most so many; 0 means 50, above 1000 means 1000."""
+    page_token: _builtins.str
+    """next_page_token of the answer before."""
+    filter: _builtins.str
+    """AIP-160, equalities joined by AND: `state = "SUCCEEDED"`."""
+    order_by: _builtins.str
+    """"create_time desc" (the default) or "create_time"."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPreparedDatasetsRequest: _TypeAlias = ListPreparedDatasetsRequest  # noqa: Y015
+
+@_typing.final
+class ListPreparedDatasetsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREPARED_DATASETS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
+    @_builtins.property
+    def prepared_datasets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedDataset]: ...
+    def __init__(
+        self,
+        *,
+        prepared_datasets: _abc.Iterable[Global___PreparedDataset] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "prepared_datasets", b"prepared_datasets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPreparedDatasetsResponse: _TypeAlias = ListPreparedDatasetsResponse  # noqa: Y015
+
+@_typing.final
+class CancelPreparedDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
+    request_id: _builtins.str
+    """A UUID; cancelling twice is harmless anyway."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelPreparedDatasetRequest: _TypeAlias = CancelPreparedDatasetRequest  # noqa: Y015
+
+@_typing.final
+class DeletePreparedDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
+    etag: _builtins.str
+    """When set, it must be the present one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeletePreparedDatasetRequest: _TypeAlias = DeletePreparedDatasetRequest  # noqa: Y015
+
+@_typing.final
+class WatchPreparedDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
+    after_sequence: _builtins.int
+    """The last sequence number seen; 0 means from the start."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPreparedDatasetRequest: _TypeAlias = WatchPreparedDatasetRequest  # noqa: Y015

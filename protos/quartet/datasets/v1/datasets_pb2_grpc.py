@@ -28,11 +28,12 @@ if _version_not_supported:
 
 class DatasetsStub:
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     def __init__(self, channel):
@@ -96,6 +97,66 @@ class DatasetsStub:
                 request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsRequest.SerializeToString,
                 response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsResponse.FromString,
                 _registered_method=True)
+        self.ValidateRevision = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/ValidateRevision',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ValidateRevisionRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+                _registered_method=True)
+        self.GetValidation = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/GetValidation',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetValidationRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+                _registered_method=True)
+        self.ListValidations = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/ListValidations',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsResponse.FromString,
+                _registered_method=True)
+        self.CancelValidation = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/CancelValidation',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelValidationRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+                _registered_method=True)
+        self.DeleteValidation = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/DeleteValidation',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeleteValidationRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.WatchValidation = channel.unary_stream(
+                '/quartet.datasets.v1.Datasets/WatchValidation',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchValidationRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.FromString,
+                _registered_method=True)
+        self.PrepareDataset = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/PrepareDataset',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+                _registered_method=True)
+        self.GetPreparedDataset = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/GetPreparedDataset',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetPreparedDatasetRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+                _registered_method=True)
+        self.ListPreparedDatasets = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/ListPreparedDatasets',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsResponse.FromString,
+                _registered_method=True)
+        self.CancelPreparedDataset = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/CancelPreparedDataset',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelPreparedDatasetRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+                _registered_method=True)
+        self.DeletePreparedDataset = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/DeletePreparedDataset',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeletePreparedDatasetRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.WatchPreparedDataset = channel.unary_stream(
+                '/quartet.datasets.v1.Datasets/WatchPreparedDataset',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchPreparedDatasetRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.FromString,
+                _registered_method=True)
         self.ListFormats = channel.unary_unary(
                 '/quartet.datasets.v1.Datasets/ListFormats',
                 request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListFormatsRequest.SerializeToString,
@@ -110,11 +171,12 @@ class DatasetsStub:
 
 class DatasetsServicer:
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     def CreateDataset(self, request, context):
@@ -208,6 +270,110 @@ class DatasetsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ValidateRevision(self, request, context):
+        """Queues a look at every row of a revision, on a CPU: what is wrong with it, how long its rows are in tokens, which
+        come twice. The validation is the handle: it runs whether or not anybody watches. The same `request_id` again
+        returns the first answer.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
+        files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetValidation(self, request, context):
+        """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListValidations(self, request, context):
+        """Lists the validations of a workspace, newest first, without their reports.
+        Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelValidation(self, request, context):
+        """Asks a validation to end; one that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteValidation(self, request, context):
+        """Forgets an ended validation. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchValidation(self, request, context):
+        """Streams a validation's events after `after_sequence`, then goes on as they happen and ends after the terminal
+        state. Sequence numbers have no gaps, so a cut stream is resumed with the last number seen.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrepareDataset(self, request, context):
+        """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
+        (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
+        work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
+        What ended FAILED or CANCELLED is tried again.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
+        CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+        TOKENIZER_MISSING).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPreparedDataset(self, request, context):
+        """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPreparedDatasets(self, request, context):
+        """Lists the prepared data of a workspace, newest first.
+        Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelPreparedDataset(self, request, context):
+        """Asks a preparation to end; nothing half-made stays behind. One that has ended already is returned as it is.
+        Errors: NOT_FOUND (JOB_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePreparedDataset(self, request, context):
+        """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
+        cancel it first).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPreparedDataset(self, request, context):
+        """Streams a preparation's events, as WatchValidation.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListFormats(self, request, context):
         """Lists the row formats that CommitRevision reads. Errors: none of its own.
         """
@@ -280,6 +446,66 @@ def add_DatasetsServicer_to_server(servicer, server):
                     request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsRequest.FromString,
                     response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsResponse.SerializeToString,
             ),
+            'ValidateRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.ValidateRevision,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ValidateRevisionRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.SerializeToString,
+            ),
+            'GetValidation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetValidation,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetValidationRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.SerializeToString,
+            ),
+            'ListValidations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListValidations,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsResponse.SerializeToString,
+            ),
+            'CancelValidation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelValidation,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelValidationRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.SerializeToString,
+            ),
+            'DeleteValidation': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteValidation,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeleteValidationRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'WatchValidation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchValidation,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchValidationRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.SerializeToString,
+            ),
+            'PrepareDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareDataset,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.SerializeToString,
+            ),
+            'GetPreparedDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPreparedDataset,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetPreparedDatasetRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.SerializeToString,
+            ),
+            'ListPreparedDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPreparedDatasets,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsResponse.SerializeToString,
+            ),
+            'CancelPreparedDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelPreparedDataset,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelPreparedDatasetRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.SerializeToString,
+            ),
+            'DeletePreparedDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePreparedDataset,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeletePreparedDatasetRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'WatchPreparedDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPreparedDataset,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchPreparedDatasetRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.SerializeToString,
+            ),
             'ListFormats': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFormats,
                     request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListFormatsRequest.FromString,
@@ -300,11 +526,12 @@ def add_DatasetsServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Datasets:
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     @staticmethod
@@ -594,6 +821,330 @@ class Datasets:
             '/quartet.datasets.v1.Datasets/PreviewRows',
             quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsRequest.SerializeToString,
             quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreviewRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/ValidateRevision',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ValidateRevisionRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/GetValidation',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetValidationRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListValidations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/ListValidations',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListValidationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/CancelValidation',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelValidationRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.Validation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/DeleteValidation',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeleteValidationRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/WatchValidation',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchValidationRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/PrepareDataset',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPreparedDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/GetPreparedDataset',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetPreparedDatasetRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPreparedDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/ListPreparedDatasets',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListPreparedDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelPreparedDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/CancelPreparedDataset',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.CancelPreparedDatasetRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.PreparedDataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePreparedDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/DeletePreparedDataset',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DeletePreparedDatasetRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPreparedDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/WatchPreparedDataset',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.WatchPreparedDatasetRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DatasetEvent.FromString,
             options,
             channel_credentials,
             insecure,

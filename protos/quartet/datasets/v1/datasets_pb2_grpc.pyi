@@ -29,11 +29,12 @@ GRPC_VERSION: str
 
 class DatasetsStub:
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     @_typing.overload
@@ -83,6 +84,59 @@ class DatasetsStub:
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
     FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
     """
+    ValidateRevision: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ValidateRevisionRequest, _datasets_pb2.Validation]
+    """Queues a look at every row of a revision, on a CPU: what is wrong with it, how long its rows are in tokens, which
+    come twice. The validation is the handle: it runs whether or not anybody watches. The same `request_id` again
+    returns the first answer.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
+    files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    """
+    GetValidation: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetValidationRequest, _datasets_pb2.Validation]
+    """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    ListValidations: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListValidationsRequest, _datasets_pb2.ListValidationsResponse]
+    """Lists the validations of a workspace, newest first, without their reports.
+    Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+    """
+    CancelValidation: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CancelValidationRequest, _datasets_pb2.Validation]
+    """Asks a validation to end; one that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    DeleteValidation: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteValidationRequest, _empty_pb2.Empty]
+    """Forgets an ended validation. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+    """
+    WatchValidation: _grpc.UnaryStreamMultiCallable[_datasets_pb2.WatchValidationRequest, _datasets_pb2.DatasetEvent]
+    """Streams a validation's events after `after_sequence`, then goes on as they happen and ends after the terminal
+    state. Sequence numbers have no gaps, so a cut stream is resumed with the last number seen.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+    """
+    PrepareDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PreparedDataset]
+    """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
+    (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
+    work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
+    What ended FAILED or CANCELLED is tried again.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
+    CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+    TOKENIZER_MISSING).
+    """
+    GetPreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]
+    """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    ListPreparedDatasets: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListPreparedDatasetsRequest, _datasets_pb2.ListPreparedDatasetsResponse]
+    """Lists the prepared data of a workspace, newest first.
+    Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+    """
+    CancelPreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CancelPreparedDatasetRequest, _datasets_pb2.PreparedDataset]
+    """Asks a preparation to end; nothing half-made stays behind. One that has ended already is returned as it is.
+    Errors: NOT_FOUND (JOB_NOT_FOUND).
+    """
+    DeletePreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeletePreparedDatasetRequest, _empty_pb2.Empty]
+    """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
+    cancel it first).
+    """
+    WatchPreparedDataset: _grpc.UnaryStreamMultiCallable[_datasets_pb2.WatchPreparedDatasetRequest, _datasets_pb2.DatasetEvent]
+    """Streams a preparation's events, as WatchValidation.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+    """
     ListFormats: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListFormatsRequest, _datasets_pb2.ListFormatsResponse]
     """Lists the row formats that CommitRevision reads. Errors: none of its own."""
     ListTemplates: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListTemplatesRequest, _datasets_pb2.ListTemplatesResponse]
@@ -91,11 +145,12 @@ class DatasetsStub:
 @_typing.type_check_only
 class DatasetsAsyncStub(DatasetsStub):
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -142,6 +197,59 @@ class DatasetsAsyncStub(DatasetsStub):
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
     FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
     """
+    ValidateRevision: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ValidateRevisionRequest, _datasets_pb2.Validation]  # type: ignore[assignment]
+    """Queues a look at every row of a revision, on a CPU: what is wrong with it, how long its rows are in tokens, which
+    come twice. The validation is the handle: it runs whether or not anybody watches. The same `request_id` again
+    returns the first answer.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
+    files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    """
+    GetValidation: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetValidationRequest, _datasets_pb2.Validation]  # type: ignore[assignment]
+    """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    ListValidations: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListValidationsRequest, _datasets_pb2.ListValidationsResponse]  # type: ignore[assignment]
+    """Lists the validations of a workspace, newest first, without their reports.
+    Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+    """
+    CancelValidation: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CancelValidationRequest, _datasets_pb2.Validation]  # type: ignore[assignment]
+    """Asks a validation to end; one that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    DeleteValidation: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteValidationRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Forgets an ended validation. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+    """
+    WatchValidation: _aio.UnaryStreamMultiCallable[_datasets_pb2.WatchValidationRequest, _datasets_pb2.DatasetEvent]  # type: ignore[assignment]
+    """Streams a validation's events after `after_sequence`, then goes on as they happen and ends after the terminal
+    state. Sequence numbers have no gaps, so a cut stream is resumed with the last number seen.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+    """
+    PrepareDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
+    """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
+    (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
+    work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
+    What ended FAILED or CANCELLED is tried again.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
+    CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+    TOKENIZER_MISSING).
+    """
+    GetPreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
+    """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+    ListPreparedDatasets: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListPreparedDatasetsRequest, _datasets_pb2.ListPreparedDatasetsResponse]  # type: ignore[assignment]
+    """Lists the prepared data of a workspace, newest first.
+    Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+    """
+    CancelPreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CancelPreparedDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
+    """Asks a preparation to end; nothing half-made stays behind. One that has ended already is returned as it is.
+    Errors: NOT_FOUND (JOB_NOT_FOUND).
+    """
+    DeletePreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeletePreparedDatasetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
+    cancel it first).
+    """
+    WatchPreparedDataset: _aio.UnaryStreamMultiCallable[_datasets_pb2.WatchPreparedDatasetRequest, _datasets_pb2.DatasetEvent]  # type: ignore[assignment]
+    """Streams a preparation's events, as WatchValidation.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+    """
     ListFormats: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListFormatsRequest, _datasets_pb2.ListFormatsResponse]  # type: ignore[assignment]
     """Lists the row formats that CommitRevision reads. Errors: none of its own."""
     ListTemplates: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListTemplatesRequest, _datasets_pb2.ListTemplatesResponse]  # type: ignore[assignment]
@@ -149,11 +257,12 @@ class DatasetsAsyncStub(DatasetsStub):
 
 class DatasetsServicer(metaclass=_abc_1.ABCMeta):
     """Datasets keeps training data: it takes files in resumable chunks, checks every row, and freezes them as immutable
-    revisions that jobs refer to by name.
+    revisions that jobs refer to by name. Revisions are looked at as a whole, and made into blocks of tokens, before a GPU
+    is taken.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
-    field violation), UNAVAILABLE (STORE_UNREACHABLE; try again). Each error carries google.rpc.ErrorInfo with domain
-    "quartet" and the reason given in brackets.
+    field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
+    google.rpc.ErrorInfo with domain "quartet" and the reason given in brackets.
     """
 
     @_abc_1.abstractmethod
@@ -263,6 +372,131 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         """Shows rows as training will see them: text, token ids and which tokens are learned.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
         FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), OUT_OF_RANGE (ROW_OUT_OF_RANGE).
+        """
+
+    @_abc_1.abstractmethod
+    def ValidateRevision(
+        self,
+        request: _datasets_pb2.ValidateRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Validation, _abc.Awaitable[_datasets_pb2.Validation]]:
+        """Queues a look at every row of a revision, on a CPU: what is wrong with it, how long its rows are in tokens, which
+        come twice. The validation is the handle: it runs whether or not anybody watches. The same `request_id` again
+        returns the first answer.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
+        files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+        """
+
+    @_abc_1.abstractmethod
+    def GetValidation(
+        self,
+        request: _datasets_pb2.GetValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Validation, _abc.Awaitable[_datasets_pb2.Validation]]:
+        """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def ListValidations(
+        self,
+        request: _datasets_pb2.ListValidationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.ListValidationsResponse, _abc.Awaitable[_datasets_pb2.ListValidationsResponse]]:
+        """Lists the validations of a workspace, newest first, without their reports.
+        Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+        """
+
+    @_abc_1.abstractmethod
+    def CancelValidation(
+        self,
+        request: _datasets_pb2.CancelValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Validation, _abc.Awaitable[_datasets_pb2.Validation]]:
+        """Asks a validation to end; one that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def DeleteValidation(
+        self,
+        request: _datasets_pb2.DeleteValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Forgets an ended validation. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchValidation(
+        self,
+        request: _datasets_pb2.WatchValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_datasets_pb2.DatasetEvent], _abc.AsyncIterator[_datasets_pb2.DatasetEvent]]:
+        """Streams a validation's events after `after_sequence`, then goes on as they happen and ends after the terminal
+        state. Sequence numbers have no gaps, so a cut stream is resumed with the last number seen.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
+        """
+
+    @_abc_1.abstractmethod
+    def PrepareDataset(
+        self,
+        request: _datasets_pb2.PrepareDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PreparedDataset, _abc.Awaitable[_datasets_pb2.PreparedDataset]]:
+        """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
+        (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
+        work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
+        What ended FAILED or CANCELLED is tried again.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
+        CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
+        TOKENIZER_MISSING).
+        """
+
+    @_abc_1.abstractmethod
+    def GetPreparedDataset(
+        self,
+        request: _datasets_pb2.GetPreparedDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PreparedDataset, _abc.Awaitable[_datasets_pb2.PreparedDataset]]:
+        """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def ListPreparedDatasets(
+        self,
+        request: _datasets_pb2.ListPreparedDatasetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.ListPreparedDatasetsResponse, _abc.Awaitable[_datasets_pb2.ListPreparedDatasetsResponse]]:
+        """Lists the prepared data of a workspace, newest first.
+        Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
+        """
+
+    @_abc_1.abstractmethod
+    def CancelPreparedDataset(
+        self,
+        request: _datasets_pb2.CancelPreparedDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PreparedDataset, _abc.Awaitable[_datasets_pb2.PreparedDataset]]:
+        """Asks a preparation to end; nothing half-made stays behind. One that has ended already is returned as it is.
+        Errors: NOT_FOUND (JOB_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def DeletePreparedDataset(
+        self,
+        request: _datasets_pb2.DeletePreparedDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
+        cancel it first).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchPreparedDataset(
+        self,
+        request: _datasets_pb2.WatchPreparedDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_datasets_pb2.DatasetEvent], _abc.AsyncIterator[_datasets_pb2.DatasetEvent]]:
+        """Streams a preparation's events, as WatchValidation.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_UNKNOWN).
         """
 
     @_abc_1.abstractmethod

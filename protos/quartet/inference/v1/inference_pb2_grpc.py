@@ -107,9 +107,9 @@ class InferenceServicer:
     def CreateEndpoint(self, request, context):
         """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
         model answers. The same `request_id` again returns the first answer.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH), INVALID_ARGUMENT
-        (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN, REQUEST_ID_REUSED), ALREADY_EXISTS
-        (ENDPOINT_EXISTS).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
+        PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +142,8 @@ class InferenceServicer:
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        within a minute, but it goes on).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,14 +170,15 @@ class InferenceServicer:
     def Chat(self, request, context):
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
         its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-        (TEMPLATE_MISSING, TEMPLATE_MISMATCH).
+        (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+        model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Returns the token ids that Chat or Generate would feed. Errors: as Chat.
+        """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,9 +44,9 @@ class InferenceStub:
     CreateEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]
     """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH), INVALID_ARGUMENT
-    (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN, REQUEST_ID_REUSED), ALREADY_EXISTS
-    (ENDPOINT_EXISTS).
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
+    PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
     """
     GetEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]
     """Returns an endpoint. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND)."""
@@ -61,7 +61,8 @@ class InferenceStub:
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    within a minute, but it goes on).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]
     """Serves nothing under an alias any more; answers under way go on.
@@ -76,10 +77,11 @@ class InferenceStub:
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
     its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-    (TEMPLATE_MISSING, TEMPLATE_MISMATCH).
+    (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+    model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
-    """Returns the token ids that Chat or Generate would feed. Errors: as Chat."""
+    """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
     ListServedModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListServedModelsRequest, _inference_pb2.ListServedModelsResponse]
     """Lists what is served now: each endpoint's model and its adapters. Errors: none of its own."""
 
@@ -98,9 +100,9 @@ class InferenceAsyncStub(InferenceStub):
     CreateEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH), INVALID_ARGUMENT
-    (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN, REQUEST_ID_REUSED), ALREADY_EXISTS
-    (ENDPOINT_EXISTS).
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
+    PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
     """
     GetEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Returns an endpoint. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND)."""
@@ -115,7 +117,8 @@ class InferenceAsyncStub(InferenceStub):
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    within a minute, but it goes on).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Serves nothing under an alias any more; answers under way go on.
@@ -130,10 +133,11 @@ class InferenceAsyncStub(InferenceStub):
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
     its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-    (TEMPLATE_MISSING, TEMPLATE_MISMATCH).
+    (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+    model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Returns the token ids that Chat or Generate would feed. Errors: as Chat."""
+    """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
     ListServedModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListServedModelsRequest, _inference_pb2.ListServedModelsResponse]  # type: ignore[assignment]
     """Lists what is served now: each endpoint's model and its adapters. Errors: none of its own."""
 
@@ -155,9 +159,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.Endpoint, _abc.Awaitable[_inference_pb2.Endpoint]]:
         """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
         model answers. The same `request_id` again returns the first answer.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH), INVALID_ARGUMENT
-        (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN, REQUEST_ID_REUSED), ALREADY_EXISTS
-        (ENDPOINT_EXISTS).
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
+        PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
         """
 
     @_abc_1.abstractmethod
@@ -196,7 +200,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done within a minute, but it goes on).
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        within a minute, but it goes on).
         """
 
     @_abc_1.abstractmethod
@@ -229,7 +234,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ChatResponse], _abc.AsyncIterator[_inference_pb2.ChatResponse]]:
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
         its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-        (TEMPLATE_MISSING, TEMPLATE_MISMATCH).
+        (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+        model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
         """
 
     @_abc_1.abstractmethod
@@ -238,7 +244,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
-        """Returns the token ids that Chat or Generate would feed. Errors: as Chat."""
+        """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
 
     @_abc_1.abstractmethod
     def ListServedModels(

@@ -1,0 +1,166 @@
+"""Preparing: dataset revisions become packed blocks of tokens, kept in the store under what they were made from.
+
+`prepare` is the whole of a preparing worker's work; a training worker comes in by `obtain`. An artifact of kind
+"prepared" holds the blocks, and in its meta the counts and the parity certificate, which is also certificate.json.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.finetune.config import ArtifactRef, PrepareRun
+from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.prepare import shelf
+from services.finetune.prepare.certificate import META, Certificate, certify
+from services.finetune.prepare.images import ENDINGS
+from services.finetune.progress import Attempt
+from services.finetune.store import Store
+from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
+
+if TYPE_CHECKING:
+    from services.finetune.prepare.pipeline import Built, Source
+
+MADE = "prepared"
+"""The folder below a worker's own in which blocks that it made itself lie."""
+MAX_WEIGHT = 100.0
+TOLD_S = 1.0
+"""Seconds between two progress events."""
+
+
+def prepare(run: PrepareRun, attempt: Attempt, stop: threading.Event, workdir: Path) -> dict[str, Any]:
+    """Do an order; {"prepared": digest}.
+
+    Raises Cancelled (STOPPED) when `stop` is set, InvalidArgument (DATASET_EMPTY, TEMPLATE_UNKNOWN, TEMPLATE_REFUSED),
+    FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING).
+    """
+    from services.finetune.templates import load_template
+    from services.finetune.tokenizer import FILES, Tokenizer
+
+    folder = materialise(attempt.store, load(attempt.store, run.model.digest), workdir / "model", FILES)
+    tokenizer = Tokenizer.from_files(folder)
+    certificate = certify(tokenizer, load_template(run.data.template, tokenizer))
+    return {"prepared": obtain(run, certificate, folder, attempt, stop, workdir)}
+
+
+def obtain(
+    run: PrepareRun,
+    certificate: Certificate,
+    model_dir: Path,
+    attempt: Attempt,
+    stop: threading.Event,
+    workdir: Path,
+) -> str:
+    """The digest of the prepared artifact of an order; it is made only if nobody has made it. Errors as `prepare`."""
+    key = shelf.shelf_key(run, certificate)
+    made = False
+
+    def make() -> str:
+        nonlocal made
+        made = True
+        return _make(run, certificate, model_dir, attempt, stop, workdir)
+
+    def waiting() -> None:
+        attempt.emit("log", level="info", text="another job prepares the same data; waiting for it")
+
+    digest = shelf.obtain(attempt.store, key, attempt.job_key, make, stop, waiting)
+    attempt.emit("log", level="info", text=told(load(attempt.store, digest), made))
+    return digest
+
+
+def told(manifest: Manifest, made: bool) -> str:
+    """What a prepared artifact holds, for people."""
+    m = manifest.meta
+    return (
+        f"{m['rows']} rows in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
+        f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped"
+    )
+
+
+def check_weights(weights: Sequence[float], datasets: int) -> None:
+    """InvalidArgument (CONFIG_VALUE_INVALID) unless there is one weight a dataset, or none, each above 0 and sensible."""
+    if weights and len(weights) != datasets:
+        raise _bad_weights(f"there are {len(weights)} for {datasets} datasets; give one each, or none")
+    for weight in weights:
+        if not 0 < weight <= MAX_WEIGHT:
+            raise _bad_weights(f"{weight:g} is not above 0 and at most {MAX_WEIGHT:g}")
+
+
+def holds_rows(manifest: Manifest) -> bool:
+    """Whether an artifact is a dataset of rows, and not of other files."""
+    return manifest.kind == "dataset" and manifest.meta["format"] != "files"
+
+
+def local_files(store: Store, manifest: Manifest, folder: Path) -> tuple[tuple[str, Path], ...]:
+    """(path in the artifact, path on disk) of a dataset's files, put below `folder`."""
+    materialise(store, manifest, folder)
+    return tuple((f.path, folder / f.path) for f in manifest.files)
+
+
+def row_files(files: Sequence[tuple[str, Path]]) -> tuple[tuple[str, Path], ...]:
+    """Those of a dataset's files that hold rows: images lie beside them."""
+    return tuple(f for f in files if not f[0].lower().endswith(ENDINGS))
+
+
+def progress(attempt: Attempt, stop: threading.Event, total: int) -> Callable[[int], None]:
+    """A callback of rows done that reports now and then, and obeys `stop`."""
+    last = 0.0
+
+    def tell(done: int) -> None:
+        nonlocal last
+        if stop.is_set():
+            raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+        if time.monotonic() - last >= TOLD_S or done == total:
+            last = time.monotonic()
+            attempt.emit("progress", done_rows=done, total_rows=total)
+
+    return tell
+
+
+def _make(
+    run: PrepareRun,
+    certificate: Certificate,
+    model_dir: Path,
+    attempt: Attempt,
+    stop: threading.Event,
+    workdir: Path,
+) -> str:
+    from services.finetune.prepare.pipeline import build
+
+    store, out = attempt.store, workdir / MADE
+    manifests = [load(store, dataset.digest) for dataset in run.datasets]
+    weights = run.data.weights or (1.0,) * len(run.datasets)
+    sources = [
+        _source(store, dataset, manifest, weight, workdir / "datasets" / str(n))
+        for n, (dataset, manifest, weight) in enumerate(zip(run.datasets, manifests, weights, strict=True))
+    ]
+    tell = progress(attempt, stop, sum(int(m.meta["rows"]) for m in manifests))
+    built = build(sources, run.data.template, model_dir, run.data, run.seed, out, on_rows=tell)
+    (out / "certificate.json").write_text(json.dumps(certificate, sort_keys=True, indent=1, ensure_ascii=False))
+    if stop.is_set():
+        raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+    parents = [Parent("dataset", d.digest, d.name) for d in run.datasets]
+    return publish_directory(store, "prepared", out, parents, {**_counts(built), META: certificate})
+
+
+def _counts(built: Built) -> dict[str, Any]:
+    names = ("rows", "tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
+    return {name: built.index[name] for name in names}
+
+
+def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: float, folder: Path) -> Source:
+    from services.finetune.prepare.pipeline import Source
+
+    if not holds_rows(manifest):
+        raise InvalidArgument(f"{dataset.name} holds no rows", reason="DATASET_EMPTY")
+    files = row_files(local_files(store, manifest, folder))
+    columns = manifest.meta.get("columns") or {}
+    return Source(name=dataset.name, files=files, format=manifest.meta["format"], columns=columns, weight=weight)
+
+
+def _bad_weights(why: str) -> InvalidArgument:
+    return InvalidArgument(f"data.weights: {why}", reason="CONFIG_VALUE_INVALID", metadata={"key": "data.weights"})
