@@ -188,10 +188,10 @@ def test_order_is_a_permutation_that_repeats(n: int, epoch: int, seed: int) -> N
 
 def test_every_recipe_on_offer_resolves() -> None:
     for name in names():
-        assert resolve(name).tested and resolve(name).name == name
+        assert resolve(name).since and resolve(name).name == name
     seed = resolve("internlm_chat_7b_qlora_oasst1_e3")
     assert (seed.checkpoint, seed.config.lora.rank, seed.config.optim.lr) == ("internlm/internlm-chat-7b", 64, 2e-4)
     assert (seed.config.data.template, seed.config.schedule.epochs) == ("internlm_chat", 3)
-    assert not resolve("zephyr_7b_beta_lora_alpaca_e2").tested
+    assert not resolve("zephyr_7b_beta_lora_alpaca_e2").since
     with pytest.raises(NotFound, match="did you mean 'internlm_chat_7b_qlora_oasst1_e3'"):
         resolve("internlm_chat_7b_qlora_oast1_e3")
