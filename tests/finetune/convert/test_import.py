@@ -189,7 +189,7 @@ def broken(source: Path, what: str) -> None:
         ("index names a file outside", InvalidArgument, "WEIGHTS_INCOMPLETE"),
         ("index lacks a tensor", InvalidArgument, "WEIGHTS_INCOMPLETE"),
         ("config is no JSON", InvalidArgument, "CONFIG_MALFORMED"),
-        ("tokenizer is no JSON", FailedPrecondition, "TOKENIZER_MISSING"),
+        ("tokenizer is no JSON", FailedPrecondition, "TOKENIZER_INVALID"),
         ("no config", InvalidArgument, "MODEL_UNSUPPORTED"),
         ("no weights", InvalidArgument, "MODEL_UNSUPPORTED"),
         ("quantised", FailedPrecondition, "MODEL_UNSUPPORTED"),
