@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.finetune.convert.families import Family, Rows, heads_of, is_derived, native_parts
-from services.finetune.convert.shards import NAMES, Stored, as_torch, cast_bytes, plan, to_bytes, write
+from services.finetune.convert.families import Family, Part, Rows, heads_of, is_derived, native_parts
+from services.finetune.convert.shards import NAMES, WIDTHS, Stored, as_torch, cast_bytes, plan, to_bytes, write
 from services.finetune.errors import InvalidArgument
 
 
@@ -21,7 +21,7 @@ class _Made:
 
 
 def write_native(
-    family: Family,
+    family: Family | None,
     config: Mapping[str, Any],
     tensors: Sequence[Stored],
     out: Path,
@@ -29,7 +29,8 @@ def write_native(
     limit: int,
     tell: Callable[[int, int], None],
 ) -> None:
-    """Write the weights of a family's model, whose native config is `config`, into `out`; `dtype` "" keeps the source's.
+    """Write a family's (or, with None, a native model's) weights into `out`; `config` is the native config, and `dtype` ""
+    keeps the source's.
 
     InvalidArgument (WEIGHTS_INCOMPLETE) naming the first tensor that is missing, unknown or of another shape.
     """
@@ -90,21 +91,21 @@ def check_names(found: Iterable[str], wanted: Iterable[str], tied: bool) -> None
         raise _wrong(unknown[0], "is no tensor of such a model")
 
 
-def _plan_tensors(family: Family, config: Mapping[str, Any], tensors: Sequence[Stored]) -> dict[str, _Made]:
+def _plan_tensors(family: Family | None, config: Mapping[str, Any], tensors: Sequence[Stored]) -> dict[str, _Made]:
     heads = heads_of(dict(config))
     made: dict[str, _Made] = {}
     for tensor in tensors:
         if is_derived(tensor.name):
             continue
         module, _, leaf = tensor.name.rpartition(".")
-        for part in native_parts(family, module):
+        for part in native_parts(family, module) if family else (Part(module),):
             name = f"{part.module}.{leaf}"
             made[name] = _Made(tensor, _change(family, name, part.rows, heads))
     return made
 
 
-def _change(family: Family, name: str, rows: Rows | None, heads: Any) -> Callable[[Any], Any] | None:
-    if family.unit_head and name == "lm_head.weight":
+def _change(family: Family | None, name: str, rows: Rows | None, heads: Any) -> Callable[[Any], Any] | None:
+    if family and family.unit_head and name == "lm_head.weight":
         return _unit_rows
     return None if rows is None else lambda value: rows(value, heads)
 
@@ -119,10 +120,7 @@ def _target(name: str, source: Stored, shape: tuple[int, ...]) -> Stored:
     count = 1
     for side in shape:
         count *= side
-    width = (
-        source.nbytes // max(source.count, 1) if not source.strides else source.cast("").nbytes // max(source.count, 1)
-    )
-    return Stored(name, source.dtype, shape, 0, count * width)
+    return Stored(name, source.dtype, shape, 0, count * WIDTHS[source.dtype])
 
 
 def _wrong(name: str, why: str) -> InvalidArgument:

@@ -30,7 +30,8 @@ INDEX = "model.safetensors.index.json"
 class Stored:
     """A tensor in a file: `dtype` is safetensors' word, `start` and `nbytes` its bytes from the file's beginning.
 
-    `strides`, counted in numbers, are given where the numbers do not lie one after the other; `nbytes` spans them.
+    `strides`, counted in numbers, are given where the numbers do not lie one after the other; `nbytes` spans them. A
+    tensor whose bytes are scattered over files has `pieces` instead, in their order.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stored:
     nbytes: int
     file: Path = Path()
     strides: tuple[int, ...] = ()
+    pieces: tuple[Stored, ...] = ()
 
     @property
     def count(self) -> int:
@@ -52,9 +54,10 @@ class Stored:
     def cast(self, dtype: str) -> Stored:
         """What it becomes in one of DTYPES; integers and "" leave it as it is."""
         if not dtype or self.dtype not in _FLOATS:
-            return replace(self, nbytes=self.count * WIDTHS[self.dtype], strides=()) if self.strides else self
+            width = WIDTHS[self.dtype] if self.strides else 0
+            return replace(self, nbytes=self.count * width or self.nbytes, strides=(), pieces=())
         word, width = DTYPES[dtype]
-        return replace(self, dtype=word, nbytes=self.count * width, strides=())
+        return replace(self, dtype=word, nbytes=self.count * width, strides=(), pieces=())
 
     def named(self, name: str) -> Stored:
         """The same bytes under another name."""
@@ -155,6 +158,10 @@ def raw(tensor: Stored) -> Iterator[bytes | memoryview]:
     if tensor.strides:
         yield to_bytes(as_torch(tensor))
         return
+    for part in tensor.pieces:
+        yield from raw(part)
+    if tensor.pieces:
+        return
     with tensor.file.open("rb") as source:
         source.seek(tensor.start)
         left = tensor.nbytes
@@ -168,10 +175,13 @@ def as_torch(tensor: Stored) -> Any:
     import torch
 
     data = bytearray(tensor.nbytes)
-    with tensor.file.open("rb") as source:
-        source.seek(tensor.start)
-        if source.readinto(data) != tensor.nbytes:
-            raise InvalidArgument(f"{tensor.file.name} is cut off; fetch it again", reason="WEIGHTS_MALFORMED")
+    at = 0
+    for piece in tensor.pieces or (tensor,):
+        with piece.file.open("rb") as source:
+            source.seek(piece.start)
+            if source.readinto(memoryview(data)[at : at + piece.nbytes]) != piece.nbytes:
+                raise InvalidArgument(f"{piece.file.name} is cut off; fetch it again", reason="WEIGHTS_MALFORMED")
+        at += piece.nbytes
     dtype: Any = getattr(torch, TORCH_NAMES[tensor.dtype])
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return flat.as_strided(tensor.shape, tensor.strides) if tensor.strides else flat.reshape(tensor.shape)

@@ -95,11 +95,23 @@ class Parameter:
         return data
 
 
+class FromType:
+    """torch._tensor._rebuild_from_type_v2: what the first argument makes of the third."""
+
+    __slots__ = ()
+
+    def __call__(self, rebuild: Any, _: Any, arguments: Any, *__: Any) -> Any:
+        if not isinstance(rebuild, Rebuild | Parameter) or type(arguments) is not tuple or not arguments:
+            raise Refused("a tensor is not described as torch does")
+        return rebuild(*arguments)
+
+
 KNOWN = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor_v2"): Rebuild(),
     ("torch._utils", "_rebuild_parameter"): Parameter(),
+    ("torch._tensor", "_rebuild_from_type_v2"): FromType(),
 }
 
 

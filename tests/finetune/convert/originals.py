@@ -76,7 +76,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def heads(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(-1, (-1, size))
+    found: Tensor = x.unflatten(-1, (-1, size))
+    return found
 
 
 def internlm(w: Weights, c: Config, ids: Tensor) -> Tensor:
