@@ -255,19 +255,19 @@ def _convert_folder(source: Path, out: Path, dtype: str, attempt: Attempt, stop:
     return family
 
 
-def _refuse_code(name: str, data: Any) -> None:
+def _refuse_code(name: str, config: Any) -> None:
     """`auto_map` names classes in Python files of the model's own, at any depth of a config."""
-    if isinstance(data, dict):
-        if "auto_map" in data:
+    left = [config]
+    while left:
+        data = left.pop()
+        if isinstance(data, dict) and "auto_map" in data:
             raise FailedPrecondition(
                 f"{name} has auto_map: the model wants to run code of its own, which is never done here; use a model that "
                 "transformers knows",
                 reason="REMOTE_CODE_REFUSED",
                 metadata={"file": name},
             )
-        data = list(data.values())
-    for value in data if isinstance(data, list) else ():
-        _refuse_code(name, value)
+        left += data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
 
 
 def _write_native_configs(family: Family, configs: Mapping[str, dict[str, Any]], out: Path) -> None:
