@@ -175,7 +175,7 @@ class _Named:
         self._row = TEMPLATES[name]
         self.stop = self._row.stop
         self._tokenizer = tokenizer
-        self._bos = tokenizer.bos_token if tokenizer.adds_bos else ""
+        self._bos = tokenizer.opening
 
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:
         return self._cut(conversation.messages, system)
@@ -211,7 +211,8 @@ class _Named:
 
     def jinja(self) -> str:
         row = self._row
-        bos = "{{ bos_token }}" if self._bos else ""
+        own = self._bos == self._tokenizer.bos_token
+        bos = ("{{ bos_token }}" if own else "{{ " + _quote(self._bos) + " }}") if self._bos else ""
         again = bos if not row.suffix else ""
         end = _quote(row.suffix) if row.suffix else "eos_token"
 

@@ -30,12 +30,13 @@ def test_a_file_and_a_directory_become_adapters(tmp_path: Path) -> None:
         assert alphas == {"iter-4": 6, "zero3": 32}, "the checkpoint's own config, and the one given"
         done = stack.quartet("convert", "merge", "tiny", "zero3", "tiny-merged", "--json")
         assert done.returncode == 0, done.stderr
-        for words, said in {
+        mistakes: dict[tuple[str, ...], str] = {
             (str(GOLDEN / "iter_4.pth"), "x"): "--base",
             (str(tmp_path / "gone.pth"), "x", "--base", "tiny"): "gone.pth",
             ("some-job", "x", "--base", "tiny"): "leave them out",
-        }.items():
-            refused = stack.quartet("convert", "pth_to_hf", *words)
+        }
+        for given, said in mistakes.items():
+            refused = stack.quartet("convert", "pth_to_hf", *given)
             assert refused.returncode != 0 and said in refused.stderr and "Traceback" not in refused.stderr, (
                 refused.stderr
             )

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 from services.finetune.convert.families import FAMILIES, Family
 from services.finetune.convert.fast_tokenizer import _QWEN_SPLIT, make_tokenizer
 from services.finetune.errors import FailedPrecondition
+from services.finetune.formats import Message
+from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 
 CORPUS = [
@@ -156,6 +158,8 @@ def test_chatglm_has_its_own_tokens_after_the_model(trained: Any, tmp_path: Path
     fast = made(source, tmp_path / "out", "ChatGLMModel")
     stock = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert stock("soprano")["input_ids"] == [size + 1, size + 3, *pieces.encode("soprano")]
+    prompt = to_prompt_ids(load_template("chatml", fast), fast, [Message("user", "hi")])
+    assert fast.opening == "[gMASK]<sop>" and prompt[:2] == [size + 1, size + 3]
     user = fast.encode("<|user|>")
     assert user == [size + 6] if three else user == pieces.encode("<|user|>")
 
