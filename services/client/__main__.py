@@ -135,9 +135,15 @@ def _models(verbs: Any) -> None:
     p.add_argument("directory")
     group = _group(verbs, "convert", "checkpoints to adapters, adapters to models")
     p = _verb(group, "pth_to_hf", "commands.models:convert_adapter", "a checkpoint becomes a PEFT adapter")
-    p.add_argument("checkpoint", help="a checkpoint, or a job: its last one")
+    p.add_argument(
+        "config", nargs="?", default="", help="of another trainer's checkpoint: an XTuner config, or a recipe"
+    )
+    p.add_argument("checkpoint", help="a checkpoint; a job: its last one; XTuner's .pth file, or DeepSpeed's directory")
     p.add_argument("target", help="the adapter's name")
+    p.add_argument("--base", default="", help="the model that another trainer's checkpoint was trained on")
+    p.add_argument("--lora-alpha", type=float, default=0.0, help="where neither checkpoint nor config says it")
     p.add_argument("--fp32", action="store_true", help="keep float32 (bfloat16 otherwise)")
+    p.add_argument("--max-shard-size", default="", help="of a model that was trained whole; 2GB if left out")
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
     p.add_argument("base")
     p.add_argument("adapter")

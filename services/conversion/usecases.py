@@ -170,8 +170,7 @@ class Conversion:
                 f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
             )
         if task == "adapter":
-            checkpoint = self._resolve(CHECKPOINT, arguments["checkpoint"], "CHECKPOINT_NOT_FOUND")
-            return {task: AdapterTask(checkpoint=checkpoint, dtype=arguments["dtype"] or "float32")}
+            return {task: self._adapter(arguments)}
         if task == "merge":
             return {task: self._merge(arguments)}
         raise InvalidArgument("a job needs one of import_model, adapter, merge", reason="TASK_MISSING")
@@ -218,11 +217,39 @@ class Conversion:
                 raise FailedPrecondition(
                     f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
                 )
-        size = arguments["max_shard_size_bytes"]
-        if size < 0:
-            raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
+        size = _shard_size(arguments["max_shard_size_bytes"])
         ref = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
-        return MergeTask(adapter=ref, base=base, dtype=arguments["dtype"], max_shard_size_bytes=size or 2_000_000_000)
+        return MergeTask(adapter=ref, base=base, dtype=arguments["dtype"], max_shard_size_bytes=size)
+
+    def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
+        dtype, size, alpha = (arguments[k] for k in ("dtype", "max_shard_size_bytes", "lora_alpha"))
+        if bool(arguments["checkpoint"]) == bool(arguments["revision"]):
+            raise InvalidArgument("an adapter needs one of checkpoint, revision", reason="TASK_MISSING")
+        if arguments["checkpoint"]:
+            if arguments["base"] or alpha or size:
+                raise InvalidArgument(
+                    "a checkpoint knows its base and its lora_alpha, and makes one file: leave them out",
+                    reason="TASK_INVALID",
+                )
+            checkpoint = self._resolve(CHECKPOINT, arguments["checkpoint"], "CHECKPOINT_NOT_FOUND")
+            return AdapterTask(checkpoint=checkpoint, dtype=dtype or "float32")
+        if not arguments["base"]:
+            raise InvalidArgument("name the base that the revision was trained on", reason="TASK_INVALID")
+        if not 0 <= alpha < 1e9:
+            raise InvalidArgument("lora_alpha must not be negative", reason="TASK_INVALID")
+        return AdapterTask(
+            source=self._resolve(REVISION, arguments["revision"], "REVISION_NOT_FOUND"),
+            base=self._whole(arguments["base"]),
+            dtype=dtype or "float32",
+            lora_alpha=alpha,
+            max_shard_size_bytes=_shard_size(size),
+        )
+
+    def _whole(self, name: str) -> ArtifactRef:
+        model = self.get_model(name)
+        if model.manifest.kind not in ("base", "merged"):
+            raise FailedPrecondition(f"{name} is no whole model", reason="MODEL_NOT_WHOLE")
+        return ArtifactRef(name=name, digest=model.ref.body["digest"])
 
     def _resolve(self, pattern: str, name: str, reason: str) -> ArtifactRef:
         names.parse(pattern, name)
@@ -230,6 +257,12 @@ class Conversion:
         if ref is None:
             raise NotFound(f"there is no {name}", reason=reason, metadata={"name": name})
         return ArtifactRef(name=name, digest=ref.body["digest"])
+
+
+def _shard_size(given: int) -> int:
+    if given < 0:
+        raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
+    return given or 2_000_000_000
 
 
 def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:

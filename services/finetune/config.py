@@ -223,10 +223,17 @@ class ImportTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterTask:
-    """Turn a training checkpoint into a PEFT adapter."""
+    """Turn a training checkpoint into a PEFT adapter: one of ours, or `source`, the files of another trainer's, which was
+    trained on `base`."""
 
-    checkpoint: ArtifactRef
+    checkpoint: ArtifactRef | None = None
     dtype: str = "float32"
+    source: ArtifactRef | None = None
+    base: ArtifactRef | None = None
+    lora_alpha: float = 0.0
+    """For a source that does not say its own; 0 means it does."""
+    max_shard_size_bytes: int = 2_000_000_000
+    """For a source that was trained whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

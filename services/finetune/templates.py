@@ -211,7 +211,7 @@ class _Named:
         self._row = TEMPLATES[name]
         self.stop = self._row.stop
         self._tokenizer = tokenizer
-        self._bos = tokenizer.bos_token if tokenizer.adds_bos else ""
+        self._bos = tokenizer.opening
         self._eos = tokenizer.eos_token if self._row.eos or not self._row.suffix else ""
 
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:

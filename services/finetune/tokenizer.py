@@ -42,6 +42,9 @@ class Tokenizer:
         # Whether the tokenizer itself begins a text with its BOS: its post-processor knows.
         self.adds_bos = self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
         added = self._backend.get_added_tokens_decoder()
+        # ChatGLM begins with two tokens; what ends a text, with some tokenizers also an empty one, is left out.
+        first = self._backend.encode("", add_special_tokens=True).ids if self.adds_bos else []
+        self.opening = "".join(added[i].content for i in first if i in added and i not in self.eos_ids)
         special = {i: t for i, t in added.items() if t.special and t.content}
         self.special_texts = tuple(t.content for t in special.values())
         # Such tokens are found in the normalised text, where "＜s＞" may have become "<s>".

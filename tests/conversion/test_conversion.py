@@ -92,6 +92,7 @@ def watch(room: ConversionStub, name: str, after: int = 0) -> list[pb.Conversion
 
 
 ADAPTER: dict[str, Any] = {"adapter": pb.AdapterTask(checkpoint=CHECKPOINT)}
+REV, BASE = f"{W}/datasets/files/revisions/r1", f"{W}/models/base"
 TASKS: dict[str, dict[str, Any]] = {
     "BASE": {"import_model": pb.ImportTask(revision=f"{W}/datasets/files/revisions/r1")},
     "ADAPTER": ADAPTER,
@@ -173,6 +174,19 @@ MERGE = f"{W}/models/adapter"
         ({"adapter": pb.AdapterTask(checkpoint=CHECKPOINT + "1")}, NotFound, "CHECKPOINT_NOT_FOUND"),
         ({"adapter": pb.AdapterTask(checkpoint="x")}, InvalidArgument, "NAME_MALFORMED"),
         ({"adapter": pb.AdapterTask(checkpoint=CHECKPOINT, dtype="x")}, InvalidArgument, "DTYPE_UNKNOWN"),
+        ({"adapter": pb.AdapterTask()}, InvalidArgument, "TASK_MISSING"),
+        ({"adapter": pb.AdapterTask(checkpoint=CHECKPOINT, revision=REV, base=BASE)}, InvalidArgument, "TASK_MISSING"),
+        ({"adapter": pb.AdapterTask(checkpoint=CHECKPOINT, base=BASE)}, InvalidArgument, "TASK_INVALID"),
+        ({"adapter": pb.AdapterTask(checkpoint=CHECKPOINT, lora_alpha=2)}, InvalidArgument, "TASK_INVALID"),
+        ({"adapter": pb.AdapterTask(revision=REV)}, InvalidArgument, "TASK_INVALID"),
+        ({"adapter": pb.AdapterTask(revision=REV, base=BASE, lora_alpha=-1)}, InvalidArgument, "TASK_INVALID"),
+        (
+            {"adapter": pb.AdapterTask(revision=REV, base=BASE, max_shard_size_bytes=-1)},
+            InvalidArgument,
+            "SHARD_SIZE_INVALID",
+        ),
+        ({"adapter": pb.AdapterTask(revision=REV, base=f"{W}/models/adapter")}, FailedPrecondition, "MODEL_NOT_WHOLE"),
+        ({"adapter": pb.AdapterTask(revision=REV + "2", base=BASE)}, NotFound, "REVISION_NOT_FOUND"),
         ({"merge": pb.MergeTask(adapter=f"{W}/models/none")}, NotFound, "MODEL_NOT_FOUND"),
         ({"merge": pb.MergeTask(adapter=f"{W}/models/base")}, FailedPrecondition, "MODEL_NOT_ADAPTER"),
         ({"merge": pb.MergeTask(adapter=MERGE, base=f"{W}/models/other")}, FailedPrecondition, "BASE_MISMATCH"),
@@ -187,6 +201,13 @@ def test_what_is_refused(room: ConversionStub, roots: Path, given: dict[str, Any
         given = {"import_model": pb.ImportTask(local_path=path)}
     with refused(cls, reason):
         room.CreateConversionJob(request(**given))
+
+
+def test_a_foreign_checkpoint_becomes_an_order(room: ConversionStub) -> None:
+    task = pb.AdapterTask(revision=REV, base=BASE, lora_alpha=16.5, dtype="float16", max_shard_size_bytes=10**9)
+    made = room.CreateConversionJob(request(adapter=task))
+    assert made.adapter == task
+    assert watch(room, made.name)[-1].state.state == pb.ConversionJob.SUCCEEDED
 
 
 def test_import_from_an_allowed_place(room: ConversionStub, roots: Path) -> None:

@@ -10,7 +10,7 @@ from quartet.conversion.v1 import conversion_pb2
 from quartet.training.v1 import training_pb2
 
 from services.client.client import Client, Progress
-from services.client.commands import connect, short_name
+from services.client.commands import connect, readable, short_name
 from services.client.commands.jobs import follow
 from services.client.download import download_model
 from services.client.retry import pages
@@ -94,11 +94,48 @@ def download(a: Namespace) -> None:
 
 
 def convert_adapter(a: Namespace) -> int:
+    task = conversion_pb2.AdapterTask(dtype="float32" if a.fp32 else "bfloat16", lora_alpha=a.lora_alpha)
+    if a.max_shard_size:
+        task.max_shard_size_bytes = read_size(a.max_shard_size)
+    path = Path(a.checkpoint).expanduser()
+    foreign = path.suffix in (".pth", ".pt", ".bin") or path.exists()
+    with connect(a) as client, bar("uploading", a.json) as told:
+        if foreign:
+            _bring_checkpoint(client, a, path, task, told)
+        elif a.config or a.base:
+            raise InvalidArgument(
+                "a checkpoint of a job knows its config and its base: leave them out", reason="TASK_INVALID"
+            )
+        else:
+            known = "/checkpoints/" in a.checkpoint
+            task.checkpoint = a.checkpoint if known else _last_checkpoint(client, a.checkpoint)
+        job = client.convert(a.target, adapter=task)
     with connect(a) as client:
-        checkpoint = a.checkpoint if "/checkpoints/" in a.checkpoint else _last_checkpoint(client, a.checkpoint)
-        dtype = "float32" if a.fp32 else "bfloat16"
-        task = conversion_pb2.AdapterTask(checkpoint=checkpoint, dtype=dtype)
-        return follow(client, client.convert(a.target, adapter=task).name, a.json)
+        return follow(client, job.name, a.json)
+
+
+def _bring_checkpoint(
+    client: Client, a: Namespace, path: Path, task: conversion_pb2.AdapterTask, told: Progress
+) -> None:
+    """Upload another trainer's checkpoint and its config as a dataset revision, and say so in `task`."""
+    if not a.base:
+        raise InvalidArgument(f"name the model that {path.name} was trained on with --base", reason="TASK_INVALID")
+    task.base = client.name("models", a.base)
+    files = [readable(str(path))] if not path.is_dir() else sorted(p for p in path.iterdir() if p.is_file())
+    if not files:
+        raise NotFound(f"{path} is an empty folder", reason="CHECKPOINT_NOT_FOUND")
+    if a.config.endswith(".py"):
+        files.append(readable(a.config))
+    elif a.config and not task.lora_alpha:
+        task.lora_alpha = _recipe_alpha(client, a.config)
+    dataset = f"checkpoint-{client.name('models', a.target).rpartition('/')[2]}"[:63].rstrip("-")
+    task.revision = client.upload_dataset(dataset, files, "files", told=told).name
+
+
+def _recipe_alpha(client: Client, recipe: str) -> float:
+    name = recipe if recipe.startswith("recipes/") else f"recipes/{recipe}"
+    found = client.training.GetRecipe(training_pb2.GetRecipeRequest(name=name))
+    return float(plain(found)["config"]["lora"]["alpha"])
 
 
 def _last_checkpoint(client: Client, job: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import AdapterTask
+from services.finetune.config import AdapterTask, ArtifactRef
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.prepare.certificate import carried
@@ -26,17 +26,27 @@ PREFIX = "base_model.model."
 def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
     """Do an AdapterTask; the digest of an "adapter" artifact. Its tokenizer files are the base's own blobs.
 
-    InvalidArgument (DTYPE_UNKNOWN, ADAPTER_INCOMPLETE, ADAPTER_UNSUPPORTED), FailedPrecondition (NOT_A_CHECKPOINT),
-    Cancelled (STOPPED).
+    InvalidArgument (DTYPE_UNKNOWN, TASK_MISSING, ADAPTER_INCOMPLETE, ADAPTER_UNSUPPORTED), FailedPrecondition
+    (NOT_A_CHECKPOINT), Cancelled (STOPPED); for another trainer's checkpoint those of foreign.make_foreign too.
     """
-    from safetensors.torch import load_file
-
     if task.dtype not in DTYPES:
         raise InvalidArgument(f"unknown dtype {task.dtype!r}; use {', '.join(DTYPES)}", reason="DTYPE_UNKNOWN")
+    if task.checkpoint is not None:
+        return _make_own(task, task.checkpoint, attempt, stop, workdir)
+    if task.source is None or task.base is None:
+        raise InvalidArgument("an adapter needs a checkpoint, or a source and its base", reason="TASK_MISSING")
+    from services.finetune.convert.foreign import make_foreign
+
+    return make_foreign(task, task.source, task.base, attempt, stop, workdir)
+
+
+def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
+    from safetensors.torch import load_file
+
     store = attempt.store
-    checkpoint = load(store, task.checkpoint.digest)
+    checkpoint = load(store, named.digest)
     if checkpoint.kind != "checkpoint":
-        raise FailedPrecondition(f"{task.checkpoint.name} is no checkpoint", reason="NOT_A_CHECKPOINT")
+        raise FailedPrecondition(f"{named.name} is no checkpoint", reason="NOT_A_CHECKPOINT")
     folder = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS, CONFIG))
     tensors, config = load_file(folder / WEIGHTS), read_config(folder)
     base_parent = next(p for p in checkpoint.parents if p.role == "base")
@@ -46,11 +56,11 @@ def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, wor
     if stop.is_set():
         raise Cancelled("stopped before anything was kept", reason="STOPPED")
     config.update(base_model_name_or_path=base_parent.name, inference_mode=True)
-    files = _store_files(store, tensors, config, task.dtype, workdir)
+    files = store_files(store, tensors, config, task.dtype, workdir)
     done = next(f.size for f in files if f.path == WEIGHTS)
     attempt.emit("progress", done_bytes=done, total_bytes=done)
     files += [f for f in base.files if f.path in TOKENIZER_FILES]
-    parents = (*checkpoint.parents, Parent("checkpoint", task.checkpoint.digest, task.checkpoint.name))
+    parents = (*checkpoint.parents, Parent("checkpoint", named.digest, named.name))
     meta = {
         **{k: checkpoint.meta[k] for k in ("architecture", "template", "system", "base_name")},
         **carried(checkpoint.meta),
@@ -62,7 +72,7 @@ def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, wor
     return publish(store, Manifest("adapter", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
-def _store_files(
+def store_files(
     store: Store, tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: str, workdir: Path
 ) -> list[File]:
     import torch

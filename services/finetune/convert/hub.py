@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from services.finetune.errors import Cancelled, NotFound, Unavailable
 from services.finetune.progress import Attempt
 
-_PLAIN = (".json", ".txt", ".model", ".jinja")
+_PLAIN = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def download(hub_id: str, file: str, attempt: Attempt, stop: threading.Event, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """IMPORT: a model from a folder, the hub, a GGUF file or an uploaded revision becomes safetensors with its tokenizer.
 
-Nothing foreign is executed: configs that ask for code are refused, and pickled weights are read in a process of their
-own that has no environment and may only build tensors.
+Nothing foreign is executed: configs that ask for code are refused, unless they are of a family that is known here as data
+(families.py); of pickled weights a confined process says only where the tensors lie (pickles.py).
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import collections
 import json
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.finetune.config import ImportTask
+from services.finetune.convert.families import Family, family_of, is_derived, native_config
+from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
 from services.finetune.convert.hub import download
+from services.finetune.convert.native import write_native
+from services.finetune.convert.pickles import read_tensors
 from services.finetune.convert.shards import (
     DTYPES,
     INDEX,
@@ -26,7 +28,6 @@ from services.finetune.convert.shards import (
     cast_bytes,
     plan,
     progress,
-    read_file_header,
     read_folder,
     weight_files,
     write,
@@ -36,39 +37,20 @@ from services.finetune.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
 )
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
-from services.finetune.templates import check_name, load_template
+from services.finetune.templates import TEMPLATES, check_name, load_template
 from services.finetune.tokenizer import Tokenizer
 
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "chat_template.jinja", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
         "merges.txt", "added_tokens.json")  # fmt: skip
 SHARD_BYTES = 2_000_000_000
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_p", "top_k", "repetition_penalty",
+               "do_sample", "max_new_tokens", "chat_format")  # fmt: skip
 # What trainers leave beside the weights: pickles too, but no model.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-
-# Run in a process of its own: argv is a pickled file and the safetensors file to write.
-_UNPICKLE = """
-import sys, torch
-from safetensors.torch import save_file
-try:
-    tensors = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-except MemoryError:
-    raise
-except Exception as error:
-    sys.exit("it is no plain file of tensors: " + (str(error).splitlines() or ["unreadable"])[0])
-if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-    tensors = tensors["state_dict"]
-if not isinstance(tensors, dict) or not all(isinstance(k, str) for k in tensors):
-    sys.exit("it is no table of tensors by name")
-odd = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided or v.is_quantized]
-if odd:
-    sys.exit("it holds more than plain tensors: " + ", ".join(odd[:3]))
-save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, sys.argv[2], metadata={"format": "pt"})
-"""
 
 
 def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
@@ -86,7 +68,7 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
     source, parents = _fetch(task, attempt, stop, workdir)
     out = workdir / "model"
     out.mkdir()
-    gguf = _find_gguf(source, task.file)
+    gguf, family = _find_gguf(source, task.file), None
     if gguf is not None:
         from services.finetune.convert.gguf import convert_gguf
 
@@ -97,8 +79,8 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
         alone.symlink_to(gguf.resolve())
         convert_gguf(alone, out, task.dtype or "bfloat16", stop)
     else:
-        _convert_folder(source, out, task.dtype, attempt, stop, workdir)
-    meta = describe(out, task.template)
+        family = _convert_folder(source, out, task.dtype, attempt, stop)
+    meta = describe(out, task.template, _family_template(family, source) if family else "")
     if stop.is_set():
         raise _stopped()
     digest = publish_directory(attempt.store, "base", out, parents, meta)
@@ -110,8 +92,9 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
 # ---------------------------------------------------------------------------------------------- describing
 
 
-def describe(folder: Path, template: str = "") -> dict[str, Any]:
-    """The meta of a model folder (docs/decisions/0003). FailedPrecondition (MODEL_UNSUPPORTED, TOKENIZER_MISSING,
+def describe(folder: Path, template: str = "", otherwise: str = "") -> dict[str, Any]:
+    """The meta of a model folder (docs/decisions/0003); `otherwise` is the template of a model that has none of its own
+    and for which no other was asked. FailedPrecondition (MODEL_UNSUPPORTED, TOKENIZER_MISSING,
     TOKENIZER_INVALID, TEMPLATE_MISSING), InvalidArgument (CONFIG_MALFORMED, WEIGHTS_*)."""
     config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
     architecture = check_architecture(config)
@@ -123,7 +106,7 @@ def describe(folder: Path, template: str = "") -> dict[str, Any]:
     wanted = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
     return {
         "architecture": architecture,
-        "template": template or ("tokenizer" if tokenizer.chat_template else ""),
+        "template": template or ("tokenizer" if tokenizer.chat_template else otherwise),
         "system": "",
         "generation": {
             "eos_token_id": list(tokenizer.eos_ids),
@@ -134,6 +117,14 @@ def describe(folder: Path, template: str = "") -> dict[str, Any]:
         # A tied head is the embedding again, even where a file holds it twice.
         "parameters": sum(t.count for t in tensors if not (tied and t.name == "lm_head.weight")),
     }
+
+
+def _family_template(family: Family, source: Path) -> str:
+    """XTuner's template for a family's chat models."""
+    name = family.template
+    if family.name == "chatglm" and is_chatglm3(source, read_json(source / "tokenizer_config.json")):
+        name = "chatglm3"
+    return name if name in TEMPLATES else ""
 
 
 def check_architecture(config: dict[str, Any]) -> str:
@@ -173,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if there is no file. InvalidArgument (CONFIG_MALFORMED)."""
     try:
         data = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path.name} is no JSON: {error}", reason="CONFIG_MALFORMED") from error
     if not isinstance(data, dict):
         raise InvalidArgument(f"{path.name} is no JSON object", reason="CONFIG_MALFORMED")
@@ -225,65 +216,90 @@ def _find_gguf(source: Path, file: str) -> Path | None:
 # ---------------------------------------------------------------------------------------------- converting
 
 
-def _convert_folder(
-    source: Path, out: Path, dtype: str, attempt: Attempt, stop: threading.Event, workdir: Path
-) -> None:
+def _convert_folder(source: Path, out: Path, dtype: str, attempt: Attempt, stop: threading.Event) -> Family | None:
+    """Weights, config and tokenizer of a folder; the family, if it is one that came with code of its own."""
     for name in KEPT:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        _refuse_code(name, read_json(out / name))
-    check_architecture(read_json(out / "config.json"))
-    if not weight_files(source):
-        plain = workdir / "unpickled"
-        plain.mkdir()
-        _unpickle(source, plain, attempt, stop)
-        source = plain
-    tensors = read_folder(source)
-    if dtype and any(t.cast(dtype).dtype != t.dtype for t in tensors):
-        _cast(tensors, out, dtype, attempt, stop)
+    original = read_json(out / "config.json")
+    family = family_of(original)
+    configs = {n: read_json(out / n) for n in ("config.json", "tokenizer_config.json", "generation_config.json")}
+    if family is None:
+        for name, config in configs.items():
+            _refuse_code(name, config)
+    else:
+        attempt.emit("log", level="info", text=f"a model of {family.name}, made native; its own code is left out")
+        _write_native_configs(family, configs, out)
+    config = read_json(out / "config.json")
+    check_architecture(config)
+    safe = bool(weight_files(source))
+    tensors = read_folder(source) if safe else _pickled(source, attempt, stop)
+    if family is not None:
+        write_native(family, config, tensors, out, dtype, SHARD_BYTES, progress(attempt, stop))
+        _say_dtype(out, dtype)
+    elif not safe or (dtype and any(t.cast(dtype).dtype != t.dtype for t in tensors)):
+        _rewrite(tensors, out, dtype, attempt, stop)
     else:
         # Links: the store reads through them, and gigabytes are copied once, not twice.
         for path in weight_files(source):
             (out / path.name).symlink_to(path.resolve())
         if (source / INDEX).is_file():
             shutil.copyfile(source / INDEX, out / INDEX)
-    if not (out / "tokenizer.json").exists():
-        _fast_tokenizer(out)
+    _tokenizer(source, out, family, configs["tokenizer_config.json"])
+    return family
 
 
-def _refuse_code(name: str, data: Any) -> None:
+def _refuse_code(name: str, config: Any) -> None:
     """`auto_map` names classes in Python files of the model's own, at any depth of a config."""
-    if isinstance(data, dict):
-        if "auto_map" in data:
+    left = [config]
+    while left:
+        data = left.pop()
+        if isinstance(data, dict) and "auto_map" in data:
             raise FailedPrecondition(
                 f"{name} has auto_map: the model wants to run code of its own, which is never done here; use a model that "
                 "transformers knows",
                 reason="REMOTE_CODE_REFUSED",
                 metadata={"file": name},
             )
-        for value in data.values():
-            _refuse_code(name, value)
+        left += data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
 
 
-def _cast(tensors: Sequence[Stored], out: Path, dtype: str, attempt: Attempt, stop: threading.Event) -> None:
-    stored = {t.name: t for t in tensors}
+def _write_native_configs(family: Family, configs: Mapping[str, dict[str, Any]], out: Path) -> None:
+    """The native config, and of the others what is no code: their known keys are copied, auto_map is not one."""
+    native = native_config(family, configs["config.json"])
+    generation = {k: v for k, v in configs["generation_config.json"].items() if k in _GENERATION}
+    generation.setdefault("eos_token_id", native.get("eos_token_id"))
+    (out / "config.json").write_text(json.dumps(native, indent=2, sort_keys=True))
+    kept = {k: v for k, v in generation.items() if v is not None}
+    (out / "generation_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True))
+    (out / "tokenizer_config.json").unlink(missing_ok=True)
+
+
+def _rewrite(tensors: Sequence[Stored], out: Path, dtype: str, attempt: Attempt, stop: threading.Event) -> None:
+    stored = {t.name: t for t in tensors if not is_derived(t.name)}
+    targets = [t.cast(dtype) for t in stored.values()]
     tell, done = progress(attempt, stop), 0
-    total = sum(t.cast(dtype).nbytes for t in tensors)
+    total = sum(t.nbytes for t in targets)
 
     def count(tensor: Stored) -> None:
         nonlocal done
         done += tensor.nbytes
         tell(done, total)
 
-    shards = plan((t.cast(dtype) for t in tensors), SHARD_BYTES)
-    write(out, shards, lambda t: cast_bytes(stored[t.name], dtype), count)
-    config = read_json(out / "config.json")
-    config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
+    write(out, plan(targets, SHARD_BYTES), lambda t: cast_bytes(stored[t.name], dtype), count)
+    _say_dtype(out, dtype)
 
 
-def _unpickle(source: Path, plain: Path, attempt: Attempt, stop: threading.Event) -> None:
+def _say_dtype(out: Path, dtype: str) -> None:
+    if dtype:
+        config = read_json(out / "config.json")
+        config.pop("torch_dtype", None)
+        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
+
+
+def _pickled(source: Path, attempt: Attempt, stop: threading.Event) -> list[Stored]:
+    """The tensors of a folder's pickled weights. InvalidArgument (MODEL_UNSUPPORTED, PICKLE_REFUSED,
+    WEIGHTS_INCOMPLETE)."""
     every = [p for p in sorted(source.iterdir()) if p.suffix in (".bin", ".pth", ".pt")]
     files = [p for p in every if p.name.startswith("pytorch_model")]
     files = files or [p for p in every if not p.name.startswith(_NO_WEIGHTS)]
@@ -291,42 +307,36 @@ def _unpickle(source: Path, plain: Path, attempt: Attempt, stop: threading.Event
         raise InvalidArgument(
             f"{source.name} has no weights: neither *.safetensors nor *.bin, *.pth", reason="MODEL_UNSUPPORTED"
         )
-    names: dict[str, str] = {}
-    for n, path in enumerate(files, 1):
-        attempt.emit("log", level="warning", text=f"{path.name} is a pickle: reading tensors only, in its own process")
-        many = len(files) > 1
-        target = plain / (f"model-{n:05d}-of-{len(files):05d}.safetensors" if many else "model.safetensors")
-        _unpickle_one(path, target, stop)
-        names.update({t.name: target.name for t in read_file_header(target)})
-    if len(files) > 1:
-        (plain / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}, indent=1, sort_keys=True))
-
-
-def _unpickle_one(path: Path, target: Path, stop: threading.Event) -> None:
-    command = [sys.executable, "-I", "-c", _UNPICKLE, str(path.resolve()), str(target)]
-    with subprocess.Popen(command, env={}, cwd=target.parent, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True) as child:  # fmt: skip
-        while True:
-            try:
-                _, said = child.communicate(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                if stop.is_set():
-                    child.kill()
-                    raise _stopped() from None
-    if child.returncode < 0 or "MemoryError" in said:
-        raise ResourceExhausted(f"{path.name} does not fit into memory", reason="OUT_OF_MEMORY")
-    if child.returncode != 0:
-        why = (said.strip().splitlines() or ["unreadable"])[-1][:300]
-        raise InvalidArgument(
-            f"{path.name} is refused: {why}; give the weights as safetensors",
-            reason="PICKLE_REFUSED",
-            metadata={"file": path.name},
+    found: dict[str, Stored] = {}
+    for path in files:
+        attempt.emit(
+            "log", level="warning", text=f"{path.name} is a pickle: a confined process says where its tensors are"
         )
+        for name, tensor in read_tensors(path, stop).items():
+            if name in found:
+                raise _incomplete(f"{name} is in {found[name].file.name} and in {path.name}")
+            found[name] = tensor
+    index = read_json(source / "pytorch_model.bin.index.json").get("weight_map")
+    gone = sorted(set(index) - set(found)) if isinstance(index, dict) else []
+    if gone:
+        raise _incomplete(f"the index names {gone[0]}, which no file holds")
+    return list(found.values())
 
 
-def _fast_tokenizer(out: Path) -> None:
-    """Make tokenizer.json of an older tokenizer's files. FailedPrecondition (TOKENIZER_MISSING)."""
+def _incomplete(why: str) -> InvalidArgument:
+    return InvalidArgument(f"{why}; fetch all of the model's files", reason="WEIGHTS_INCOMPLETE")
+
+
+def _tokenizer(source: Path, out: Path, family: Family | None, config: dict[str, Any]) -> None:
+    """tokenizer.json, if the source has none. FailedPrecondition (TOKENIZER_MISSING)."""
+    if (source / "tokenizer.json").is_file():
+        if family is not None:
+            kept = {k: v for k, v in config.items() if k not in ("auto_map", "tokenizer_class")}
+            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (out / "tokenizer_config.json").write_text(json.dumps(kept, ensure_ascii=False, indent=2, sort_keys=True))
+        return
+    if make_tokenizer(source, out, family, config):
+        return
     from transformers import AutoTokenizer
 
     try:

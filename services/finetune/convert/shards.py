@@ -18,13 +18,21 @@ DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 """Our names of dtypes: safetensors' name, bytes of one number."""
 NAMES = {word: name for name, (word, _) in DTYPES.items()}
 _FLOATS = ("F64", *NAMES)
+WIDTHS = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, **dict(DTYPES.values())}
+"""Bytes of one number, by safetensors' word."""
+TORCH_NAMES = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+               "BOOL": "bool", **NAMES}  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: `dtype` is safetensors' word, `start` and `nbytes` its bytes from the file's beginning."""
+    """A tensor in a file: `dtype` is safetensors' word, `start` and `nbytes` its bytes from the file's beginning.
+
+    `strides`, counted in numbers, are given where the numbers do not lie one after the other; `nbytes` spans them. A
+    tensor whose bytes are scattered over files has `pieces` instead, in their order.
+    """
 
     name: str
     dtype: str
@@ -32,6 +40,8 @@ class Stored:
     start: int
     nbytes: int
     file: Path = Path()
+    strides: tuple[int, ...] = ()
+    pieces: tuple[Stored, ...] = ()
 
     @property
     def count(self) -> int:
@@ -44,9 +54,14 @@ class Stored:
     def cast(self, dtype: str) -> Stored:
         """What it becomes in one of DTYPES; integers and "" leave it as it is."""
         if not dtype or self.dtype not in _FLOATS:
-            return self
+            width = WIDTHS[self.dtype] if self.strides else 0
+            return replace(self, nbytes=self.count * width or self.nbytes, strides=(), pieces=())
         word, width = DTYPES[dtype]
-        return replace(self, dtype=word, nbytes=self.count * width)
+        return replace(self, dtype=word, nbytes=self.count * width, strides=(), pieces=())
+
+    def named(self, name: str) -> Stored:
+        """The same bytes under another name."""
+        return replace(self, name=name)
 
 
 def progress(attempt: Attempt, stop: threading.Event) -> Callable[[int, int], None]:
@@ -138,8 +153,15 @@ def read_folder(folder: Path) -> list[Stored]:
     return found
 
 
-def raw(tensor: Stored) -> Iterator[bytes]:
-    """A tensor's bytes as they are stored."""
+def raw(tensor: Stored) -> Iterator[bytes | memoryview]:
+    """A tensor's bytes, as they are stored where they lie one after the other."""
+    if tensor.strides:
+        yield to_bytes(as_torch(tensor))
+        return
+    for part in tensor.pieces:
+        yield from raw(part)
+    if tensor.pieces:
+        return
     with tensor.file.open("rb") as source:
         source.seek(tensor.start)
         left = tensor.nbytes
@@ -149,11 +171,20 @@ def raw(tensor: Stored) -> Iterator[bytes]:
 
 
 def as_torch(tensor: Stored) -> Any:
-    """The tensor in memory."""
-    from safetensors import safe_open
+    """The tensor in memory. InvalidArgument (WEIGHTS_MALFORMED) if its file ends before it does."""
+    import torch
 
-    with safe_open(tensor.file, "pt") as file:
-        return file.get_tensor(tensor.name)
+    data = bytearray(tensor.nbytes)
+    at = 0
+    for piece in tensor.pieces or (tensor,):
+        with piece.file.open("rb") as source:
+            source.seek(piece.start)
+            if source.readinto(memoryview(data)[at : at + piece.nbytes]) != piece.nbytes:
+                raise InvalidArgument(f"{piece.file.name} is cut off; fetch it again", reason="WEIGHTS_MALFORMED")
+        at += piece.nbytes
+    dtype: Any = getattr(torch, TORCH_NAMES[tensor.dtype])
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.as_strided(tensor.shape, tensor.strides) if tensor.strides else flat.reshape(tensor.shape)
 
 
 def to_bytes(value: Any) -> bytes | memoryview:

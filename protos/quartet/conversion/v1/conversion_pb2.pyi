@@ -408,25 +408,43 @@ Global___ImportTask: _TypeAlias = ImportTask  # noqa: Y015
 
 @_typing.final
 class AdapterTask(_message.Message):
-    """ADAPTER: a training checkpoint becomes a PEFT adapter."""
+    """ADAPTER: a training checkpoint becomes a PEFT adapter. It is one of ours, or another trainer's: an mmengine .pth file, or
+    the files of a DeepSpeed directory (ZeRO 1, 2, 3). One that was trained whole becomes a model of kind MERGED.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    LORA_ALPHA_FIELD_NUMBER: _builtins.int
+    MAX_SHARD_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.str
-    """workspaces/{w}/trainingJobs/{j}/checkpoints/{step}"""
+    """workspaces/{w}/trainingJobs/{j}/checkpoints/{step}; or else `revision` and `base`."""
     dtype: _builtins.str
     """"float32" (the default), "bfloat16" or "float16"."""
+    revision: _builtins.str
+    """A dataset revision whose files are another trainer's checkpoint, and at most one XTuner config (.py, read as text)."""
+    base: _builtins.str
+    """workspaces/{workspace}/models/{model}: the model that `revision` was trained on."""
+    lora_alpha: _builtins.float
+    """LoRA's alpha where neither the checkpoint nor a config says it; 0 means that one does."""
+    max_shard_size_bytes: _builtins.int
+    """Largest size of one safetensors file of a model that was trained whole; 0 means 2 GB (2,000,000,000)."""
     def __init__(
         self,
         *,
         checkpoint: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        base: _builtins.str = ...,
+        lora_alpha: _builtins.float = ...,
+        max_shard_size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "checkpoint", b"checkpoint", "dtype", b"dtype", "lora_alpha", b"lora_alpha", "max_shard_size_bytes", b"max_shard_size_bytes", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

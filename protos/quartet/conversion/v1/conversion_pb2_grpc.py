@@ -100,9 +100,9 @@ class ConversionServicer:
     def CreateConversionJob(self, request, context):
         """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
         again returns the first answer.
-        Errors: INVALID_ARGUMENT (TASK_MISSING, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
         NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-        BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,9 +43,9 @@ class ConversionStub:
     CreateConversionJob: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.CreateConversionJobRequest, _conversion_pb2.ConversionJob]
     """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
     again returns the first answer.
-    Errors: INVALID_ARGUMENT (TASK_MISSING, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
     NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
     """
     GetConversionJob: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -91,9 +91,9 @@ class ConversionAsyncStub(ConversionStub):
     CreateConversionJob: _aio.UnaryUnaryMultiCallable[_conversion_pb2.CreateConversionJobRequest, _conversion_pb2.ConversionJob]  # type: ignore[assignment]
     """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
     again returns the first answer.
-    Errors: INVALID_ARGUMENT (TASK_MISSING, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
     NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
     """
     GetConversionJob: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]  # type: ignore[assignment]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -142,9 +142,9 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_conversion_pb2.ConversionJob, _abc.Awaitable[_conversion_pb2.ConversionJob]]:
         """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
         again returns the first answer.
-        Errors: INVALID_ARGUMENT (TASK_MISSING, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
         NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-        BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
         """
 
     @_abc_1.abstractmethod
