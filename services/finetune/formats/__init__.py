@@ -5,7 +5,7 @@ A format is one row of `FORMATS`: adding one is adding a line and its `convert` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,12 @@ def sniff(files: Iterable[tuple[str, Path]]) -> tuple[str, str]:
     raise InvalidArgument("the files hold no row", reason="DATASET_EMPTY")
 
 
-def read_rows(files: Iterable[tuple[str, Path]], format: str) -> Iterator[Row | Problem]:
-    """Every row of the files (path in the artifact, path on disk), good or bad, in order."""
+def read_rows(
+    files: Iterable[tuple[str, Path]], format: str, carried: Collection[str] | None = None
+) -> Iterator[Row | Problem]:
+    """Every row of the files (path in the artifact, path on disk), good or bad, in order. With `carried`, all paths of the
+    artifact, an image that a row names must be one of them."""
+    from services.finetune.formats.carried import lost_image
     from services.finetune.formats.containers import raw_rows
 
     convert = format_named(format).convert
@@ -134,6 +138,8 @@ def read_rows(files: Iterable[tuple[str, Path]], format: str) -> Iterator[Row | 
                 continue
             number, fields = raw
             try:
+                if carried is not None and (lost := lost_image(file, fields, carried)) is not None:
+                    raise lost
                 yield Row(file, number, convert(fields))
             except RowError as error:
                 yield Problem(file, number, error.field, error.reason, error.message)

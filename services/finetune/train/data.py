@@ -8,6 +8,7 @@ from pathlib import Path
 from services.finetune.config import TrainRun
 from services.finetune.errors import InvalidArgument
 from services.finetune.formats import Row, read_rows
+from services.finetune.formats.containers import is_row_file
 from services.finetune.packing import Blocks, pack
 from services.finetune.progress import Attempt
 from services.finetune.store import Store
@@ -44,6 +45,7 @@ def read(store: Store, run: TrainRun, workdir: Path) -> Iterator[Row]:
         manifest = load(store, dataset.digest)
         if manifest.kind != "dataset" or manifest.meta["format"] == "files":
             raise InvalidArgument(f"{dataset.name} holds no rows", reason="DATASET_EMPTY")
-        folder = materialise(store, manifest, workdir / "datasets" / str(n))
-        files = [(f.path, folder / f.path) for f in manifest.files]
+        paths = [f.path for f in manifest.files if is_row_file(f.path)]
+        folder = materialise(store, manifest, workdir / "datasets" / str(n), paths)
+        files = [(path, folder / path) for path in paths]
         yield from (row for row in read_rows(files, manifest.meta["format"]) if isinstance(row, Row))
