@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,7 +26,7 @@ from services.client.retry import RETRIES, Room, credentials, pause_s
 from services.common import auth
 from services.common.settings import Settings
 from services.common.status import CHANNEL_OPTIONS, from_status
-from services.finetune.errors import Aborted, DataLoss, Internal, InvalidArgument, QuartetError, Unavailable
+from services.finetune.errors import Aborted, DataLoss, Internal, QuartetError, Unavailable
 
 T = TypeVar("T")
 
@@ -125,21 +124,32 @@ class Client:
         skip_bad_rows: bool = False,
         told: Progress = lambda done, total: None,
     ) -> datasets_pb2.Revision:
-        """Make the dataset if need be, send what the store lacks, and commit a revision."""
-        names = [path.name for path in files]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InvalidArgument(
-                f"two files are called {min(twice)}; a dataset's files are told apart by their names",
-                reason="PATH_UNSAFE",
-            )
+        """Make the dataset if need be, send what the store lacks of these files and folders, and commit a revision.
+
+        NotFound (FILE_NOT_FOUND), InvalidArgument (PATH_UNSAFE) before anything is sent.
+        """
+        from services.client.upload import files_of, upload_all
+
+        listed = files_of(files)
         name = self._ensure_dataset(dataset)
-        total, done = sum(f.stat().st_size for f in files), 0
-        entries = []
-        for path in files:
-            before = done
-            digest = self.upload_file(name, path, partial(_shift, told, before, total))
-            done += path.stat().st_size
-            entries.append(datasets_pb2.RevisionFile(path=path.name, digest=digest))
+        return self.commit_files(name, upload_all(self, name, listed, told), format, skip_bad_rows)
+
+    def import_dataset(
+        self,
+        dataset: str,
+        source: Mapping[str, str],
+        include: Sequence[str] = (),
+        format: str = "",
+        skip_bad_rows: bool = False,
+        told: Progress = lambda done, total: None,
+    ) -> datasets_pb2.Revision:
+        """A revision of files that the service fetches itself: {"hub_id": …}, {"s3_uri": …} or {"directory": …}."""
+        name = self._ensure_dataset(dataset)
+        request = datasets_pb2.ImportFilesRequest(parent=name, include=include, **source)
+        entries: list[datasets_pb2.RevisionFile] = []
+        for step in self.datasets.ImportFiles(request):
+            entries += [datasets_pb2.RevisionFile(path=f.path, digest=f.digest) for f in step.files]
+            told(step.done_bytes, step.total_bytes)
         return self.commit_files(name, entries, format, skip_bad_rows)
 
     def commit_files(
@@ -171,10 +181,11 @@ class Client:
             self.datasets.CreateDataset(wanted)
         return name
 
-    def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None) -> str:
-        """Send one file's bytes, going on after cuts; its digest."""
-        with path.open("rb") as source:
-            digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
+    def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None, digest: str = "") -> str:
+        """Send one file's bytes, going on after cuts; its digest, computed unless it is given."""
+        if not digest:
+            with path.open("rb") as source:
+                digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
         size = path.stat().st_size
         request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size)
         status = self.datasets.BeginUpload(request)
@@ -347,7 +358,3 @@ def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.Wr
             told(at, status.size_bytes)
             if not data:
                 return
-
-
-def _shift(told: Progress, before: int, total: int, done: int, _: int) -> None:
-    told(before + done, total)

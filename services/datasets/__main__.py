@@ -9,6 +9,7 @@ from quartet.datasets.v1 import datasets_pb2_grpc as rpc
 
 from services.common import server
 from services.common.settings import Settings
+from services.datasets.references import Allowed
 from services.datasets.servicer import Servicer
 from services.datasets.uploads import Uploads
 from services.datasets.usecases import Datasets
@@ -22,7 +23,9 @@ def build(settings: Settings) -> server.Room:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     store = open_store(settings.store_uri)
-    datasets = Datasets(store, scratch)
+    roots = [Path(root) for root in settings.import_roots.split(":") if root]
+    prefixes = [prefix for prefix in settings.import_prefixes.split(",") if prefix]
+    datasets = Datasets(store, scratch, Allowed(roots, prefixes, settings.hub_datasets == "on"))
     servicer = Servicer(datasets, Uploads(store, datasets.get))
     return server.Room(
         "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable
@@ -65,6 +66,16 @@ class Uploads:
         if blob is None or blob.size != size:
             raise _no_upload(name)
         return UploadStatus(name, digest, size, size, True)
+
+    def settle(self, parent: str, digest: str, size: int) -> UploadStatus:
+        """The status of an announced file that came to the store by another way; what was sent of it is dropped."""
+        name = f"{parent}/uploads/{digest.removeprefix('sha256:')}-{size}"
+        upload = self._store.find_upload(_upload_id(name))
+        if upload is not None:
+            # An upload that ends too soon leaves nothing behind.
+            with contextlib.suppress(InvalidArgument):
+                upload.finish()
+        return self.status(name)
 
     def open(self, name: str) -> Writing:
         """The upload that a WriteBlob stream names first."""
