@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.common.names import parse
@@ -16,6 +17,8 @@ UPLOAD = "workspaces/{workspace}/datasets/{dataset}/uploads/{upload}"
 
 CHUNK_BYTES = 1 << 20
 FLUSH_BYTES = 8 << 20
+
+_FLUSHERS = ThreadPoolExecutor(8, thread_name_prefix="flush")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class Writing:
         self._upload = upload
         self._lock = lock
         self._unflushed = 0
+        self._flushing: Future[None] | None = None
 
     def write(self, offset: int, data: bytes, crc32c: int) -> None:
         """Take one chunk. See WriteBlob for the errors."""
@@ -119,13 +123,22 @@ class Writing:
             self._upload.write(offset, data)
         self._unflushed += len(data)
         if self._unflushed >= FLUSH_BYTES:
-            self.flush()
+            # The next chunks are written while the disk takes these.
+            self._settle()
+            self._unflushed, self._flushing = 0, _FLUSHERS.submit(self._upload.flush)
 
     def flush(self) -> None:
         """Make what came so far durable."""
+        self._settle()
         if self._unflushed:
             self._upload.flush()
             self._unflushed = 0
+
+    def _settle(self) -> None:
+        """Wait for a flush that is under way; what it met is raised here."""
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
 
     def status(self) -> UploadStatus:
         """How far the upload has come."""
@@ -133,6 +146,7 @@ class Writing:
 
     def finish(self) -> UploadStatus:
         """Verify and keep the blob."""
+        self._settle()
         with self._lock:
             blob = self._upload.finish()
         return UploadStatus(self._name, blob.digest, blob.size, blob.size, True)

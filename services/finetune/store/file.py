@@ -17,6 +17,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,6 +38,8 @@ from services.finetune.store.checks import (
     no_blob,
 )
 from services.finetune.store.port import Blob, Entry, Object, Upload
+
+_HASHERS = ThreadPoolExecutor(4, thread_name_prefix="hash")
 
 
 class FileStore:
@@ -251,6 +254,7 @@ class _FileUpload:
         # The running hash knows an upload that was never cut; a resumed one is read once at the end.
         self._hashed = 0
         self._sha = hashlib.sha256()
+        self._hashing: Future[None] | None = None
         self._committed = 0
         self.flush()
 
@@ -272,7 +276,8 @@ class _FileUpload:
                 out.truncate(end)
                 raise
         if self._hashed == offset:
-            self._sha.update(data)
+            self._settle()
+            self._hashing = _HASHERS.submit(self._sha.update, data)
             self._hashed += len(data)
 
     def flush(self) -> None:
@@ -294,7 +299,13 @@ class _FileUpload:
         self._drop()
         return Blob(self.digest, self.size)
 
+    def _settle(self) -> None:
+        """Wait until the chunk before is hashed: it is hashed while the next one comes."""
+        if self._hashing is not None:
+            self._hashing.result()
+
     def _whole_digest(self) -> str:
+        self._settle()
         if self._hashed == self.size:
             return "sha256:" + self._sha.hexdigest()
         with disk_errors(self._store.root):

@@ -51,7 +51,8 @@ class Upload(Protocol):
         """Append `data`; `offset` must be where the bytes so far end, else OutOfRange (OFFSET_WRONG)."""
 
     def flush(self) -> None:
-        """Make all bytes written so far committed, as far as the store can (S3 keeps whole parts only)."""
+        """Make all bytes written so far committed, as far as the store can (S3 keeps whole parts only). Another thread may
+        write meanwhile."""
 
     def finish(self) -> Blob:
         """Verify size and digest and keep the blob. InvalidArgument (SIZE_MISMATCH, DIGEST_MISMATCH) drops it all."""

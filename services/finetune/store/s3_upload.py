@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 from minio.commonconfig import CopySource
@@ -48,6 +49,7 @@ class S3Upload:
         self._hashed = 0
         self._sha = hashlib.sha256()
         self._rest = bytearray()
+        self._lock = threading.Lock()
         self._find_parts()
 
     @property
@@ -55,18 +57,20 @@ class S3Upload:
         return self._stored
 
     def write(self, offset: int, data: bytes) -> None:
-        check_offset(offset, self._stored + len(self._rest))
-        if self._hashed == offset:
-            self._sha.update(data)
-            self._hashed += len(data)
-        self._rest += data
-        while len(self._rest) >= self._part_bytes:
-            self._send(self._part_bytes)
+        with self._lock:
+            check_offset(offset, self._stored + len(self._rest))
+            if self._hashed == offset:
+                self._sha.update(data)
+                self._hashed += len(data)
+            self._rest += data
+            while len(self._rest) >= self._part_bytes:
+                self._send(self._part_bytes)
 
     def flush(self) -> None:
         """S3 takes no small part but the last, so a rest in the middle cannot be kept yet."""
-        if self._rest and self._stored + len(self._rest) == self.size:
-            self._send(len(self._rest))
+        with self._lock:
+            if self._rest and self._stored + len(self._rest) == self.size:
+                self._send(len(self._rest))
 
     def finish(self) -> Blob:
         try:
