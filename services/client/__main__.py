@@ -95,9 +95,11 @@ def _datasets(verbs: Any) -> None:
 
 def _arrivals(p: argparse.ArgumentParser) -> None:
     p.add_argument("dataset")
-    p.add_argument("files", nargs="*")
-    p.add_argument("--hub", default="", metavar="OWNER/NAME[@REVISION]", help="a dataset of the Hugging Face hub")
-    p.add_argument("--s3", default="", metavar="s3://BUCKET/PREFIX", help="files that the service can read there")
+    source = p.add_mutually_exclusive_group(required=True)
+    # With a default the library lets it be left out, and so be one of several.
+    source.add_argument("files", nargs="*", default=[])
+    source.add_argument("--hub", default="", metavar="OWNER/NAME[@REVISION]", help="a dataset of the Hugging Face hub")
+    source.add_argument("--s3", default="", metavar="s3://BUCKET/PREFIX", help="files that the service can read there")
     p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="of a reference, only these paths")
     p.add_argument("--format", default="", help="one of list-dataset-format, or 'files'; detected if left out")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out and report them")

@@ -187,8 +187,8 @@ class Client:
             with path.open("rb") as source:
                 digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
         size = path.stat().st_size
-        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size)
-        status = self.datasets.BeginUpload(request)
+        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size, direct=True)
+        status = self._send_direct(path, request, told)
         tries, reached = 0, status.committed_bytes
         while not status.complete:
             try:
@@ -205,6 +205,18 @@ class Client:
                 reached = status.committed_bytes
         told(size, size)
         return digest
+
+    def _send_direct(self, path: Path, request: datasets_pb2.BeginUploadRequest, told: Progress) -> Any:
+        """Announce a file, and send it to the store itself as far as that goes; the status then."""
+        status = self.datasets.BeginUpload(request)
+        while status.links:
+            from services.client.direct import put_ranges
+
+            before, whole = status.committed_bytes, put_ranges(path, status, told)
+            status = self.datasets.BeginUpload(request)
+            if not whole or status.committed_bytes <= before:
+                break
+        return status
 
     def _upload_status(self, upload: str, request: datasets_pb2.BeginUploadRequest) -> datasets_pb2.BlobStatus:
         status: datasets_pb2.BlobStatus
@@ -345,16 +357,15 @@ class Client:
 def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.WriteBlobRequest]:
     with path.open("rb") as source:
         at = source.seek(status.committed_bytes)
-        while at < status.size_bytes or status.size_bytes == 0:
+        while True:
             data = source.read(CHUNK_BYTES)
+            # Also where all bytes are there and only their end is to be said.
+            last = at + len(data) >= status.size_bytes or not data
+            crc = google_crc32c.value(data)
             yield datasets_pb2.WriteBlobRequest(
-                upload=status.upload,
-                offset_bytes=at,
-                data=data,
-                crc32c=google_crc32c.value(data),
-                finish=at + len(data) >= status.size_bytes,
+                upload=status.upload, offset_bytes=at, data=data, crc32c=crc, finish=last
             )
             at += len(data)
             told(at, status.size_bytes)
-            if not data:
+            if last:
                 return

@@ -26,7 +26,7 @@ def build(settings: Settings) -> server.Room:
     roots = [Path(root) for root in settings.import_roots.split(":") if root]
     prefixes = [prefix for prefix in settings.import_prefixes.split(",") if prefix]
     datasets = Datasets(store, scratch, Allowed(roots, prefixes, settings.hub_datasets == "on"))
-    servicer = Servicer(datasets, Uploads(store, datasets.get))
+    servicer = Servicer(datasets, Uploads(store, datasets.get, settings.direct_uploads == "on"))
     return server.Room(
         "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target)
     )

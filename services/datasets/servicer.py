@@ -58,7 +58,7 @@ class Servicer(rpc.DatasetsServicer):
         return empty_pb2.Empty()
 
     def BeginUpload(self, request: pb.BeginUploadRequest, context: Any) -> pb.BlobStatus:
-        return _status(self._uploads.begin(request.parent, request.digest, request.size_bytes))
+        return _status(self._uploads.begin(request.parent, request.digest, request.size_bytes, request.direct))
 
     async def WriteBlob(self, requests: AsyncIterator[pb.WriteBlobRequest], context: Any) -> pb.BlobStatus:
         first = await anext(aiter(requests), pb.WriteBlobRequest())
@@ -197,7 +197,12 @@ def _dataset(d: usecases.Dataset) -> pb.Dataset:
 
 def _status(s: UploadStatus) -> pb.BlobStatus:
     return pb.BlobStatus(
-        upload=s.upload, digest=s.digest, size_bytes=s.size, committed_bytes=s.committed, complete=s.complete
+        upload=s.upload,
+        digest=s.digest,
+        size_bytes=s.size,
+        committed_bytes=s.committed,
+        complete=s.complete,
+        links=[pb.UploadLink(offset_bytes=k.offset, size_bytes=k.size, url=k.url) for k in s.links],
     )
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.common.names import parse
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound
-from services.finetune.store import Store, Upload
+from services.finetune.store import Link, Store, Upload
 
 UPLOAD = "workspaces/{workspace}/datasets/{dataset}/uploads/{upload}"
 
 CHUNK_BYTES = 1 << 20
 FLUSH_BYTES = 8 << 20
+DIRECT_FROM_BYTES = 8 << 20
+LINKS = 1000
+LINK_VALID_S = 3600
 
 _FLUSHERS = ThreadPoolExecutor(8, thread_name_prefix="flush")
 
@@ -30,21 +33,24 @@ class UploadStatus:
     size: int
     committed: int
     complete: bool
+    links: Sequence[Link] = ()
 
 
 class Uploads:
     """BeginUpload, WriteBlob and GetBlobStatus. Methods block; they may be called from many threads.
 
-    `check_dataset` raises NotFound (DATASET_NOT_FOUND) unless a dataset has that name.
+    `direct` lets clients send to the store themselves, where it can. `check_dataset` raises NotFound (DATASET_NOT_FOUND)
+    unless a dataset has that name.
     """
 
-    def __init__(self, store: Store, check_dataset: Callable[[str], object]) -> None:
+    def __init__(self, store: Store, check_dataset: Callable[[str], object], direct: bool = True) -> None:
         self._store = store
+        self._direct = direct
         self._check_dataset = check_dataset
         # Two streams of one upload must not both pass the check of the offset.
         self._locks = [threading.Lock() for _ in range(64)]
 
-    def begin(self, parent: str, digest: str, size: int) -> UploadStatus:
+    def begin(self, parent: str, digest: str, size: int, direct: bool = False) -> UploadStatus:
         """BeginUpload."""
         self._check_dataset(parent)
         if size < 0:
@@ -54,7 +60,9 @@ class Uploads:
         name = f"{parent}/uploads/{digest.removeprefix('sha256:')}-{size}"
         if blob is None:
             upload = self._store.begin_upload(_upload_id(name), digest, size)
-            return UploadStatus(name, digest, size, upload.committed, False)
+            able = direct and self._direct and size > DIRECT_FROM_BYTES
+            links = upload.links(LINKS, LINK_VALID_S) if able else ()
+            return UploadStatus(name, digest, size, upload.committed, False, links)
         if blob.size != size:
             raise InvalidArgument(f"{digest} is known and has {blob.size} bytes, not {size}", reason="SIZE_MISMATCH")
         return UploadStatus(name, digest, size, size, True)

@@ -21,10 +21,7 @@ from services.finetune.errors import InvalidArgument, QuartetError
 
 def create(a: Namespace) -> None:
     """A revision of files, folders and archives, or of what the service fetches itself by reference."""
-    given = {"hub_id": a.hub, "s3_uri": a.s3}
-    references = {kind: text for kind, text in given.items() if text}
-    if len(references) + bool(a.files) != 1:
-        raise InvalidArgument("give files and folders, or one of --hub and --s3", reason="ARGUMENT_INVALID")
+    references = {kind: text for kind, text in {"hub_id": a.hub, "s3_uri": a.s3}.items() if text}
     if a.include and not references:
         raise InvalidArgument("--include goes with --hub or --s3", reason="ARGUMENT_INVALID")
     with connect(a) as client, bar("fetching" if references else "uploading", a.json) as told:

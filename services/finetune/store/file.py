@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -37,7 +37,7 @@ from services.finetune.store.checks import (
     lost_race,
     no_blob,
 )
-from services.finetune.store.port import Blob, Entry, Object, Upload
+from services.finetune.store.port import Blob, Entry, Link, Object, Upload
 
 _HASHERS = ThreadPoolExecutor(4, thread_name_prefix="hash")
 
@@ -285,6 +285,9 @@ class _FileUpload:
             size = os.fstat(data.fileno()).st_size  # before the sync: bytes that arrive during it may not be in it
             os.fsync(data.fileno())
             self._committed = size
+
+    def links(self, count: int, valid_s: int) -> Sequence[Link]:
+        return ()
 
     def finish(self) -> Blob:
         try:

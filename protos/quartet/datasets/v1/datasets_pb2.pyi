@@ -369,22 +369,26 @@ class BeginUploadRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """workspaces/{workspace}/datasets/{dataset}"""
     digest: _builtins.str
     """sha256:<hex> of the whole file."""
     size_bytes: _builtins.int
     """Bytes of the whole file."""
+    direct: _builtins.bool
+    """Whether this client can send to the store itself."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         digest: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        direct: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parent", b"parent", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "direct", b"direct", "parent", b"parent", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,6 +405,7 @@ class BlobStatus(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     COMMITTED_BYTES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     upload: _builtins.str
     """workspaces/{workspace}/datasets/{dataset}/uploads/{upload}"""
     digest: _builtins.str
@@ -411,6 +416,10 @@ class BlobStatus(_message.Message):
     """Bytes safely stored; send on from here."""
     complete: _builtins.bool
     """The blob is whole and verified."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadLink]:
+        """Only for BeginUpload with `direct`: the next ranges, 1000 at most."""
+
     def __init__(
         self,
         *,
@@ -419,14 +428,45 @@ class BlobStatus(_message.Message):
         size_bytes: _builtins.int = ...,
         committed_bytes: _builtins.int = ...,
         complete: _builtins.bool = ...,
+        links: _abc.Iterable[Global___UploadLink] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "complete", b"complete", "digest", b"digest", "size_bytes", b"size_bytes", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "complete", b"complete", "digest", b"digest", "links", b"links", "size_bytes", b"size_bytes", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobStatus: _TypeAlias = BlobStatus  # noqa: Y015
+
+@_typing.final
+class UploadLink(_message.Message):
+    """Where one range of an upload can be PUT without this service between; good for an hour."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    offset_bytes: _builtins.int
+    """Where the range begins in the file."""
+    size_bytes: _builtins.int
+    """Its length; a range of another length does not count."""
+    url: _builtins.str
+    """An http or https URL, signed for this one request."""
+    def __init__(
+        self,
+        *,
+        offset_bytes: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset_bytes", b"offset_bytes", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadLink: _TypeAlias = UploadLink  # noqa: Y015
 
 @_typing.final
 class WriteBlobRequest(_message.Message):

@@ -170,7 +170,9 @@ class DatasetsServicer:
 
     def BeginUpload(self, request, context):
         """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-        need be sent. The same digest and size announced again resume the same upload.
+        need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+        gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+        come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
         Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -56,7 +56,9 @@ class DatasetsStub:
     """
     BeginUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.BeginUploadRequest, _datasets_pb2.BlobStatus]
     """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-    need be sent. The same digest and size announced again resume the same upload.
+    need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+    gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+    come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
     Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
     """
     WriteBlob: _grpc.StreamUnaryMultiCallable[_datasets_pb2.WriteBlobRequest, _datasets_pb2.BlobStatus]
@@ -142,7 +144,9 @@ class DatasetsAsyncStub(DatasetsStub):
     """
     BeginUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.BeginUploadRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
     """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-    need be sent. The same digest and size announced again resume the same upload.
+    need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+    gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+    come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
     Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
     """
     WriteBlob: _aio.StreamUnaryMultiCallable[_datasets_pb2.WriteBlobRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
@@ -255,7 +259,9 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.BlobStatus, _abc.Awaitable[_datasets_pb2.BlobStatus]]:
         """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-        need be sent. The same digest and size announced again resume the same upload.
+        need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+        gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+        come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
         Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
         """
 
