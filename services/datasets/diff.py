@@ -68,7 +68,7 @@ class _Side:
 def diff(store: Store, newer: Manifest, older: Manifest, rows: tuple[int, int], scratch: Path) -> Diff:
     """Compare two revisions; `rows` is how many each has."""
     same = Counter(f.digest for f in newer.files) & Counter(f.digest for f in older.files)
-    ours, theirs = _others(newer.files, same), _others(older.files, same)
+    ours, theirs = _others(newer, same), _others(older, same)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         new, old = _read(store, ours, Path(folder)), _read(store, theirs, Path(folder))
         pairs, added, removed = _compare(new, old)
@@ -93,10 +93,10 @@ def _files(newer: Manifest, older: Manifest) -> list[tuple[str, str, str]]:
     return [(p, new.get(p, ""), old.get(p, "")) for p in sorted({*new, *old}) if new.get(p) != old.get(p)]
 
 
-def _others(files: Sequence[File], same: Mapping[str, int]) -> list[File]:
+def _others(manifest: Manifest, same: Mapping[str, int]) -> list[File]:
     """The row files but for those that both sides have: rows in them are equal without being read."""
-    left, found = dict(same), []
-    for file in files:
+    left, found = dict(same), list[File]()
+    for file in manifest.files if manifest.meta["rows"] else ():
         if left.get(file.digest, 0):
             left[file.digest] -= 1
         elif is_row_file(file.path):

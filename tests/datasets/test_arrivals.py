@@ -122,8 +122,12 @@ def test_archives_are_unpacked_beside_themselves(datasets: DatasetsStub, name: s
 
 
 def test_archives_are_files_where_files_are_kept_unread(datasets: DatasetsStub) -> None:
-    made = commit(datasets, new(datasets), {"a.zip": b"no zip at all"}, format="files")
-    assert [f.path for f in made.files] == ["a.zip"]
+    parent = new(datasets)
+    made = commit(datasets, parent, {"a.zip": b"no zip at all", "a.json": b"{}"}, format="files")
+    assert [f.path for f in made.files] == ["a.zip", "a.json"]
+    commit(datasets, parent, {"a.json": b"[]"}, format="files")
+    found = datasets.DiffRevisions(pb.DiffRevisionsRequest(name=f"{parent}/revisions/latest"))
+    assert (found.removed_file_count, found.changed_file_count, found.changed_row_count) == (1, 1, 0)
 
 
 PATHS = [
@@ -167,6 +171,9 @@ LLAVA = b'{"image": %s, "messages": [{"role": "user", "content": "q"}, {"role": 
 
 def test_images_beside_rows_are_carried_and_must_be_there(datasets: DatasetsStub) -> None:
     parent = new(datasets)
+    files = {"data/x/a.jsonl": LLAVA % b'"../images/1.png"'}
+    with refused(InvalidArgument, "ROWS_INVALID"):
+        commit(datasets, parent, {**files, "data/images/1.png": b"1"})
     files = {"data/a.jsonl": LLAVA % b'"images/1.png"' + LLAVA % b'"all/2.png"' + row()}
     files |= {"data/images/1.png": b"1", "all/2.png": b"2", "README.md": b"#"}
     made = commit(datasets, parent, files)

@@ -14,9 +14,9 @@ _LISTS = {"messages": "content", "conversations": "value", "conversation": "valu
 
 
 def find(file: str, path: str, carried: Collection[str]) -> str | None:
-    """The artifact's file that `path` means in a row of `file`: from the row file's folder, or from the artifact's root."""
-    beside = str(PurePosixPath(file).parent / path)
-    return beside if beside in carried else path if path in carried else None
+    """The artifact's file that `path` means in a row of `file`: from the row file's folder, or from one above it."""
+    near = (str(folder / path) for folder in PurePosixPath(file).parents)
+    return next((found for found in near if found in carried), None)
 
 
 def lost_image(file: str, row: Mapping[str, Any], carried: Collection[str]) -> RowError | None:
