@@ -325,7 +325,7 @@ class Datasets:
             reason = "given by the caller"
             if not format:
                 format, reason = formats.sniff(local(self._store, rows, Path(folder)))
-            for row in formats.read_rows(local(self._store, rows, Path(folder)), format, carried):
+            for row in formats.read_rows(local(self._store, rows, Path(folder)), format, carried=carried):
                 if isinstance(row, Row):
                     good += 1
                 else:

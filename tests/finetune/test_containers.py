@@ -217,6 +217,13 @@ def test_names_tell_which_files_hold_rows(name: str, rows: bool) -> None:
     assert is_row_file(name) == rows
 
 
+def test_what_is_carried_beside_rows_is_passed_over(tmp_path: Path) -> None:
+    for name, text in (("a.png", "no picture"), ("b.jsonl", GOOD), ("dataset_info.json", "{}")):
+        (tmp_path / name).write_text(text)
+    files = [(name, tmp_path / name) for name in ("a.png", "b.jsonl", "dataset_info.json")]
+    assert [(r.file, r.row) for r in read_rows(files, "alpaca")] == [("b.jsonl", 1)]
+
+
 def test_a_line_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.finetune.formats.containers.MAX_LINE_BYTES", 100)
     data = f'{GOOD}\n{{"x": "{"y" * 500}"}}\n{GOOD}\n'

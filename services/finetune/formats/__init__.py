@@ -123,16 +123,16 @@ def sniff(files: Iterable[tuple[str, Path]]) -> tuple[str, str]:
 
 
 def read_rows(
-    files: Iterable[tuple[str, Path]], format: str, carried: Collection[str] | None = None
+    files: Iterable[tuple[str, Path]], format: str, *, carried: Collection[str] | None = None
 ) -> Iterator[Row | Problem]:
-    """Every row of the files (path in the artifact, path on disk), good or bad, in order. With `carried`, all paths of the
-    artifact, an image that a row names must be one of them."""
+    """Every row of the files (path in the artifact, path on disk), good or bad, in order; what holds no rows is passed over.
+    With `carried`, all paths of the artifact, an image that a row names must be one of them."""
     from services.finetune.formats.carried import lost_image
-    from services.finetune.formats.containers import raw_rows
+    from services.finetune.formats.containers import is_row_file, raw_rows
 
     convert = format_named(format).convert
     for file, path in files:
-        for raw in raw_rows(file, path):
+        for raw in raw_rows(file, path) if is_row_file(file) else ():
             if isinstance(raw, Problem):
                 yield raw
                 continue
