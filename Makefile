@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all bench quickstart up
+.PHONY: help install protos check test test-all bench bench-upload quickstart up
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ test-all: install ## all tests
 
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench
+
+bench-upload: install ## only the upload's part of it
+	$(BIN)/python -m tests.bench upload
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)

@@ -62,12 +62,16 @@ def _quickstart(verbs: Any) -> None:
 
 def _datasets(verbs: Any) -> None:
     group = _group(verbs, "dataset", "datasets and their revisions")
-    p = _verb(group, "create", "commands.datasets:create", "upload files and commit a revision")
-    p.add_argument("dataset")
-    p.add_argument("files", nargs="+")
-    p.add_argument("--format", default="", help="one of list-dataset-format, or 'files'; detected if left out")
-    p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out and report them")
-    _verb(group, "list", "commands.datasets:list_all", "list datasets")
+    for verb in ("create", "upload"):
+        what = "make a dataset" if verb == "create" else "make a dataset's next revision; only what is new is sent"
+        p = _verb(group, verb, "commands.datasets:create", f"{what}: files, folders, archives, or a reference")
+        _arrivals(p)
+    _verb(group, "list", "commands.datasets:list_all", "list datasets, or one's revisions").add_argument(
+        "dataset", nargs="?", default=""
+    )
+    p = _verb(group, "diff", "commands.datasets:diff", "what changed between two revisions, by file and row")
+    p.add_argument("dataset", help="a dataset (its newest revision), or DATASET/revisions/ID")
+    p.add_argument("base", nargs="?", default="", help="what to compare with; the revision before if left out")
     p = _verb(group, "preview", "commands.datasets:preview", "rows as training sees them")
     p.add_argument("dataset")
     p.add_argument("--model", required=True, help="whose tokenizer")
@@ -118,6 +122,18 @@ def _tokens(p: argparse.ArgumentParser, model: bool = True) -> None:
     p.add_argument("--template", default="", help="a prompt template in place of the model's own")
     p.add_argument("--system", default="", help="system text for rows that have none")
     p.add_argument("--max-length", type=int, default=0, help="tokens in a block")
+
+
+def _arrivals(p: argparse.ArgumentParser) -> None:
+    p.add_argument("dataset")
+    source = p.add_mutually_exclusive_group(required=True)
+    # With a default the library lets it be left out, and so be one of several.
+    source.add_argument("files", nargs="*", default=[])
+    source.add_argument("--hub", default="", metavar="OWNER/NAME[@REVISION]", help="a dataset of the Hugging Face hub")
+    source.add_argument("--s3", default="", metavar="s3://BUCKET/PREFIX", help="files that the service can read there")
+    p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="of a reference, only these paths")
+    p.add_argument("--format", default="", help="one of list-dataset-format, or 'files'; detected if left out")
+    p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out and report them")
 
 
 def _models(verbs: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,7 +26,7 @@ from services.client.retry import RETRIES, Room, credentials, pause_s
 from services.common import auth
 from services.common.settings import Settings
 from services.common.status import CHANNEL_OPTIONS, from_status
-from services.finetune.errors import Aborted, DataLoss, Internal, InvalidArgument, QuartetError, Unavailable
+from services.finetune.errors import Aborted, DataLoss, Internal, QuartetError, Unavailable
 
 T = TypeVar("T")
 
@@ -132,21 +131,32 @@ class Client:
         skip_bad_rows: bool = False,
         told: Progress = lambda done, total: None,
     ) -> datasets_pb2.Revision:
-        """Make the dataset if need be, send what the store lacks, and commit a revision."""
-        names = [path.name for path in files]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InvalidArgument(
-                f"two files are called {min(twice)}; a dataset's files are told apart by their names",
-                reason="PATH_UNSAFE",
-            )
+        """Make the dataset if need be, send what the store lacks of these files and folders, and commit a revision.
+
+        NotFound (FILE_NOT_FOUND), InvalidArgument (PATH_UNSAFE) before anything is sent.
+        """
+        from services.client.upload import files_of, upload_all
+
+        listed = files_of(files)
         name = self._ensure_dataset(dataset)
-        total, done = sum(f.stat().st_size for f in files), 0
-        entries = []
-        for path in files:
-            before = done
-            digest = self.upload_file(name, path, partial(_shift, told, before, total))
-            done += path.stat().st_size
-            entries.append(datasets_pb2.RevisionFile(path=path.name, digest=digest))
+        return self.commit_files(name, upload_all(self, name, listed, told), format, skip_bad_rows)
+
+    def import_dataset(
+        self,
+        dataset: str,
+        source: Mapping[str, str],
+        include: Sequence[str] = (),
+        format: str = "",
+        skip_bad_rows: bool = False,
+        told: Progress = lambda done, total: None,
+    ) -> datasets_pb2.Revision:
+        """A revision of files that the service fetches itself: {"hub_id": …}, {"s3_uri": …} or {"directory": …}."""
+        name = self._ensure_dataset(dataset)
+        request = datasets_pb2.ImportFilesRequest(parent=name, include=include, **source)
+        entries: list[datasets_pb2.RevisionFile] = []
+        for step in self.datasets.ImportFiles(request):
+            entries += [datasets_pb2.RevisionFile(path=f.path, digest=f.digest) for f in step.files]
+            told(step.done_bytes, step.total_bytes)
         return self.commit_files(name, entries, format, skip_bad_rows)
 
     def commit_files(
@@ -178,13 +188,14 @@ class Client:
             self.datasets.CreateDataset(wanted)
         return name
 
-    def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None) -> str:
-        """Send one file's bytes, going on after cuts; its digest."""
-        with path.open("rb") as source:
-            digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
+    def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None, digest: str = "") -> str:
+        """Send one file's bytes, going on after cuts; its digest, computed unless it is given."""
+        if not digest:
+            with path.open("rb") as source:
+                digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
         size = path.stat().st_size
-        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size)
-        status = self.datasets.BeginUpload(request)
+        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size, direct=True)
+        status = self._send_direct(path, request, told)
         tries, reached = 0, status.committed_bytes
         while not status.complete:
             try:
@@ -201,6 +212,18 @@ class Client:
                 reached = status.committed_bytes
         told(size, size)
         return digest
+
+    def _send_direct(self, path: Path, request: datasets_pb2.BeginUploadRequest, told: Progress) -> Any:
+        """Announce a file, and send it to the store itself as far as that goes; the status then."""
+        status = self.datasets.BeginUpload(request)
+        while status.links:
+            from services.client.direct import put_ranges
+
+            before, whole = status.committed_bytes, put_ranges(path, status, told)
+            status = self.datasets.BeginUpload(request)
+            if not whole or status.committed_bytes <= before:
+                break
+        return status
 
     def _upload_status(self, upload: str, request: datasets_pb2.BeginUploadRequest) -> datasets_pb2.BlobStatus:
         status: datasets_pb2.BlobStatus
@@ -365,20 +388,15 @@ class Client:
 def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.WriteBlobRequest]:
     with path.open("rb") as source:
         at = source.seek(status.committed_bytes)
-        while at < status.size_bytes or status.size_bytes == 0:
+        while True:
             data = source.read(CHUNK_BYTES)
+            # Also where all bytes are there and only their end is to be said.
+            last = at + len(data) >= status.size_bytes or not data
+            crc = google_crc32c.value(data)
             yield datasets_pb2.WriteBlobRequest(
-                upload=status.upload,
-                offset_bytes=at,
-                data=data,
-                crc32c=google_crc32c.value(data),
-                finish=at + len(data) >= status.size_bytes,
+                upload=status.upload, offset_bytes=at, data=data, crc32c=crc, finish=last
             )
             at += len(data)
             told(at, status.size_bytes)
-            if not data:
+            if last:
                 return
-
-
-def _shift(told: Progress, before: int, total: int, done: int, _: int) -> None:
-    told(before + done, total)

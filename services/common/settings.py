@@ -38,7 +38,14 @@ class Settings:
     reflection: str = "auto"
     """on, off, or auto: on for loopback only."""
     import_roots: str = ""
-    """Folders, joined by ':', from which models may be imported by path; none if empty, but / for `quartet up`."""
+    """Folders, joined by ':', from which models and datasets may be imported by path; none if empty, but / for `quartet
+    up`."""
+    import_prefixes: str = ""
+    """s3://bucket/prefix?endpoint=…, joined by ',', from which datasets may be imported; none if empty."""
+    hub_datasets: str = "off"
+    """on lets datasets be imported from the Hugging Face hub."""
+    direct_uploads: str = "on"
+    """off keeps clients from sending large files to an S3 store themselves, as where they cannot reach it."""
     max_workers: int = 1
     """Workers of one service at a time."""
     worker_grace_s: float = 30.0
@@ -72,6 +79,9 @@ class Settings:
             raise InvalidArgument("--tls-cert and --tls-key go together", reason="SETTING_INVALID")
         if self.reflection not in ("on", "off", "auto"):
             raise InvalidArgument("--reflection is on, off or auto", reason="SETTING_INVALID")
+        for name in ("hub_datasets", "direct_uploads"):
+            if getattr(self, name) not in ("on", "off"):
+                raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
         return replace(
             self,
             home=str(home),

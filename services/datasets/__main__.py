@@ -14,6 +14,7 @@ from services.common.launchers.local import LocalLauncher
 from services.common.records import Records
 from services.common.settings import Settings
 from services.datasets.preparing import Preparing
+from services.datasets.references import Allowed
 from services.datasets.servicer import Servicer
 from services.datasets.uploads import Uploads
 from services.datasets.usecases import Datasets
@@ -28,13 +29,16 @@ def build(settings: Settings) -> server.Room:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     store = open_store(settings.store_uri)
-    datasets = Datasets(store, scratch)
+    roots = [Path(root) for root in settings.import_roots.split(":") if root]
+    prefixes = [prefix for prefix in settings.import_prefixes.split(",") if prefix]
+    datasets = Datasets(store, scratch, Allowed(roots, prefixes, settings.hub_datasets == "on"))
     preparing, validating = Preparing(store, datasets), Validating(store, datasets)
     records, launcher = Records(settings.database_url), LocalLauncher(Path(settings.home))
     limits: dict[str, Any] = {"max_workers": settings.max_workers, "grace_s": settings.worker_grace_s}
     preparing.jobs = Jobs(records, store, launcher, preparing.work, **limits)
     validating.jobs = Jobs(records, store, launcher, validating.work, **limits)
-    servicer = Servicer(datasets, Uploads(store, datasets.get), preparing, validating)
+    uploads = Uploads(store, datasets.get, settings.direct_uploads == "on")
+    servicer = Servicer(datasets, uploads, preparing, validating)
 
     def start() -> None:
         preparing.jobs.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,13 +15,17 @@ from services.common import wire
 from services.common.paging import page
 from services.common.records import Record
 from services.datasets import messages, usecases
+from services.datasets.diff import SHOWN, Diff
 from services.datasets.preparing import Preparing
 from services.datasets.uploads import Uploads, UploadStatus, Writing
 from services.datasets.usecases import Datasets
 from services.datasets.validating import Validating
 from services.finetune import formats, templates
 from services.finetune.errors import InvalidArgument
-from services.finetune.store.artifacts import Ref
+from services.finetune.store.artifacts import File, Ref
+
+LISTED_FILES_BYTES = 2 << 20
+"""A list's message has room for so much; beyond that revisions come without their files."""
 
 
 class Servicer(rpc.DatasetsServicer):
@@ -59,7 +64,7 @@ class Servicer(rpc.DatasetsServicer):
         return empty_pb2.Empty()
 
     def BeginUpload(self, request: pb.BeginUploadRequest, context: Any) -> pb.BlobStatus:
-        return _status(self._uploads.begin(request.parent, request.digest, request.size_bytes))
+        return _status(self._uploads.begin(request.parent, request.digest, request.size_bytes, request.direct))
 
     async def WriteBlob(self, requests: AsyncIterator[pb.WriteBlobRequest], context: Any) -> pb.BlobStatus:
         first = await anext(aiter(requests), pb.WriteBlobRequest())
@@ -69,6 +74,25 @@ class Servicer(rpc.DatasetsServicer):
 
     def GetBlobStatus(self, request: pb.GetBlobStatusRequest, context: Any) -> pb.BlobStatus:
         return _status(self._uploads.status(request.upload))
+
+    def GetFileSignature(self, request: pb.GetFileSignatureRequest, context: Any) -> pb.FileSignature:
+        file, found = self._datasets.sign(request.name, request.path)
+        return pb.FileSignature(
+            digest=file.digest, size_bytes=file.size, chunk_bytes=found.chunk_bytes, chunks=found.chunks
+        )
+
+    def ComposeBlob(self, request: pb.ComposeBlobRequest, context: Any) -> pb.BlobStatus:
+        r = request
+        self._datasets.compose(r.parent, r.base_revision, r.base_path, r.delta, r.digest, r.size_bytes)
+        return _status(self._uploads.settle(r.parent, r.digest, r.size_bytes))
+
+    async def ImportFiles(self, request: pb.ImportFilesRequest, context: Any) -> AsyncIterator[pb.ImportFilesResponse]:
+        kind = request.WhichOneof("source") or ""
+        source = (kind, getattr(request, kind) if kind else "")
+        steps = self._datasets.import_files(request.parent, source, request.include)
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            files = [_file(step.file)] if step.file else []
+            yield pb.ImportFilesResponse(done_bytes=step.done, total_bytes=step.total, files=files)
 
     def CommitRevision(self, request: pb.CommitRevisionRequest, context: Any) -> pb.Revision:
         files = [(f.path, f.digest) for f in request.files]
@@ -85,8 +109,18 @@ class Servicer(rpc.DatasetsServicer):
         found, token = page(
             self._datasets.revision_refs(request.parent), fields=fields, **_page(request), default_order="create_time"
         )
-        revisions = [_revision(self._datasets.load(ref)) for ref in found]
-        return pb.ListRevisionsResponse(revisions=revisions, next_page_token=token)
+        answer = pb.ListRevisionsResponse(next_page_token=token)
+        left = LISTED_FILES_BYTES
+        for made in (_revision(self._datasets.load(ref)) for ref in found):
+            left -= made.ByteSize()
+            if left < 0:
+                made.ClearField("files")
+            answer.revisions.append(made)
+        return answer
+
+    def DiffRevisions(self, request: pb.DiffRevisionsRequest, context: Any) -> pb.DiffRevisionsResponse:
+        newer, older, found = self._datasets.diff(request.name, request.base)
+        return _diff(newer.name, older.name, found)
 
     def PreviewRows(self, request: pb.PreviewRowsRequest, context: Any) -> pb.PreviewRowsResponse:
         shown, template = self._datasets.preview(
@@ -225,7 +259,12 @@ def _dataset(d: usecases.Dataset) -> pb.Dataset:
 
 def _status(s: UploadStatus) -> pb.BlobStatus:
     return pb.BlobStatus(
-        upload=s.upload, digest=s.digest, size_bytes=s.size, committed_bytes=s.committed, complete=s.complete
+        upload=s.upload,
+        digest=s.digest,
+        size_bytes=s.size,
+        committed_bytes=s.committed,
+        complete=s.complete,
+        links=[pb.UploadLink(offset_bytes=k.offset, size_bytes=k.size, url=k.url) for k in s.links],
     )
 
 
@@ -238,10 +277,37 @@ def _revision(r: usecases.Revision) -> pb.Revision:
         format_reason=r.format_reason,
         row_count=meta["rows"],
         size_bytes=r.manifest.size,
-        files=[pb.RevisionFile(path=f.path, digest=f.digest, size_bytes=f.size) for f in r.manifest.files],
+        files=[_file(f) for f in r.manifest.files],
         skipped_row_count=meta["skipped_rows"],
         skipped_rows=[pb.RowProblem(**p) for p in meta["skipped"]],
         create_time=_time(r.create_time),
+    )
+
+
+def _file(f: File) -> pb.RevisionFile:
+    return pb.RevisionFile(path=f.path, digest=f.digest, size_bytes=f.size)
+
+
+def _diff(name: str, base: str, d: Diff) -> pb.DiffRevisionsResponse:
+    changed = [
+        pb.RowChange(file=a.file, row=a.row, text=a.text, base_file=b.file, base_row=b.row, base_text=b.text)
+        for a, b in d.changed_rows
+    ]
+    kinds = Counter("added" if not old else "changed" if new else "removed" for _, new, old in d.files)
+    return pb.DiffRevisionsResponse(
+        name=name,
+        base=base,
+        added_row_count=d.added,
+        removed_row_count=d.removed,
+        changed_row_count=d.changed,
+        unchanged_row_count=d.unchanged,
+        added_rows=[pb.RowChange(file=p.file, row=p.row, text=p.text) for p in d.added_rows],
+        removed_rows=[pb.RowChange(base_file=p.file, base_row=p.row, base_text=p.text) for p in d.removed_rows],
+        changed_rows=changed,
+        added_file_count=kinds["added"],
+        removed_file_count=kinds["removed"],
+        changed_file_count=kinds["changed"],
+        files=[pb.FileChange(path=p, digest=new, base_digest=old) for p, new, old in d.files[:SHOWN]],
     )
 
 

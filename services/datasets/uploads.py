@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.common.names import parse
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound
-from services.finetune.store import Store, Upload
+from services.finetune.store import Link, Store, Upload
 
 UPLOAD = "workspaces/{workspace}/datasets/{dataset}/uploads/{upload}"
 
 CHUNK_BYTES = 1 << 20
 FLUSH_BYTES = 8 << 20
+DIRECT_FROM_BYTES = 8 << 20
+LINKS = 1000
+LINK_VALID_S = 3600
+
+_FLUSHERS = ThreadPoolExecutor(8, thread_name_prefix="flush")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +33,24 @@ class UploadStatus:
     size: int
     committed: int
     complete: bool
+    links: Sequence[Link] = ()
 
 
 class Uploads:
     """BeginUpload, WriteBlob and GetBlobStatus. Methods block; they may be called from many threads.
 
-    `check_dataset` raises NotFound (DATASET_NOT_FOUND) unless a dataset has that name.
+    `direct` lets clients send to the store themselves, where it can. `check_dataset` raises NotFound (DATASET_NOT_FOUND)
+    unless a dataset has that name.
     """
 
-    def __init__(self, store: Store, check_dataset: Callable[[str], object]) -> None:
+    def __init__(self, store: Store, check_dataset: Callable[[str], object], direct: bool = True) -> None:
         self._store = store
+        self._direct = direct
         self._check_dataset = check_dataset
         # Two streams of one upload must not both pass the check of the offset.
         self._locks = [threading.Lock() for _ in range(64)]
 
-    def begin(self, parent: str, digest: str, size: int) -> UploadStatus:
+    def begin(self, parent: str, digest: str, size: int, direct: bool = False) -> UploadStatus:
         """BeginUpload."""
         self._check_dataset(parent)
         if size < 0:
@@ -50,7 +60,9 @@ class Uploads:
         name = f"{parent}/uploads/{digest.removeprefix('sha256:')}-{size}"
         if blob is None:
             upload = self._store.begin_upload(_upload_id(name), digest, size)
-            return UploadStatus(name, digest, size, upload.committed, False)
+            able = direct and self._direct and size > DIRECT_FROM_BYTES
+            links = upload.links(LINKS, LINK_VALID_S) if able else ()
+            return UploadStatus(name, digest, size, upload.committed, False, links)
         if blob.size != size:
             raise InvalidArgument(f"{digest} is known and has {blob.size} bytes, not {size}", reason="SIZE_MISMATCH")
         return UploadStatus(name, digest, size, size, True)
@@ -65,6 +77,16 @@ class Uploads:
         if blob is None or blob.size != size:
             raise _no_upload(name)
         return UploadStatus(name, digest, size, size, True)
+
+    def settle(self, parent: str, digest: str, size: int) -> UploadStatus:
+        """The status of an announced file that came to the store by another way; what was sent of it is dropped."""
+        name = f"{parent}/uploads/{digest.removeprefix('sha256:')}-{size}"
+        upload = self._store.find_upload(_upload_id(name))
+        if upload is not None:
+            # An upload that ends too soon leaves nothing behind.
+            with contextlib.suppress(InvalidArgument):
+                upload.finish()
+        return self.status(name)
 
     def open(self, name: str) -> Writing:
         """The upload that a WriteBlob stream names first."""
@@ -84,6 +106,7 @@ class Writing:
         self._upload = upload
         self._lock = lock
         self._unflushed = 0
+        self._flushing: Future[None] | None = None
 
     def write(self, offset: int, data: bytes, crc32c: int) -> None:
         """Take one chunk. See WriteBlob for the errors."""
@@ -108,13 +131,22 @@ class Writing:
             self._upload.write(offset, data)
         self._unflushed += len(data)
         if self._unflushed >= FLUSH_BYTES:
-            self.flush()
+            # The next chunks are written while the disk takes these.
+            self._settle()
+            self._unflushed, self._flushing = 0, _FLUSHERS.submit(self._upload.flush)
 
     def flush(self) -> None:
         """Make what came so far durable."""
+        self._settle()
         if self._unflushed:
             self._upload.flush()
             self._unflushed = 0
+
+    def _settle(self) -> None:
+        """Wait for a flush that is under way; what it met is raised here."""
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
 
     def status(self) -> UploadStatus:
         """How far the upload has come."""
@@ -122,6 +154,7 @@ class Writing:
 
     def finish(self) -> UploadStatus:
         """Verify and keep the blob."""
+        self._settle()
         with self._lock:
             blob = self._upload.finish()
         return UploadStatus(self._name, blob.digest, blob.size, blob.size, True)

@@ -6,10 +6,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.common.names import choose_id, now, parse
+from services.datasets import arrivals
+from services.datasets.arrivals import local
+from services.datasets.diff import Diff, diff
+from services.datasets.references import Allowed, Imported, import_files
 from services.finetune import formats
 from services.finetune.errors import (
     Aborted,
@@ -23,6 +27,7 @@ from services.finetune.errors import (
 from services.finetune.formats import Problem, Row
 from services.finetune.store import Store, artifacts
 from services.finetune.store.artifacts import File, Manifest, Ref
+from services.finetune.store.delta import Signature
 
 if TYPE_CHECKING:
     from services.finetune.templates import Template
@@ -77,9 +82,10 @@ class Shown:
 class Datasets:
     """All rpcs of the room but the lists' paging. Methods block; they may be called from many threads."""
 
-    def __init__(self, store: Store, scratch: Path) -> None:
+    def __init__(self, store: Store, scratch: Path, allowed: Allowed) -> None:
         self._store = store
         self._scratch = scratch
+        self._allowed = allowed
 
     # ------------------------------------------------------------------------------------------ datasets
 
@@ -138,6 +144,7 @@ class Datasets:
         if format == FILES_FORMAT:
             reason, meta = "given by the caller", {"format": format, "rows": 0, "skipped_rows": 0, "skipped": []}
         else:
+            found = arrivals.unpacked(self._store, found, self._scratch)
             reason, meta = self._read(found, format, skip)
         manifest = Manifest("dataset", tuple(found), meta=meta)
         if dry:
@@ -173,6 +180,31 @@ class Datasets:
         """The revision that a ref names."""
         return _revision(ref, artifacts.load(self._store, ref.body["digest"]))
 
+    def diff(self, name: str, base: str) -> tuple[Revision, Revision, Diff]:
+        """DiffRevisions: (the newer, the older, what changed)."""
+        newer = self.revision(name)
+        older = self.revision(base or self._before(newer))
+        rows = newer.manifest.meta["rows"], older.manifest.meta["rows"]
+        return newer, older, diff(self._store, newer.manifest, older.manifest, rows, self._scratch)
+
+    def sign(self, name: str, path: str) -> tuple[File, Signature]:
+        """GetFileSignature."""
+        file = self.revision(name).manifest.file(path)
+        return file, arrivals.sign(self._store, file, self._scratch)
+
+    def compose(self, parent: str, base: str, path: str, delta: str, digest: str, size: int) -> None:
+        """ComposeBlob."""
+        self._dataset_ref(parent, "parent")
+        if base.partition("/revisions/")[0] != parent:
+            raise NotFound(f"{base} is no revision of {parent}", reason="REVISION_NOT_FOUND", metadata={"name": base})
+        file = self.revision(base).manifest.file(path)
+        arrivals.compose(self._store, file, delta, digest, size, self._scratch)
+
+    def import_files(self, parent: str, source: tuple[str, str], include: Sequence[str]) -> Iterator[Imported]:
+        """ImportFiles."""
+        self._dataset_ref(parent, "parent")
+        yield from import_files(self._store, self._allowed, source, include, self._scratch)
+
     def preview(
         self, name: str, model: str, template: str, start: int, count: int, system: str, max_length: int
     ) -> tuple[list[Shown], str]:
@@ -193,8 +225,8 @@ class Datasets:
         chosen = load_template(template or own, tokenizer)
         shown = []
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            local = self._local(revision.manifest.files, Path(folder))
-            good = (r for r in formats.read_rows(local, revision.manifest.meta["format"]) if isinstance(r, Row))
+            files = local(self._store, arrivals.row_files(revision.manifest.files), Path(folder))
+            good = (r for r in formats.read_rows(files, revision.manifest.meta["format"]) if isinstance(r, Row))
             for n, row in enumerate(good):
                 if n >= start:
                     shown.append(_show(row, chosen, tokenizer, system, max_length))
@@ -224,6 +256,15 @@ class Datasets:
             why = "it has no revision yet" if dataset is not None and not wanted else "there is none"
             raise NotFound(f"{name}: {why}", reason="REVISION_NOT_FOUND", metadata={"name": name})
         return ref
+
+    def _before(self, revision: Revision) -> str:
+        """The name of the dataset's revision that was made before this one. NotFound (REVISION_NOT_FOUND)."""
+        refs = artifacts.list_refs(self._store, revision.name.partition("/revisions/")[0] + "/revisions/")
+        earlier = [(r.body["create_time"], r.name) for r in refs if r.body["create_time"] < revision.create_time]
+        if not earlier:
+            why = f"{revision.name} is the dataset's first revision; name another to compare it with"
+            raise NotFound(why, reason="REVISION_NOT_FOUND", metadata={"name": revision.name})
+        return str(max(earlier)[1])
 
     def _first_answer(self, found: Ref, request_id: str) -> Dataset:
         if request_id and found.body.get("request_id") == request_id:
@@ -260,7 +301,7 @@ class Datasets:
         """The files with their sizes, once all are safe and there."""
         if not files:
             raise InvalidArgument("files: name at least one", reason="DATASET_EMPTY")
-        _check_paths([path for path, _ in files])
+        arrivals.check_paths([path for path, _ in files])
         found, missing = [], []
         for path, digest in files:
             blob = self._store.stat_blob(digest)
@@ -276,22 +317,15 @@ class Datasets:
             )
         return found
 
-    def _local(self, files: Sequence[File], folder: Path) -> Iterator[tuple[str, Path]]:
-        """(path in the artifact, path on disk), each file fetched when it is its turn."""
-        for n, file in enumerate(files):
-            path = folder / str(n)
-            self._store.fetch_blob(file.digest, path)
-            yield file.path, path
-            path.unlink()
-
     def _read(self, files: Sequence[File], format: str, skip: bool) -> tuple[str, dict[str, Any]]:
         """Read every row: (why this format, the manifest's meta)."""
         good, bad, problems = 0, 0, list[Problem]()
+        rows, carried = arrivals.row_files(files), {f.path for f in files}
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             reason = "given by the caller"
             if not format:
-                format, reason = formats.sniff(self._local(files, Path(folder)))
-            for row in formats.read_rows(self._local(files, Path(folder)), format):
+                format, reason = formats.sniff(local(self._store, rows, Path(folder)))
+            for row in formats.read_rows(local(self._store, rows, Path(folder)), format, carried=carried):
                 if isinstance(row, Row):
                     good += 1
                 else:
@@ -334,19 +368,6 @@ def _dataset(ref: Ref) -> Dataset:
 
 def _revision(ref: Ref, manifest: Manifest) -> Revision:
     return Revision(ref.name, ref.body["digest"], ref.body["create_time"], ref.body["format_reason"], manifest)
-
-
-def _check_paths(paths: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for path in paths:
-        artifacts.check_path(path)
-        if path in seen:
-            raise InvalidArgument(f"files: the path {path!r} stands twice", reason="PATH_UNSAFE")
-        seen.add(path)
-    for path in paths:
-        for folder in PurePosixPath(path).parents:
-            if str(folder) in seen:
-                raise InvalidArgument(f"files: {str(folder)!r} is a file and a folder", reason="PATH_UNSAFE")
 
 
 def _rows_invalid(problems: Sequence[Problem], bad: int, good: int) -> InvalidArgument:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from tests.client.conftest import Quartet, serving
 from tests.datasets.conftest import Service
 
 MIB = 1 << 20
+GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]}\n'
 
 
 class Cutter:
@@ -122,6 +125,92 @@ def test_what_the_store_has_is_not_sent(service: Service, tmp_path: Path) -> Non
     assert cutter.sent < MIB
 
 
+def test_a_percent_that_changed_is_a_percent_sent(service: Service, quartet: Quartet, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"instruction": os.urandom(400).hex(), "output": "yes"}) + "\n" for _ in range(8000)]
+    source.write_text("".join(lines))
+    with Client(service.address) as client:
+        client.upload_dataset("percent", [source])
+    for n in range(0, 8000, 100):
+        lines[n] = lines[n].replace("yes", "no")
+    source.write_text("".join(lines))
+    cutter = Cutter(tmp_path, service.address, limit=1, cuts=0)
+    try:
+        with Client(cutter.address) as client:
+            made = client.upload_dataset("percent", [source])
+    finally:
+        cutter.close()
+    assert made.files[0].digest == "sha256:" + hashlib.sha256(source.read_bytes()).hexdigest()
+    assert 0.01 * source.stat().st_size < cutter.sent < 0.02 * source.stat().st_size
+    done = quartet("dataset", "diff", "percent", "--json", "--endpoint", service.address)
+    assert (done.json["changed_row_count"], done.json["unchanged_row_count"]) == (80, 7920)
+    assert "added_row_count" not in done.json
+    done = quartet("dataset", "diff", "percent", "--endpoint", service.address)
+    assert "~ rows.jsonl" in done.out and "0 added, 0 removed, 80 changed" in done.out
+    listed = quartet("dataset", "list", "percent", "--json", "--endpoint", service.address).json["revisions"]
+    assert [r["row_count"] for r in listed] == [8000, 8000]
+    base = listed[1]["name"]
+    done = quartet("dataset", "diff", listed[0]["name"], base, "--json", "--endpoint", service.address)
+    assert done.json["changed_row_count"] == 80
+
+
+def test_a_delta_that_saves_nothing_is_not_sent(service: Service, tmp_path: Path) -> None:
+    source = rows(tmp_path / "rows.jsonl", 2 * MIB)
+    with Client(service.address) as client:
+        client.upload_dataset("other", [source])
+        source.write_text(json.dumps({"instruction": "q", "output": os.urandom(MIB).hex()}))
+        made = client.upload_dataset("other", [source])
+    assert made.files[0].digest == "sha256:" + hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def test_folders_keep_their_inside_and_hidden_files_stay(service: Service, quartet: Quartet, tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    for path in ("train.jsonl", "images/1.png", ".git/config", ".DS_Store"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(GOOD if path.endswith(".jsonl") else path)
+    more = rows(tmp_path / "more.jsonl", 3000)
+    where = ("--endpoint", service.address, "--json")
+    # The service may not read this folder itself, so it is uploaded.
+    done = quartet("dataset", "create", "folder", str(folder), *where)
+    assert [f["path"] for f in done.json["files"]] == ["images/1.png", "train.jsonl"], done.err
+    done = quartet("dataset", "upload", "folder", str(folder), str(more), *where)
+    assert [f["path"] for f in done.json["files"]] == ["talk/images/1.png", "talk/train.jsonl", "more.jsonl"]
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", folder, "train.jsonl")
+    done = quartet("dataset", "upload", "folder", archive, *where)
+    assert [f["path"] for f in done.json["files"]] == ["train.jsonl"] and done.json["row_count"] == 1
+    (tmp_path / "empty").mkdir()
+    assert quartet("dataset", "create", "e", str(tmp_path / "empty"), "--endpoint", service.address).status == 66
+    assert quartet("dataset", "create", "e", str(tmp_path / "nothing"), "--endpoint", service.address).status == 66
+
+
+def test_a_folder_that_the_service_may_read_is_not_sent(quartet: Quartet, tmp_path: Path) -> None:
+    home, folder = tmp_path / "home", tmp_path / "talk"
+    home.mkdir()
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(GOOD)
+    (folder / "b.png").write_bytes(bytes(4 * MIB))
+    service = Service(home, "--import-roots", str(folder)).start()
+    cutter = Cutter(tmp_path, service.address, limit=1, cuts=0)
+    try:
+        done = quartet("dataset", "create", "here", str(folder), "--endpoint", cutter.address, "--json")
+        assert done.status == 0 and done.json["row_count"] == 1 and len(done.json["files"]) == 2, done.err
+    finally:
+        cutter.close()
+    assert cutter.sent < MIB
+    assert service.stop() == 0
+
+
+def test_references_are_the_services_to_allow(service: Service, quartet: Quartet) -> None:
+    where = ("--endpoint", service.address)
+    done = quartet("dataset", "create", "ref", "--hub", "org/talk", *where)
+    assert done.status == 77 and "--hub-datasets on" in done.err
+    done = quartet("dataset", "create", "ref", "--s3", "s3://bucket/x", *where)
+    assert done.status == 77 and "--import-prefixes" in done.err
+    for words in ([], ["a.jsonl", "--hub", "org/talk"], ["--hub", "o/t", "--s3", "s3://b/x"]):
+        assert quartet("dataset", "create", "ref", *words, *where).status == 2
+    assert quartet("dataset", "create", "ref", "a.jsonl", "--include", "*", *where).status == 65
+
+
 def test_a_datasets_rows_are_repeated_without_its_bytes(service: Service, quartet: Quartet, tmp_path: Path) -> None:
     source = rows(tmp_path / "six.jsonl", 6 * 2040)
     with Client(service.address) as client:
@@ -146,6 +235,8 @@ def test_bad_rows_are_blamed(service: Service, quartet: Quartet, tmp_path: Path)
 
 def test_two_files_of_one_name_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
+    for name in ("a.jsonl", "b/a.jsonl"):
+        (tmp_path / name).touch()
     with Client("127.0.0.1:1") as client, pytest.raises(InvalidArgument, match=r"two files are called a\.jsonl"):
         client.upload_dataset("d", [tmp_path / "a.jsonl", tmp_path / "b" / "a.jsonl"])
 

@@ -10,9 +10,11 @@ import pytest
 from quartet.datasets.v1 import datasets_pb2 as pb
 from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 
+from services.client import Client
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
 from tests.datasets.conftest import Service
 from tests.datasets.wire import MIB, begin, chunks, new, refused, sha256, upload
+from tests.seaweed import seaweed
 
 
 def test_bytes_arrive_and_are_not_sent_twice(datasets: DatasetsStub) -> None:
@@ -115,3 +117,51 @@ def test_malformed_announcements(datasets: DatasetsStub) -> None:
     mixed = [pb.WriteBlobRequest(upload=begun.upload), pb.WriteBlobRequest(upload=other.upload)]
     with refused(InvalidArgument, "NAME_MALFORMED"):
         datasets.WriteBlob(iter(mixed))
+
+
+def test_large_files_may_go_to_the_store_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with seaweed() as (uri, credentials):
+        for name, value in credentials.items():
+            monkeypatch.setenv(name, value)
+        service = Service(tmp_path, "--store-uri", uri).start()
+        parent, small, large = new(service.stub), os.urandom(8 * MIB), os.urandom(17 * MIB)
+        wanted = pb.BeginUploadRequest(parent=parent, digest=sha256(small), size_bytes=len(small), direct=True)
+        assert not service.stub.BeginUpload(wanted).links
+        assert not begin(service.stub, parent, large).links  # who does not ask gets none
+        path = tmp_path / "large"
+        path.write_bytes(large)
+        with Client(service.address) as client:
+            sent: list[int] = []
+            write = client.datasets.WriteBlob
+
+            def counted(requests: Iterator[pb.WriteBlobRequest]) -> Iterator[pb.WriteBlobRequest]:
+                for request in requests:
+                    sent.append(len(request.data))
+                    yield request
+
+            counting = property(lambda room: lambda requests: write(counted(requests)))
+            monkeypatch.setattr("services.client.retry.Room.WriteBlob", counting, raising=False)
+            told: list[tuple[int, int]] = []
+            digest = client.upload_file(parent, path, lambda done, total: told.append((done, total)))
+            assert digest == sha256(large) and sent == [0] and told[-1] == (len(large), len(large))
+            # Where the store is out of reach the service takes it, from where it stands.
+            path.write_bytes(large[::-1])
+            monkeypatch.setattr("services.client.direct._put", lambda *args, **more: False)
+            assert client.upload_file(parent, path) == sha256(large[::-1]) and sum(sent) == len(large)
+        assert service.stop() == 0
+        closed = Service(tmp_path, "--store-uri", uri, "--direct-uploads", "off").start()
+        wanted = pb.BeginUploadRequest(parent=parent, digest=sha256(large[1:]), size_bytes=len(large) - 1, direct=True)
+        assert not closed.stub.BeginUpload(wanted).links
+        assert closed.stop() == 0
+
+
+def test_an_upload_whose_last_word_was_lost_is_finished(
+    datasets: DatasetsStub, service: Service, tmp_path: Path
+) -> None:
+    parent, data = new(datasets), os.urandom(3 * MIB)
+    begun = begin(datasets, parent, data)
+    assert not datasets.WriteBlob(chunks(begun.upload, data, finish=False)).complete
+    (tmp_path / "file").write_bytes(data)
+    with Client(service.address) as client:
+        assert client.upload_file(parent, tmp_path / "file") == sha256(data)
+    assert begin(datasets, parent, data).complete

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import struct
+import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from services.finetune.errors import InvalidArgument
 from services.finetune.formats import Problem, Row, read_rows, sniff
-from services.finetune.formats.containers import raw_rows
+from services.finetune.formats.containers import is_row_file, raw_rows
 
 GOOD = json.dumps({"instruction": "q", "output": "a"})
 Found = list[int | tuple[int, str]]
@@ -58,6 +63,10 @@ CSV: list[tuple[str | bytes, Found]] = [
     (f"{HEAD}q,a\n".encode("utf-16"), [(1, "ENCODING_UTF16")]),
     (f"\ufeff{HEAD}q,a\n", [2]),
     (f'messages\n"{"[" * 200_000}"\n', [(2, "JSON_TOO_DEEP")]),
+    (",".join(f"c{n}" for n in range(1_000_000)) + "\nx\n", [(1, "CSV_HEADER")]),
+    ("instruction,output\r\nq,a\r\n", [2]),
+    ("instruction,output\n", []),
+    ('instruction,output\n"=1+1",a\n', [2]),  # a formula is text
 ]
 
 
@@ -77,6 +86,142 @@ JSONL: list[tuple[bytes, Found]] = [
 @pytest.mark.parametrize(("data", "rows"), JSONL)
 def test_jsonl_blames_the_row(tmp_path: Path, data: bytes, rows: Found) -> None:
     assert found(tmp_path / "a.jsonl", data) == rows
+
+
+TSV: list[tuple[str, Found]] = [
+    ('instruction\toutput\n"q\tq"\ta,b\nq\n', [2, (3, "CSV_COLUMNS")]),
+    ("instruction\tinstruction\n", [(1, "CSV_HEADER")]),
+]
+
+
+@pytest.mark.parametrize(("data", "rows"), TSV)
+def test_tsv_blames_the_row(tmp_path: Path, data: str, rows: Found) -> None:
+    assert found(tmp_path / "a.tsv", data) == rows
+
+
+def zstd(data: bytes) -> bytes:
+    packed: bytes = pyarrow.Codec("zstd").compress(data).to_pybytes()
+    return packed
+
+
+LINES = f"{GOOD}\n".encode() * 5000
+PACKED: list[tuple[str, bytes, Found]] = [
+    ("a.jsonl.gz", gzip.compress(f"{GOOD}\n[]\n{GOOD}".encode()), [1, (2, "ROW_NOT_OBJECT"), 3]),
+    ("a.csv.gz", gzip.compress(f"{HEAD}q,a\n".encode()), [2]),
+    ("a.json.zst", zstd(f"[{GOOD}]".encode()), [1]),
+    ("a.json.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode()), [1, 2]),
+    ("a.jsonl.zst", zstd(f"{GOOD}\n".encode()), [1]),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode()) * 2, [(1, "JSON_INVALID")]),  # two streams are one text
+    ("a.jsonl.gz", b"", []),
+    ("a.jsonl.gz", LINES, [(1, "GZIP_INVALID")]),
+    ("a.jsonl.zst", LINES, [(1, "ZSTD_INVALID")]),
+    ("a.jsonl.gz", gzip.compress(LINES)[:20], [(1, "GZIP_INVALID")]),
+    ("a.jsonl.zst", zstd(LINES)[:20], [(1, "ZSTD_INVALID")]),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "rows"), PACKED)
+def test_packed_text_blames_the_row(tmp_path: Path, name: str, data: bytes, rows: Found) -> None:
+    assert found(tmp_path / name, data) == rows
+
+
+def test_a_cut_stream_gives_the_rows_before_the_cut(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"instruction": f"{n:x}" * 9, "output": "a"}).encode() + b"\n" for n in range(9999))
+    for name, packed in (("a.jsonl.gz", gzip.compress(lines)), ("a.jsonl.zst", zstd(lines))):
+        got = found(tmp_path / name, packed[: len(packed) // 2])
+        assert got[:-1] == list(range(1, len(got))) and len(got) > 1000
+        assert got[-1] in ((len(got), "GZIP_INVALID"), (len(got), "ZSTD_INVALID"))
+
+
+def test_a_stream_that_unpacks_without_end_is_stopped(tmp_path: Path) -> None:
+    bomb = gzip.compress(b"x" * (100 << 20), 1)
+    tracemalloc.start()
+    assert found(tmp_path / "a.jsonl.gz", bomb) == [(1, "FILE_TOO_LARGE")]
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+
+
+def table(count: int) -> pyarrow.Table:
+    return pyarrow.Table.from_pylist([{"instruction": f"q{n}", "output": "a"} for n in range(count)])
+
+
+def arrow(count: int, file: bool, rows: int = 1000) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    new = pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream
+    with new(sink, table(count).schema) as out:
+        out.write_table(table(count), max_chunksize=rows)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def parquet_bytes(count: int) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table(count), sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.arrow", arrow(2500, file=True)),
+        ("a.arrow", arrow(2500, file=False)),
+        ("a.ipc", arrow(2500, file=True, rows=2500)),
+        ("a.parquet", parquet_bytes(2500)),
+    ],
+)
+def test_columns_are_rows(tmp_path: Path, name: str, data: bytes) -> None:
+    assert found(tmp_path / name, data) == list(range(1, 2501))
+
+
+def test_damaged_columns_give_what_is_before_the_damage(tmp_path: Path) -> None:
+    cut = arrow(2500, file=False)
+    assert found(tmp_path / "a.arrow", cut[: int(len(cut) * 0.6)]) == [*range(1, 1001), (1001, "ARROW_INVALID")]
+    for name, data in (("a.arrow", arrow(5, file=True)[:-9]), ("b.arrow", b""), ("c.feather", b"ARROW1xx" * 9)):
+        assert found(tmp_path / name, data) == [(1, "ARROW_INVALID")]
+    assert found(tmp_path / "a.parquet", parquet_bytes(2500)[:-50]) == [(1, "PARQUET_INVALID")]
+
+
+def test_a_parquet_footer_that_lies_about_its_rows_is_blamed(tmp_path: Path) -> None:
+    data = parquet_bytes(70)
+    # Thrift writes the number 70 as the zigzag byte 140, 1; the footer's own count comes first.
+    (length,) = struct.unpack("<I", data[-8:-4])
+    footer = data[-8 - length : -8]
+    assert footer.count(b"\x16\x8c\x01") > 1
+    lying = data[: -8 - length] + footer.replace(b"\x16\x8c\x01", b"\x16\x8e\x01", 1) + data[-8:]
+    got = found(tmp_path / "a.parquet", lying)
+    assert isinstance(got[-1], tuple) and got[-1][1] == "PARQUET_INVALID"
+
+
+@given(
+    cut=st.integers(0, 100_000), turned=st.integers(0, 100_000), kind=st.sampled_from(["parquet", "arrow", "stream"])
+)
+@settings(deadline=None, max_examples=60)
+def test_damage_anywhere_is_a_problem_and_no_accident(
+    cut: int, turned: int, kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = {"parquet": parquet_bytes(50), "arrow": arrow(50, file=True), "stream": arrow(50, file=False)}[kind]
+    at = turned % len(data)
+    spoiled = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 : cut % len(data) + 1000]
+    path = tmp_path_factory.mktemp("f") / ("a.parquet" if kind == "parquet" else "a.arrow")
+    path.write_bytes(spoiled)
+    assert len(list(raw_rows(path.name, path))) <= 51
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("a.jsonl", True), ("a/b.CSV", True), ("a.json.gz", True), ("a.parquet.gz", False), ("a.gz", False), ("jsonl", False),
+     (".json", False), ("a.png", False), ("x/dataset_info.json", False), ("a.zip", False)],
+)  # fmt: skip
+def test_names_tell_which_files_hold_rows(name: str, rows: bool) -> None:
+    assert is_row_file(name) == rows
+
+
+def test_what_is_carried_beside_rows_is_passed_over(tmp_path: Path) -> None:
+    for name, text in (("a.png", "no picture"), ("b.jsonl", GOOD), ("dataset_info.json", "{}")):
+        (tmp_path / name).write_text(text)
+    files = [(name, tmp_path / name) for name in ("a.png", "b.jsonl", "dataset_info.json")]
+    assert [(r.file, r.row) for r in read_rows(files, "alpaca")] == [("b.jsonl", 1)]
 
 
 def test_a_line_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,21 +12,64 @@ from typing import Any
 from quartet.datasets.v1 import datasets_pb2
 
 from services.client.assistant import assistant_rows, plain_rows
-from services.client.client import Client
+from services.client.client import Client, Progress
 from services.client.commands import connect, readable, short_name
 from services.client.retry import pages
 from services.client.show import bar, out, plain, table
-from services.finetune.errors import InvalidArgument
+from services.finetune.errors import InvalidArgument, QuartetError
 
 
 def create(a: Namespace) -> None:
-    files = [readable(f) for f in a.files]
-    with connect(a) as client, bar("uploading", a.json) as told:
-        revision = client.upload_dataset(a.dataset, files, a.format, a.skip_bad_rows, told)
+    """A revision of files, folders and archives, or of what the service fetches itself by reference."""
+    references = {kind: text for kind, text in {"hub_id": a.hub, "s3_uri": a.s3}.items() if text}
+    if a.include and not references:
+        raise InvalidArgument("--include goes with --hub or --s3", reason="ARGUMENT_INVALID")
+    with connect(a) as client, bar("fetching" if references else "uploading", a.json) as told:
+        if references:
+            revision = client.import_dataset(a.dataset, references, a.include, a.format, a.skip_bad_rows, told)
+        else:
+            revision = _create_of_files(client, a, told)
     _show_revision(revision, a.json)
 
 
+def _create_of_files(client: Client, a: Namespace, told: Progress) -> datasets_pb2.Revision:
+    """One folder of a machine that we share with the service is read where it is; all else is uploaded."""
+    paths = [Path(f).expanduser() for f in a.files]
+    if len(paths) == 1 and paths[0].is_dir() and client.is_local("datasets"):
+        here = {"directory": str(paths[0].resolve())}
+        try:
+            return client.import_dataset(a.dataset, here, (), a.format, a.skip_bad_rows, told)
+        except QuartetError as error:
+            # On loopback, yet it may not or cannot see our files, as in a container: bring them.
+            if error.reason not in ("LOCAL_PATH_FORBIDDEN", "SOURCE_NOT_FOUND"):
+                raise
+    return client.upload_dataset(a.dataset, paths, a.format, a.skip_bad_rows, told)
+
+
+def diff(a: Namespace) -> None:
+    with connect(a) as client:
+        base = client.revision(a.base) if a.base else ""
+        request = datasets_pb2.DiffRevisionsRequest(name=client.revision(a.dataset), base=base)
+        found = client.datasets.DiffRevisions(request)
+    if a.json:
+        out(plain(found))
+        return
+    print(f"{found.base} -> {found.name}")
+    for file in found.files:
+        print(f"  {'+' if not file.base_digest else '~' if file.digest else '-'} {file.path}")
+    print(
+        f"rows: {found.added_row_count} added, {found.removed_row_count} removed, {found.changed_row_count} changed, "
+        f"{found.unchanged_row_count} unchanged"
+    )
+    for mark, rows in (("+", found.added_rows), ("-", found.removed_rows), ("~", found.changed_rows)):
+        for row in rows[:10]:
+            print(f"  {mark} {row.file or row.base_file}:{row.row or row.base_row} {(row.text or row.base_text)[:160]}")
+
+
 def list_all(a: Namespace) -> None:
+    if a.dataset:
+        _list_revisions(a)
+        return
     with connect(a) as client:
         request = datasets_pb2.ListDatasetsRequest(parent=client.parent)
         found = list(pages(client.datasets.ListDatasets, request, "datasets"))
@@ -34,6 +77,19 @@ def list_all(a: Namespace) -> None:
         out({"datasets": [plain(d) for d in found]})
         return
     table(["dataset", "latest revision"], [(d.name, d.latest_revision.rpartition("/")[2]) for d in found])
+
+
+def _list_revisions(a: Namespace) -> None:
+    with connect(a) as client:
+        request = datasets_pb2.ListRevisionsRequest(parent=client.name("datasets", a.dataset))
+        found = list(pages(client.datasets.ListRevisions, request, "revisions"))
+    if a.json:
+        out({"revisions": [plain(r) for r in found]})
+        return
+    rows = [
+        (r.name, r.row_count, len(r.files), f"{r.size_bytes / 1e6:.1f}", r.create_time.ToJsonString()) for r in found
+    ]
+    table(["revision", "rows", "files", "MB", "made"], rows)
 
 
 def preview(a: Namespace) -> None:

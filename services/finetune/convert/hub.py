@@ -7,8 +7,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from services.finetune.errors import Cancelled, NotFound, Unavailable
+from services.finetune.errors import Cancelled, NotFound
 from services.finetune.progress import Attempt
+from services.finetune.store.hub import hub_errors
 
 _PLAIN = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -18,10 +19,10 @@ def download(hub_id: str, file: str, attempt: Attempt, stop: threading.Event, fo
 
     NotFound (MODEL_UNKNOWN, FILE_NOT_FOUND), Unavailable (HUB_UNREACHABLE), Cancelled (STOPPED) between its steps.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = hub_id.partition("@")
-    try:
+    with hub_errors("model", hub_id, "MODEL_UNKNOWN"):
         about = HfApi().model_info(name, revision=revision or None, timeout=30)
         wanted = choose([s.rfilename for s in about.siblings or ()], file)
         attempt.emit("log", level="info", text=f"fetching {len(wanted)} files of {name} at {about.sha}")
@@ -31,19 +32,6 @@ def download(hub_id: str, file: str, attempt: Attempt, stop: threading.Event, fo
         snapshot_download(
             name, revision=about.sha, local_dir=folder, allow_patterns=[glob.escape(path) for path in wanted]
         )
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise NotFound(
-            f"the hub has no model {hub_id!r} that this service may read; check its name, or set HF_TOKEN",
-            reason="MODEL_UNKNOWN",
-            metadata={"hub_id": hub_id},
-        ) from error
-    # HTTPError is its http library's own, whichever that is.
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:  # type: ignore[attr-defined]
-        raise Unavailable(
-            f"the hub does not answer for {hub_id!r}: {(str(error).splitlines() or ['no answer'])[0]}; try again later, "
-            "or import from a folder",
-            reason="HUB_UNREACHABLE",
-        ) from error
     return folder
 
 

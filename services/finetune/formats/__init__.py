@@ -6,7 +6,7 @@ A format is one row of `FORMATS`: adding one is adding a line to table.py and it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -176,13 +176,18 @@ def sniff(files: Iterable[tuple[str, Path]], columns: Mapping[str, str] = Mappin
 
 
 def read_rows(
-    files: Iterable[tuple[str, Path]], format: str, columns: Mapping[str, str] = MappingProxyType({})
+    files: Iterable[tuple[str, Path]],
+    format: str,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    carried: Collection[str] | None = None,
 ) -> Iterator[Row | Problem]:
-    """Every row of the files (path in the artifact, path on disk), good or bad, in order.
+    """Every row of the files (path in the artifact, path on disk), good or bad, in order; what holds no rows is passed over.
 
-    `columns` maps a format's fields to the columns of the files that stand for them. InvalidArgument (FORMAT_UNKNOWN,
-    COLUMN_UNKNOWN).
+    `columns` maps a format's fields to the columns of the files that stand for them. With `carried`, all paths of the
+    artifact, an image that a row names must be one of them. InvalidArgument (FORMAT_UNKNOWN, COLUMN_UNKNOWN).
     """
+    from services.finetune.formats.carried import lost_image
+
     chosen = format_named(format)
     _check_columns(chosen, columns)
     for raw in _mapped(files, columns):
@@ -191,7 +196,10 @@ def read_rows(
             continue
         file, number, fields = raw
         try:
-            yield Row(file, number, chosen.convert(fields))
+            conversation = chosen.convert(fields)
+            if carried is not None and (lost := lost_image(file, fields, carried)) is not None:
+                raise lost
+            yield Row(file, number, conversation)
         except RowError as error:
             yield _blamed(file, number, error, columns)
         except RecursionError:
@@ -213,11 +221,11 @@ def _mapped(
     files: Iterable[tuple[str, Path]], columns: Mapping[str, str]
 ) -> Iterator[tuple[str, int, Mapping[str, Any]] | Problem]:
     """Raw rows with their columns under the names of fields: (file, row number, fields)."""
-    from services.finetune.formats.containers import raw_rows
+    from services.finetune.formats.containers import is_row_file, raw_rows
 
     taken = set(columns.values()) - set(columns)
     for file, path in files:
-        for raw in raw_rows(file, path):
+        for raw in raw_rows(file, path) if is_row_file(file) else ():
             if isinstance(raw, Problem):
                 yield raw
             elif absent := [c for c in columns.values() if c not in raw[1]]:

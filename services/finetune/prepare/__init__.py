@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from services.finetune.config import ArtifactRef, PrepareRun
 from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.formats.containers import is_row_file
 from services.finetune.prepare import shelf
 from services.finetune.prepare.certificate import META, Certificate, certify
-from services.finetune.prepare.images import ENDINGS
 from services.finetune.progress import Attempt
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
@@ -103,7 +103,7 @@ def local_files(store: Store, manifest: Manifest, folder: Path) -> tuple[tuple[s
 
 def row_files(files: Sequence[tuple[str, Path]]) -> tuple[tuple[str, Path], ...]:
     """Those of a dataset's files that hold rows: images lie beside them."""
-    return tuple(f for f in files if not f[0].lower().endswith(ENDINGS))
+    return tuple(f for f in files if is_row_file(f[0]))
 
 
 def progress(attempt: Attempt, stop: threading.Event, total: int) -> Callable[[int], None]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import posixpath
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.finetune.formats import Problem, Row
+from services.finetune.formats import IMAGE, Problem, Row
+from services.finetune.formats.carried import find
 
-MARK = "<image>"
 MAX_PIXELS = 25_000_000
 """Looked at before anything is decoded: a file of 10 kB may declare an image of hundreds of megabytes."""
 MAX_RATIO = 200
 """Of an image's longer to its shorter side; what is thinner cannot be cut into patches."""
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _DRAFT = (224, 224)
 """A JPEG is decoded at the eighth of its size that is still as large: all its bytes are read, few pixels are made."""
@@ -40,14 +38,14 @@ class Images:
         """What is wrong with the images of a row: IMAGE_MARKS, IMAGE_MISSING, IMAGE_TOO_LARGE, IMAGE_TOO_THIN,
         IMAGE_INVALID."""
         images = row.conversation.images
-        marks = sum(m.content.count(MARK) for m in row.conversation.messages if m.role == "user") if images else 0
+        marks = sum(m.content.count(IMAGE) for m in row.conversation.messages if m.role == "user") if images else 0
         if not images:
             return []
         self.rows += 1
         self.named += len(images)
         found = []
         if marks != len(images):
-            message = f"{len(images)} images, but {marks} {MARK} marks in the user's turns; give one mark an image"
+            message = f"{len(images)} images, but {marks} {IMAGE} marks in the user's turns; give one mark an image"
             found.append(Problem(row.file, row.row, "images", "IMAGE_MARKS", message))
         for n, name in enumerate(images):
             fault = self._fault(row.file, name)
@@ -56,9 +54,7 @@ class Images:
         return found
 
     def _fault(self, file: str, name: str) -> Fault | None:
-        """A row names an image from the folder that its own file is in, or from the dataset's root."""
-        beside = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-        path = next((p for p in (beside, name) if p in self._files), None)
+        path = find(file, name, self._files)
         if path is None:
             return "IMAGE_MISSING", f"there is no file {name[:200]!r} in the dataset; upload it beside the rows"
         if path not in self._faults:

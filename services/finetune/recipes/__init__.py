@@ -15,7 +15,7 @@ from typing import Any
 from services.finetune.config import ParallelConfig, RunConfig, override
 from services.finetune.errors import NotFound, nearest
 from services.finetune.recipes.deepspeed import presets
-from services.finetune.recipes.tables import filled, steps, table
+from services.finetune.recipes.tables import filled, steps, systems, table
 
 SEED = "seed"
 # XTuner's own intervals between log lines and between checkpoints, in its iterations.
@@ -85,7 +85,7 @@ def _changes(name: str, offer: _Offer) -> dict[str, Any]:
         "data.template": model["template"],
         "data.sources": dataset.get("sources", []),
         "report.prompts": texts["prompts"][dataset["prompts"]],
-        "report.system": filled(texts["systems"].get(dataset.get("system", ""), ""), model.get("bot", "")),
+        "report.system": filled(systems().get(dataset.get("system", ""), ""), model.get("bot", "")),
         "schedule.epochs": offer.epochs,
         **dataset.get("config", {}),
         **(catalogue["endings"][offer.ending] if offer.ending else {}),

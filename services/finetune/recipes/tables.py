@@ -8,6 +8,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from services.finetune.formats.pairs import SYSTEMS
+
 _PLAIN = (
     "alpaca",
     "alpaca_zh",
@@ -39,6 +41,11 @@ FORMATS: Mapping[str, str] = {f"{name}_map_fn": name for name in _PLAIN} | {
 def table(name: str) -> dict[str, Any]:
     """A table of this folder by its name."""
     return tomllib.loads(resources.files(__package__).joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def systems() -> Mapping[str, str]:
+    """XTuner's system texts by its names: those that its formats put before their rows, and what only recipes ask with."""
+    return {**SYSTEMS, **table("texts")["systems"]}
 
 
 def steps(iterations: int, accumulate: int) -> int:

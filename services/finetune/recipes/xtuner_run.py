@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.finetune.recipes.python_text import Symbol
-from services.finetune.recipes.tables import filled, steps, table
+from services.finetune.recipes.tables import filled, steps, systems
 from services.finetune.recipes.xtuner_model import read_dtype, read_template
 from services.finetune.recipes.xtuner_parts import Part, Reading
 
@@ -132,7 +132,7 @@ def _named_template(reading: Reading) -> str:
 def _system(part: Part) -> str:
     value = part.take("system", "")
     if isinstance(value, Symbol) and ".SYSTEM_TEMPLATE." in f".{value.path}":
-        texts: dict[str, str] = table("texts")["systems"]
+        texts = systems()
         if value.name not in texts:
             part.blame("system", f"unknown system template {value.name}")
         return filled(texts.get(value.name, ""), part.reading.bot)

@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.finetune.errors import InvalidArgument
-from services.finetune.store.port import Blob, Entry, Object, Store, Upload
+from services.finetune.store.port import Blob, Entry, Link, Object, Store, Upload
 
-__all__ = ["Blob", "Entry", "Object", "Store", "Upload", "open_store"]
+__all__ = ["Blob", "Entry", "Link", "Object", "Store", "Upload", "open_store"]
 
 
 def open_store(uri: str) -> Store:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -73,16 +74,37 @@ class Ref:
 
 
 def check_path(path: str) -> str:
-    """`path` if it stays inside the artifact. InvalidArgument (PATH_UNSAFE)."""
+    """`path` if it stays inside the artifact, on any machine. InvalidArgument (PATH_UNSAFE)."""
     pure = PurePosixPath(path)
     odd = any(ord(c) < 32 or c in '\\:*?"<>|' for c in path)
-    if not path or odd or pure.is_absolute() or ".." in pure.parts or str(pure) != path or len(path) > 512:
-        raise InvalidArgument(
-            f"unsafe path {path!r}: use a relative path with forward slashes and without '..'",
-            reason="PATH_UNSAFE",
-            metadata={"path": path[:200]},
-        )
+    if not path or odd or pure.is_absolute() or not all(map(_plain_part, pure.parts)) or str(pure) != path:
+        raise _unsafe(path)
+    if len(path) > 512:
+        raise _unsafe(path)
     return path
+
+
+def _plain_part(part: str) -> bool:
+    """A file's name on any machine: Windows drops a dot or space at the end, and compatibility forms of dots and slashes
+    (as ‥ and ／) become plain ones where names are normalised."""
+    try:
+        size = len(part.encode())
+    except UnicodeEncodeError:
+        return False
+    if part.isascii():
+        return size <= 255 and part not in ("..", ".") and part[-1] not in ". "
+    plain = unicodedata.normalize("NFKC", part)
+    same_marks = all(plain.count(c) == part.count(c) for c in "./\\")
+    return size <= 255 and same_marks and plain[-1:] not in (".", " ", "")
+
+
+def _unsafe(path: str) -> InvalidArgument:
+    shown = path[:200].encode("utf-8", "backslashreplace").decode()
+    return InvalidArgument(
+        f"unsafe path {shown!r}: use a relative path of plain names with forward slashes and without '..'",
+        reason="PATH_UNSAFE",
+        metadata={"path": shown},
+    )
 
 
 def publish(store: Store, manifest: Manifest) -> str:

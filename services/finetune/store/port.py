@@ -6,7 +6,7 @@ A digest is written ``sha256:<64 hex>`` everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,15 @@ class Entry:
     etag: str
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where one range of an upload, in bytes, can be PUT by whoever has the URL."""
+
+    offset: int
+    size: int
+    url: str
+
+
 class Upload(Protocol):
     """A blob on its way in, kept across restarts until it is finished."""
 
@@ -51,7 +60,12 @@ class Upload(Protocol):
         """Append `data`; `offset` must be where the bytes so far end, else OutOfRange (OFFSET_WRONG)."""
 
     def flush(self) -> None:
-        """Make all bytes written so far committed, as far as the store can (S3 keeps whole parts only)."""
+        """Make all bytes written so far committed, as far as the store can (S3 keeps whole parts only). Another thread may
+        write meanwhile."""
+
+    def links(self, count: int, valid_s: int) -> Sequence[Link]:
+        """Links for at most `count` ranges from `committed` on, for so many seconds; none where the store has no such
+        thing. What arrives by them is committed as soon as all before it has, as a later find_upload tells."""
 
     def finish(self) -> Blob:
         """Verify size and digest and keep the blob. InvalidArgument (SIZE_MISMATCH, DIGEST_MISMATCH) drops it all."""

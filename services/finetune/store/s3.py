@@ -294,6 +294,13 @@ class S3Store:
 
     # ------------------------------------------------------------------------------------------ S3
 
+    def list_files(self) -> Iterator[tuple[str, int]]:
+        """(key, size in bytes) of every S3 object below the prefix, whoever wrote it there."""
+        with self.errors():
+            for entry in self.quick.list_objects(self.bucket, self.prefix, recursive=True):
+                if not entry.is_dir:
+                    yield str(entry.object_name), int(entry.size or 0)
+
     def stat_size(self, full: str) -> int | None:
         """An S3 object's size in bytes, or None if there is none."""
         try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from minio.commonconfig import CopySource
@@ -12,7 +15,7 @@ from minio.error import S3Error
 
 from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.store.checks import check_digest, check_offset, check_size
-from services.finetune.store.port import Blob
+from services.finetune.store.port import Blob, Link
 
 if TYPE_CHECKING:
     from services.finetune.store.s3 import S3Store
@@ -48,6 +51,7 @@ class S3Upload:
         self._hashed = 0
         self._sha = hashlib.sha256()
         self._rest = bytearray()
+        self._lock = threading.Lock()
         self._find_parts()
 
     @property
@@ -55,18 +59,35 @@ class S3Upload:
         return self._stored
 
     def write(self, offset: int, data: bytes) -> None:
-        check_offset(offset, self._stored + len(self._rest))
-        if self._hashed == offset:
-            self._sha.update(data)
-            self._hashed += len(data)
-        self._rest += data
-        while len(self._rest) >= self._part_bytes:
-            self._send(self._part_bytes)
+        with self._lock:
+            check_offset(offset, self._stored + len(self._rest))
+            if self._hashed == offset:
+                self._sha.update(data)
+                self._hashed += len(data)
+            self._rest += data
+            while len(self._rest) >= self._part_bytes:
+                self._send(self._part_bytes)
 
     def flush(self) -> None:
         """S3 takes no small part but the last, so a rest in the middle cannot be kept yet."""
-        if self._rest and self._stored + len(self._rest) == self.size:
-            self._send(len(self._rest))
+        with self._lock:
+            if self._rest and self._stored + len(self._rest) == self.size:
+                self._send(len(self._rest))
+
+    def links(self, count: int, valid_s: int) -> Sequence[Link]:
+        store, found, at = self._store, list[Link](), self._stored
+        while not (self._joined or self._rest) and at < self.size and len(found) < count:
+            size = min(self._part_bytes, self.size - at)
+            part: dict[str, str | list[str] | tuple[str]] = {
+                "partNumber": str(at // self._part_bytes + 1),
+                "uploadId": self._multipart,
+            }
+            url = store.quick.get_presigned_url(
+                "PUT", store.bucket, self._staging, timedelta(seconds=valid_s), extra_query_params=part
+            )
+            found.append(Link(at, size, url))
+            at += size
+        return found
 
     def finish(self) -> Blob:
         try:
@@ -91,14 +112,22 @@ class S3Upload:
                     listed = self._store.quick._list_parts(
                         self._store.bucket, self._staging, self._multipart, part_number_marker=marker or None
                     )
-                self._parts += [Part(p.part_number, str(p.etag).strip('"')) for p in listed.parts]
-                self._stored += sum(int(p.size or 0) for p in listed.parts)
+                for part in listed.parts:
+                    self._count(part.part_number, int(part.size or 0), str(part.etag).strip('"'))
                 marker = str(listed.next_part_number_marker or 0) if listed.is_truncated else "0"
         except S3Error as error:
             size = self._store.stat_size(self._staging)
             if size is None:
                 raise LookupError(self._staging) from error
             self._stored, self._joined = size, True
+
+    def _count(self, number: int, size: int, etag: str) -> None:
+        """Take a stored part, if it goes on where the last one ended. By links parts come in any order and of any length:
+        one behind a gap waits for that, and one of another length is overwritten."""
+        wanted = min(self._part_bytes, self.size - self._stored)
+        if number == len(self._parts) + 1 and size == wanted:
+            self._parts.append(Part(number, etag))
+            self._stored += size
 
     def _send(self, count: int) -> None:
         number = len(self._parts) + 1

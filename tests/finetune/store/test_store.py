@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,62 @@ def test_file_store_notices_damage(file_store: Store, tmp_path: Path) -> None:
     with pytest.raises(DataLoss) as error:
         file_store.fetch_blob(blob.digest, tmp_path / "other")
     assert error.value.reason == "BLOB_CORRUPT" and not (tmp_path / "other").exists()
+
+
+def put_url(url: str, data: bytes) -> int:
+    request = urllib.request.Request(url, data=data, method="PUT")
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_a_file_store_has_no_links(file_store: Store) -> None:
+    assert not file_store.begin_upload("u", digest_of(b"x"), 100 * MIB).links(10, 60)
+
+
+def test_ranges_come_by_links_in_any_order(s3_store: Store) -> None:
+    data = os.urandom(20 * MIB)
+    links = s3_store.begin_upload("u", digest_of(data), len(data)).links(10, 60)
+    assert [(k.offset // MIB, k.size // MIB) for k in links] == [(0, 8), (8, 8), (16, 4)]
+
+    def put(number: int, size: int | None = None) -> int:
+        link = links[number]
+        assert put_url(link.url, data[link.offset : link.offset + (size or link.size)]) == 200
+        found = s3_store.find_upload("u")
+        assert found is not None
+        return found.committed // MIB
+
+    assert put(2) == 0
+    assert put(0, 6 * MIB) == 0  # of another length it does not count, and can be sent again
+    assert put(0) == 8
+    assert put(1) == 20
+    upload = s3_store.find_upload("u")
+    assert upload is not None and not upload.links(10, 60)
+    assert upload.finish().digest == digest_of(data)
+    assert b"".join(s3_store.read_blob(digest_of(data))) == data
+
+
+def test_links_are_for_one_range_of_one_upload_and_end(s3_store: Store) -> None:
+    data = os.urandom(9 * MIB)
+    upload = s3_store.begin_upload("u", digest_of(data), len(data))
+    first, second = upload.links(10, 60)
+    assert put_url(second.url.replace("partNumber=2", "partNumber=1"), data) == 403
+    assert put_url(first.url.replace("/staging/u", "/staging/v"), data) in (403, 404)
+    (soon,) = upload.links(1, 1)
+    time.sleep(2.5)
+    assert put_url(soon.url, data[: 8 * MIB]) == 403
+    # What arrives is what was announced, or nothing is kept.
+    for link in (first, second):
+        assert put_url(link.url, bytes(link.size)) == 200
+    found = s3_store.find_upload("u")
+    assert found is not None
+    with pytest.raises(InvalidArgument) as error:
+        found.finish()
+    assert error.value.reason == "DIGEST_MISMATCH" and s3_store.stat_blob(digest_of(data)) is None
+    assert s3_store.find_upload("u") is None
 
 
 # ---------------------------------------------------------------------------------------------- small objects

@@ -161,7 +161,7 @@ class Revision(_message.Message):
     """Rows left out under BAD_ROWS_SKIP, all of them counted."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionFile]:
-        """The files, in the order of their rows."""
+        """The files, in the order of their rows; left out in a list that they would make too long."""
 
     @_builtins.property
     def skipped_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowProblem]:
@@ -203,7 +203,9 @@ class RevisionFile(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Relative path with forward slashes; its ending tells the container: .jsonl .json .csv .parquet"""
+    """Relative path with forward slashes; its ending tells the container: .jsonl .json .csv .tsv (each also with .gz or .zst
+    behind it) .parquet .arrow. Any other file is carried unread.
+    """
     digest: _builtins.str
     """sha256:<hex> of the bytes."""
     size_bytes: _builtins.int
@@ -410,22 +412,26 @@ class BeginUploadRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """workspaces/{workspace}/datasets/{dataset}"""
     digest: _builtins.str
     """sha256:<hex> of the whole file."""
     size_bytes: _builtins.int
     """Bytes of the whole file."""
+    direct: _builtins.bool
+    """Whether this client can send to the store itself."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         digest: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        direct: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parent", b"parent", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "direct", b"direct", "parent", b"parent", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +448,7 @@ class BlobStatus(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     COMMITTED_BYTES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     upload: _builtins.str
     """workspaces/{workspace}/datasets/{dataset}/uploads/{upload}"""
     digest: _builtins.str
@@ -452,6 +459,10 @@ class BlobStatus(_message.Message):
     """Bytes safely stored; send on from here."""
     complete: _builtins.bool
     """The blob is whole and verified."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadLink]:
+        """Only for BeginUpload with `direct`: the next ranges, 1000 at most."""
+
     def __init__(
         self,
         *,
@@ -460,14 +471,45 @@ class BlobStatus(_message.Message):
         size_bytes: _builtins.int = ...,
         committed_bytes: _builtins.int = ...,
         complete: _builtins.bool = ...,
+        links: _abc.Iterable[Global___UploadLink] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "complete", b"complete", "digest", b"digest", "size_bytes", b"size_bytes", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "complete", b"complete", "digest", b"digest", "links", b"links", "size_bytes", b"size_bytes", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobStatus: _TypeAlias = BlobStatus  # noqa: Y015
+
+@_typing.final
+class UploadLink(_message.Message):
+    """Where one range of an upload can be PUT without this service between; good for an hour."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    offset_bytes: _builtins.int
+    """Where the range begins in the file."""
+    size_bytes: _builtins.int
+    """Its length; a range of another length does not count."""
+    url: _builtins.str
+    """An http or https URL, signed for this one request."""
+    def __init__(
+        self,
+        *,
+        offset_bytes: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset_bytes", b"offset_bytes", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadLink: _TypeAlias = UploadLink  # noqa: Y015
 
 @_typing.final
 class WriteBlobRequest(_message.Message):
@@ -524,6 +566,174 @@ class GetBlobStatusRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetBlobStatusRequest: _TypeAlias = GetBlobStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetFileSignatureRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"""
+    path: _builtins.str
+    """A file of the revision."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFileSignatureRequest: _TypeAlias = GetFileSignatureRequest  # noqa: Y015
+
+@_typing.final
+class FileSignature(_message.Message):
+    """The chunks of a stored file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256:<hex> of the file."""
+    size_bytes: _builtins.int
+    """Bytes of the file."""
+    chunk_bytes: _builtins.int
+    """Mean length of a chunk; the other file is cut by the same rule."""
+    chunks: _builtins.bytes
+    """For each chunk in order 8 bytes of its BLAKE2b hash and its length as a little-endian 32-bit number."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        chunk_bytes: _builtins.int = ...,
+        chunks: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "chunks", b"chunks", "digest", b"digest", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileSignature: _TypeAlias = FileSignature  # noqa: Y015
+
+@_typing.final
+class ComposeBlobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    BASE_REVISION_FIELD_NUMBER: _builtins.int
+    BASE_PATH_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}: whose upload this completes."""
+    digest: _builtins.str
+    """sha256:<hex> of the new file."""
+    size_bytes: _builtins.int
+    """Bytes of the new file."""
+    base_revision: _builtins.str
+    """The revision that holds the old file, of the same dataset."""
+    base_path: _builtins.str
+    """The old file's path in it."""
+    delta: _builtins.str
+    """sha256:<hex> of the delta, uploaded as any file."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        base_revision: _builtins.str = ...,
+        base_path: _builtins.str = ...,
+        delta: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_path", b"base_path", "base_revision", b"base_revision", "delta", b"delta", "digest", b"digest", "parent", b"parent", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComposeBlobRequest: _TypeAlias = ComposeBlobRequest  # noqa: Y015
+
+@_typing.final
+class ImportFilesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    HUB_ID_FIELD_NUMBER: _builtins.int
+    S3_URI_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    INCLUDE_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}"""
+    hub_id: _builtins.str
+    """OWNER/NAME or OWNER/NAME@REVISION of a dataset on the hub."""
+    s3_uri: _builtins.str
+    """s3://bucket/prefix, below a prefix that the service's settings name."""
+    directory: _builtins.str
+    """A folder or file of the service's machine, below a root that its settings name."""
+    @_builtins.property
+    def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Take only paths that match one of these shell patterns, as "data/train*"; empty takes all."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        hub_id: _builtins.str = ...,
+        s3_uri: _builtins.str = ...,
+        directory: _builtins.str = ...,
+        include: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "hub_id", b"hub_id", "s3_uri", b"s3_uri", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "hub_id", b"hub_id", "include", b"include", "parent", b"parent", "s3_uri", b"s3_uri", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hub_id", "s3_uri", "directory"]  # noqa: Y015
+    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+
+Global___ImportFilesRequest: _TypeAlias = ImportFilesRequest  # noqa: Y015
+
+@_typing.final
+class ImportFilesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """Bytes stored so far."""
+    total_bytes: _builtins.int
+    """Bytes of all files."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionFile]:
+        """Files stored since the message before."""
+
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        files: _abc.Iterable[Global___RevisionFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "files", b"files", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportFilesResponse: _TypeAlias = ImportFilesResponse  # noqa: Y015
 
 @_typing.final
 class CommitRevisionRequest(_message.Message):
@@ -669,6 +879,162 @@ class ListRevisionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRevisionsResponse: _TypeAlias = ListRevisionsResponse  # noqa: Y015
+
+@_typing.final
+class DiffRevisionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/datasets/{dataset}/revisions/{revision}: the newer one."""
+    base: _builtins.str
+    """The older one; empty means the dataset's revision made before it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        base: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffRevisionsRequest: _TypeAlias = DiffRevisionsRequest  # noqa: Y015
+
+@_typing.final
+class DiffRevisionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    ADDED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    REMOVED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    CHANGED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    UNCHANGED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ADDED_ROWS_FIELD_NUMBER: _builtins.int
+    REMOVED_ROWS_FIELD_NUMBER: _builtins.int
+    CHANGED_ROWS_FIELD_NUMBER: _builtins.int
+    ADDED_FILE_COUNT_FIELD_NUMBER: _builtins.int
+    REMOVED_FILE_COUNT_FIELD_NUMBER: _builtins.int
+    CHANGED_FILE_COUNT_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The newer revision."""
+    base: _builtins.str
+    """The older one."""
+    added_row_count: _builtins.int
+    """How many rows, files carried unread left aside."""
+    removed_row_count: _builtins.int
+    changed_row_count: _builtins.int
+    unchanged_row_count: _builtins.int
+    added_file_count: _builtins.int
+    """How many files."""
+    removed_file_count: _builtins.int
+    changed_file_count: _builtins.int
+    @_builtins.property
+    def added_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowChange]:
+        """The first 100 of each."""
+
+    @_builtins.property
+    def removed_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowChange]: ...
+    @_builtins.property
+    def changed_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowChange]: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileChange]:
+        """The first 100 files that are not the same in both."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        base: _builtins.str = ...,
+        added_row_count: _builtins.int = ...,
+        removed_row_count: _builtins.int = ...,
+        changed_row_count: _builtins.int = ...,
+        unchanged_row_count: _builtins.int = ...,
+        added_rows: _abc.Iterable[Global___RowChange] | None = ...,
+        removed_rows: _abc.Iterable[Global___RowChange] | None = ...,
+        changed_rows: _abc.Iterable[Global___RowChange] | None = ...,
+        added_file_count: _builtins.int = ...,
+        removed_file_count: _builtins.int = ...,
+        changed_file_count: _builtins.int = ...,
+        files: _abc.Iterable[Global___FileChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_file_count", b"added_file_count", "added_row_count", b"added_row_count", "added_rows", b"added_rows", "base", b"base", "changed_file_count", b"changed_file_count", "changed_row_count", b"changed_row_count", "changed_rows", b"changed_rows", "files", b"files", "name", b"name", "removed_file_count", b"removed_file_count", "removed_row_count", b"removed_row_count", "removed_rows", b"removed_rows", "unchanged_row_count", b"unchanged_row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffRevisionsResponse: _TypeAlias = DiffRevisionsResponse  # noqa: Y015
+
+@_typing.final
+class RowChange(_message.Message):
+    """A row in both revisions, or in one: then the other's fields are empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    BASE_FILE_FIELD_NUMBER: _builtins.int
+    BASE_ROW_FIELD_NUMBER: _builtins.int
+    BASE_TEXT_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """In the newer revision: the file, where in it as in RowProblem, and the row as JSON, its first 2000 characters."""
+    row: _builtins.int
+    text: _builtins.str
+    base_file: _builtins.str
+    """The same in the older one."""
+    base_row: _builtins.int
+    base_text: _builtins.str
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        row: _builtins.int = ...,
+        text: _builtins.str = ...,
+        base_file: _builtins.str = ...,
+        base_row: _builtins.int = ...,
+        base_text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_file", b"base_file", "base_row", b"base_row", "base_text", b"base_text", "file", b"file", "row", b"row", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowChange: _TypeAlias = RowChange  # noqa: Y015
+
+@_typing.final
+class FileChange(_message.Message):
+    """A file that is not the same in both revisions; the digest is empty where it is not there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    digest: _builtins.str
+    base_digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        base_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "digest", b"digest", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileChange: _TypeAlias = FileChange  # noqa: Y015
 
 @_typing.final
 class PreviewRowsRequest(_message.Message):

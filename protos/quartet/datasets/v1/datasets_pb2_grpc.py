@@ -77,6 +77,21 @@ class DatasetsStub:
                 request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetBlobStatusRequest.SerializeToString,
                 response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.BlobStatus.FromString,
                 _registered_method=True)
+        self.GetFileSignature = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/GetFileSignature',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetFileSignatureRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.FileSignature.FromString,
+                _registered_method=True)
+        self.ComposeBlob = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/ComposeBlob',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ComposeBlobRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.BlobStatus.FromString,
+                _registered_method=True)
+        self.ImportFiles = channel.unary_stream(
+                '/quartet.datasets.v1.Datasets/ImportFiles',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesResponse.FromString,
+                _registered_method=True)
         self.CommitRevision = channel.unary_unary(
                 '/quartet.datasets.v1.Datasets/CommitRevision',
                 request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CommitRevisionRequest.SerializeToString,
@@ -91,6 +106,11 @@ class DatasetsStub:
                 '/quartet.datasets.v1.Datasets/ListRevisions',
                 request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsRequest.SerializeToString,
                 response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsResponse.FromString,
+                _registered_method=True)
+        self.DiffRevisions = channel.unary_unary(
+                '/quartet.datasets.v1.Datasets/DiffRevisions',
+                request_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsRequest.SerializeToString,
+                response_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsResponse.FromString,
                 _registered_method=True)
         self.PreviewRows = channel.unary_unary(
                 '/quartet.datasets.v1.Datasets/PreviewRows',
@@ -212,7 +232,9 @@ class DatasetsServicer:
 
     def BeginUpload(self, request, context):
         """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-        need be sent. The same digest and size announced again resume the same upload.
+        need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+        gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+        come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
         Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -237,11 +259,45 @@ class DatasetsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetFileSignature(self, request, context):
+        """Tells the chunks of a revision's file, so that a client can send only what a new file has beside them: it writes a
+        delta (docs/decisions/0020), uploads that, and calls ComposeBlob.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ComposeBlob(self, request, context):
+        """Makes the announced file out of a revision's file and an uploaded delta; `complete` is true at once. Nothing is kept
+        unless the bytes have the announced digest. The same again is harmless.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING: the delta), INVALID_ARGUMENT
+        (DELTA_MALFORMED, DIGEST_MISMATCH, SIZE_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportFiles(self, request, context):
+        """Fetches files by reference and stores them: a dataset of the hub, an S3 prefix, a folder of the service's machine.
+        Tells how far it has come, and each file once it is stored; CommitRevision of those files makes the revision. After a
+        cut the same call goes on: what is stored already is not fetched from the hub again.
+        Errors: PERMISSION_DENIED (HUB_FORBIDDEN, S3_PREFIX_FORBIDDEN, LOCAL_PATH_FORBIDDEN: the service's settings do not
+        allow it), NOT_FOUND (DATASET_NOT_FOUND, SOURCE_NOT_FOUND), INVALID_ARGUMENT (SOURCE_MISSING, SOURCE_MALFORMED,
+        PATH_UNSAFE, TOO_MANY_FILES), UNAVAILABLE (HUB_UNREACHABLE), RESOURCE_EXHAUSTED (DISK_FULL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommitRevision(self, request, context):
         """Reads every row of the uploaded files and freezes them as a revision; equal content gives the equal revision.
+        Archives (.zip .tar .tar.gz .tar.zst) are unpacked beside themselves. Files that hold no rows, as images, are carried;
+        an image that a row names must be one of them. With the format "files" nothing is unpacked or read.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING), INVALID_ARGUMENT (FORMAT_UNKNOWN,
-        FORMAT_UNDETECTED, PATH_UNSAFE, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named
-        "files[path].rows[k].field", the first 100 in full and `bad_rows` counting all).
+        FORMAT_UNDETECTED, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
+        ARCHIVE_UNSUPPORTED, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named "files[path].rows[k].field",
+        the first 100 in full and `bad_rows` counting all).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +312,15 @@ class DatasetsServicer:
 
     def ListRevisions(self, request, context):
         """Lists a dataset's revisions, oldest first. Errors: as ListDatasets, and NOT_FOUND (DATASET_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffRevisions(self, request, context):
+        """Says what changed between two revisions of any dataset: files, and rows by their content. A row between the same
+        unchanged neighbours on both sides is changed; one that only moved is neither added nor removed.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -426,6 +491,21 @@ def add_DatasetsServicer_to_server(servicer, server):
                     request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetBlobStatusRequest.FromString,
                     response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.BlobStatus.SerializeToString,
             ),
+            'GetFileSignature': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFileSignature,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetFileSignatureRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.FileSignature.SerializeToString,
+            ),
+            'ComposeBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ComposeBlob,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ComposeBlobRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.BlobStatus.SerializeToString,
+            ),
+            'ImportFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportFiles,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesResponse.SerializeToString,
+            ),
             'CommitRevision': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitRevision,
                     request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.CommitRevisionRequest.FromString,
@@ -440,6 +520,11 @@ def add_DatasetsServicer_to_server(servicer, server):
                     servicer.ListRevisions,
                     request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsRequest.FromString,
                     response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsResponse.SerializeToString,
+            ),
+            'DiffRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffRevisions,
+                    request_deserializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsRequest.FromString,
+                    response_serializer=quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsResponse.SerializeToString,
             ),
             'PreviewRows': grpc.unary_unary_rpc_method_handler(
                     servicer.PreviewRows,
@@ -724,6 +809,87 @@ class Datasets:
             _registered_method=True)
 
     @staticmethod
+    def GetFileSignature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/GetFileSignature',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.GetFileSignatureRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.FileSignature.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComposeBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/ComposeBlob',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ComposeBlobRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.BlobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/ImportFiles',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.ImportFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CommitRevision(request,
             target,
             options=(),
@@ -794,6 +960,33 @@ class Datasets:
             '/quartet.datasets.v1.Datasets/ListRevisions',
             quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsRequest.SerializeToString,
             quartet_dot_datasets_dot_v1_dot_datasets__pb2.ListRevisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.datasets.v1.Datasets/DiffRevisions',
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsRequest.SerializeToString,
+            quartet_dot_datasets_dot_v1_dot_datasets__pb2.DiffRevisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

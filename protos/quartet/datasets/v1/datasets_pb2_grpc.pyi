@@ -57,7 +57,9 @@ class DatasetsStub:
     """
     BeginUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.BeginUploadRequest, _datasets_pb2.BlobStatus]
     """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-    need be sent. The same digest and size announced again resume the same upload.
+    need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+    gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+    come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
     Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
     """
     WriteBlob: _grpc.StreamUnaryMultiCallable[_datasets_pb2.WriteBlobRequest, _datasets_pb2.BlobStatus]
@@ -69,16 +71,43 @@ class DatasetsStub:
     """
     GetBlobStatus: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetBlobStatusRequest, _datasets_pb2.BlobStatus]
     """Says how much of an announced file has arrived. Errors: NOT_FOUND (UPLOAD_NOT_FOUND)."""
+    GetFileSignature: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetFileSignatureRequest, _datasets_pb2.FileSignature]
+    """Tells the chunks of a revision's file, so that a client can send only what a new file has beside them: it writes a
+    delta (docs/decisions/0020), uploads that, and calls ComposeBlob.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND).
+    """
+    ComposeBlob: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ComposeBlobRequest, _datasets_pb2.BlobStatus]
+    """Makes the announced file out of a revision's file and an uploaded delta; `complete` is true at once. Nothing is kept
+    unless the bytes have the announced digest. The same again is harmless.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING: the delta), INVALID_ARGUMENT
+    (DELTA_MALFORMED, DIGEST_MISMATCH, SIZE_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+    """
+    ImportFiles: _grpc.UnaryStreamMultiCallable[_datasets_pb2.ImportFilesRequest, _datasets_pb2.ImportFilesResponse]
+    """Fetches files by reference and stores them: a dataset of the hub, an S3 prefix, a folder of the service's machine.
+    Tells how far it has come, and each file once it is stored; CommitRevision of those files makes the revision. After a
+    cut the same call goes on: what is stored already is not fetched from the hub again.
+    Errors: PERMISSION_DENIED (HUB_FORBIDDEN, S3_PREFIX_FORBIDDEN, LOCAL_PATH_FORBIDDEN: the service's settings do not
+    allow it), NOT_FOUND (DATASET_NOT_FOUND, SOURCE_NOT_FOUND), INVALID_ARGUMENT (SOURCE_MISSING, SOURCE_MALFORMED,
+    PATH_UNSAFE, TOO_MANY_FILES), UNAVAILABLE (HUB_UNREACHABLE), RESOURCE_EXHAUSTED (DISK_FULL).
+    """
     CommitRevision: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CommitRevisionRequest, _datasets_pb2.Revision]
     """Reads every row of the uploaded files and freezes them as a revision; equal content gives the equal revision.
+    Archives (.zip .tar .tar.gz .tar.zst) are unpacked beside themselves. Files that hold no rows, as images, are carried;
+    an image that a row names must be one of them. With the format "files" nothing is unpacked or read.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING), INVALID_ARGUMENT (FORMAT_UNKNOWN,
-    FORMAT_UNDETECTED, PATH_UNSAFE, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named
-    "files[path].rows[k].field", the first 100 in full and `bad_rows` counting all).
+    FORMAT_UNDETECTED, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
+    ARCHIVE_UNSUPPORTED, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named "files[path].rows[k].field",
+    the first 100 in full and `bad_rows` counting all).
     """
     GetRevision: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetRevisionRequest, _datasets_pb2.Revision]
     """Returns one revision; `revisions/latest` names the newest. Errors: NOT_FOUND (REVISION_NOT_FOUND)."""
     ListRevisions: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListRevisionsRequest, _datasets_pb2.ListRevisionsResponse]
     """Lists a dataset's revisions, oldest first. Errors: as ListDatasets, and NOT_FOUND (DATASET_NOT_FOUND)."""
+    DiffRevisions: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DiffRevisionsRequest, _datasets_pb2.DiffRevisionsResponse]
+    """Says what changed between two revisions of any dataset: files, and rows by their content. A row between the same
+    unchanged neighbours on both sides is changed; one that only moved is neither added nor removed.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND).
+    """
     PreviewRows: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PreviewRowsRequest, _datasets_pb2.PreviewRowsResponse]
     """Shows rows as training will see them: text, token ids and which tokens are learned.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
@@ -170,7 +199,9 @@ class DatasetsAsyncStub(DatasetsStub):
     """
     BeginUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.BeginUploadRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
     """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-    need be sent. The same digest and size announced again resume the same upload.
+    need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+    gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+    come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
     Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
     """
     WriteBlob: _aio.StreamUnaryMultiCallable[_datasets_pb2.WriteBlobRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
@@ -182,16 +213,43 @@ class DatasetsAsyncStub(DatasetsStub):
     """
     GetBlobStatus: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetBlobStatusRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
     """Says how much of an announced file has arrived. Errors: NOT_FOUND (UPLOAD_NOT_FOUND)."""
+    GetFileSignature: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetFileSignatureRequest, _datasets_pb2.FileSignature]  # type: ignore[assignment]
+    """Tells the chunks of a revision's file, so that a client can send only what a new file has beside them: it writes a
+    delta (docs/decisions/0020), uploads that, and calls ComposeBlob.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND).
+    """
+    ComposeBlob: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ComposeBlobRequest, _datasets_pb2.BlobStatus]  # type: ignore[assignment]
+    """Makes the announced file out of a revision's file and an uploaded delta; `complete` is true at once. Nothing is kept
+    unless the bytes have the announced digest. The same again is harmless.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING: the delta), INVALID_ARGUMENT
+    (DELTA_MALFORMED, DIGEST_MISMATCH, SIZE_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+    """
+    ImportFiles: _aio.UnaryStreamMultiCallable[_datasets_pb2.ImportFilesRequest, _datasets_pb2.ImportFilesResponse]  # type: ignore[assignment]
+    """Fetches files by reference and stores them: a dataset of the hub, an S3 prefix, a folder of the service's machine.
+    Tells how far it has come, and each file once it is stored; CommitRevision of those files makes the revision. After a
+    cut the same call goes on: what is stored already is not fetched from the hub again.
+    Errors: PERMISSION_DENIED (HUB_FORBIDDEN, S3_PREFIX_FORBIDDEN, LOCAL_PATH_FORBIDDEN: the service's settings do not
+    allow it), NOT_FOUND (DATASET_NOT_FOUND, SOURCE_NOT_FOUND), INVALID_ARGUMENT (SOURCE_MISSING, SOURCE_MALFORMED,
+    PATH_UNSAFE, TOO_MANY_FILES), UNAVAILABLE (HUB_UNREACHABLE), RESOURCE_EXHAUSTED (DISK_FULL).
+    """
     CommitRevision: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CommitRevisionRequest, _datasets_pb2.Revision]  # type: ignore[assignment]
     """Reads every row of the uploaded files and freezes them as a revision; equal content gives the equal revision.
+    Archives (.zip .tar .tar.gz .tar.zst) are unpacked beside themselves. Files that hold no rows, as images, are carried;
+    an image that a row names must be one of them. With the format "files" nothing is unpacked or read.
     Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING), INVALID_ARGUMENT (FORMAT_UNKNOWN,
-    FORMAT_UNDETECTED, PATH_UNSAFE, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named
-    "files[path].rows[k].field", the first 100 in full and `bad_rows` counting all).
+    FORMAT_UNDETECTED, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
+    ARCHIVE_UNSUPPORTED, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named "files[path].rows[k].field",
+    the first 100 in full and `bad_rows` counting all).
     """
     GetRevision: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetRevisionRequest, _datasets_pb2.Revision]  # type: ignore[assignment]
     """Returns one revision; `revisions/latest` names the newest. Errors: NOT_FOUND (REVISION_NOT_FOUND)."""
     ListRevisions: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListRevisionsRequest, _datasets_pb2.ListRevisionsResponse]  # type: ignore[assignment]
     """Lists a dataset's revisions, oldest first. Errors: as ListDatasets, and NOT_FOUND (DATASET_NOT_FOUND)."""
+    DiffRevisions: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DiffRevisionsRequest, _datasets_pb2.DiffRevisionsResponse]  # type: ignore[assignment]
+    """Says what changed between two revisions of any dataset: files, and rows by their content. A row between the same
+    unchanged neighbours on both sides is changed; one that only moved is neither added nor removed.
+    Errors: NOT_FOUND (REVISION_NOT_FOUND).
+    """
     PreviewRows: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PreviewRowsRequest, _datasets_pb2.PreviewRowsResponse]  # type: ignore[assignment]
     """Shows rows as training will see them: text, token ids and which tokens are learned.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (TEMPLATE_UNKNOWN),
@@ -310,7 +368,9 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.BlobStatus, _abc.Awaitable[_datasets_pb2.BlobStatus]]:
         """Announces one file by its digest and size. If the store already has these bytes, `complete` is true and nothing
-        need be sent. The same digest and size announced again resume the same upload.
+        need be sent. The same digest and size announced again resume the same upload. With `direct` a file of more than 8 MiB
+        gets links where the store can give them: PUT those ranges there, in any order, announce again to see how far it has
+        come and for further links, and end with a WriteBlob of no data at `size_bytes` that says `finish`.
         Errors: INVALID_ARGUMENT (DIGEST_MALFORMED), NOT_FOUND (DATASET_NOT_FOUND).
         """
 
@@ -336,15 +396,55 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         """Says how much of an announced file has arrived. Errors: NOT_FOUND (UPLOAD_NOT_FOUND)."""
 
     @_abc_1.abstractmethod
+    def GetFileSignature(
+        self,
+        request: _datasets_pb2.GetFileSignatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.FileSignature, _abc.Awaitable[_datasets_pb2.FileSignature]]:
+        """Tells the chunks of a revision's file, so that a client can send only what a new file has beside them: it writes a
+        delta (docs/decisions/0020), uploads that, and calls ComposeBlob.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def ComposeBlob(
+        self,
+        request: _datasets_pb2.ComposeBlobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.BlobStatus, _abc.Awaitable[_datasets_pb2.BlobStatus]]:
+        """Makes the announced file out of a revision's file and an uploaded delta; `complete` is true at once. Nothing is kept
+        unless the bytes have the announced digest. The same again is harmless.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING: the delta), INVALID_ARGUMENT
+        (DELTA_MALFORMED, DIGEST_MISMATCH, SIZE_MISMATCH), RESOURCE_EXHAUSTED (DISK_FULL).
+        """
+
+    @_abc_1.abstractmethod
+    def ImportFiles(
+        self,
+        request: _datasets_pb2.ImportFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_datasets_pb2.ImportFilesResponse], _abc.AsyncIterator[_datasets_pb2.ImportFilesResponse]]:
+        """Fetches files by reference and stores them: a dataset of the hub, an S3 prefix, a folder of the service's machine.
+        Tells how far it has come, and each file once it is stored; CommitRevision of those files makes the revision. After a
+        cut the same call goes on: what is stored already is not fetched from the hub again.
+        Errors: PERMISSION_DENIED (HUB_FORBIDDEN, S3_PREFIX_FORBIDDEN, LOCAL_PATH_FORBIDDEN: the service's settings do not
+        allow it), NOT_FOUND (DATASET_NOT_FOUND, SOURCE_NOT_FOUND), INVALID_ARGUMENT (SOURCE_MISSING, SOURCE_MALFORMED,
+        PATH_UNSAFE, TOO_MANY_FILES), UNAVAILABLE (HUB_UNREACHABLE), RESOURCE_EXHAUSTED (DISK_FULL).
+        """
+
+    @_abc_1.abstractmethod
     def CommitRevision(
         self,
         request: _datasets_pb2.CommitRevisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.Revision, _abc.Awaitable[_datasets_pb2.Revision]]:
         """Reads every row of the uploaded files and freezes them as a revision; equal content gives the equal revision.
+        Archives (.zip .tar .tar.gz .tar.zst) are unpacked beside themselves. Files that hold no rows, as images, are carried;
+        an image that a row names must be one of them. With the format "files" nothing is unpacked or read.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING), INVALID_ARGUMENT (FORMAT_UNKNOWN,
-        FORMAT_UNDETECTED, PATH_UNSAFE, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named
-        "files[path].rows[k].field", the first 100 in full and `bad_rows` counting all).
+        FORMAT_UNDETECTED, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
+        ARCHIVE_UNSUPPORTED, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named "files[path].rows[k].field",
+        the first 100 in full and `bad_rows` counting all).
         """
 
     @_abc_1.abstractmethod
@@ -362,6 +462,17 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.ListRevisionsResponse, _abc.Awaitable[_datasets_pb2.ListRevisionsResponse]]:
         """Lists a dataset's revisions, oldest first. Errors: as ListDatasets, and NOT_FOUND (DATASET_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def DiffRevisions(
+        self,
+        request: _datasets_pb2.DiffRevisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.DiffRevisionsResponse, _abc.Awaitable[_datasets_pb2.DiffRevisionsResponse]]:
+        """Says what changed between two revisions of any dataset: files, and rows by their content. A row between the same
+        unchanged neighbours on both sides is changed; one that only moved is neither added nor removed.
+        Errors: NOT_FOUND (REVISION_NOT_FOUND).
+        """
 
     @_abc_1.abstractmethod
     def PreviewRows(
