@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.consolidate import bench_consolidate
 from tests.bench.upload import bench_upload
 from tests.e2e.stack import Stack
 
@@ -38,6 +40,20 @@ def bench_start(rounds: int = 5) -> None:
     print(f"start  RSS MB  {spread(sizes)}  goal 150")
 
 
+def bench_zero3() -> None:
+    """ZeRO-3 to safetensors; goals 0.5 of the peer's time, 0.1 of its memory."""
+    if not (peer := os.environ.get("QUARTET_BENCH_DEEPSPEED")):
+        print("zero3  left out: QUARTET_BENCH_DEEPSPEED names no python that has DeepSpeed")
+        return
+    found = bench_consolidate(peer)
+    print(f"zero3  GB      {found['bytes'][0] / 1e9:.2f} of float32 numbers from 8 ranks")
+    for unit, goal in {"seconds": 0.5, "MB": 0.1}.items():
+        mine, theirs = found[unit], found[f"peer {unit}"]
+        ratio = [a / b for a, b in zip(mine, theirs, strict=True)]
+        print(f"zero3  {unit:7} {spread(mine)}; DeepSpeed's zero_to_fp32 {spread(theirs)}")
+        print(f"zero3  ratio   {spread(ratio)}  goal {goal}")
+
+
 def main() -> None:
     bench_start()
     ours, bare = bench_upload()
@@ -45,6 +61,7 @@ def main() -> None:
     print(f"upload MB/s    {spread(ours)}")
     print(f"upload peer    {spread(bare)}  a bare grpc.aio client stream of 1 MiB messages, bytes dropped")
     print(f"upload ratio   {spread(ratio)}")
+    bench_zero3()
 
 
 if __name__ == "__main__":
