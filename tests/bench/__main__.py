@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.consolidate import bench_consolidate
 from tests.bench.second import bench_second
 from tests.bench.upload import bench_edit, bench_memory, bench_upload
 from tests.e2e.stack import Stack
@@ -60,8 +62,22 @@ def bench_preparing() -> None:
     print(f"the same again {spread(second)}  from another workspace; goal 2")
 
 
+def bench_zero3() -> None:
+    """ZeRO-3 to safetensors; goals 0.5 of the peer's time, 0.1 of its memory."""
+    if not (peer := os.environ.get("QUARTET_BENCH_DEEPSPEED")):
+        print("zero3  left out: QUARTET_BENCH_DEEPSPEED names no python that has DeepSpeed")
+        return
+    found = bench_consolidate(peer)
+    print(f"zero3  GB      {found['bytes'][0] / 1e9:.2f} of float32 numbers from 8 ranks")
+    for unit, goal in {"seconds": 0.5, "MB": 0.1}.items():
+        mine, theirs = found[unit], found[f"peer {unit}"]
+        ratio = [a / b for a, b in zip(mine, theirs, strict=True)]
+        print(f"zero3  {unit:7} {spread(mine)}; DeepSpeed's zero_to_fp32 {spread(theirs)}")
+        print(f"zero3  ratio   {spread(ratio)}  goal {goal}")
+
+
 def main(sections: Sequence[str]) -> None:
-    known = {"start": bench_start, "upload": bench_uploads, "prepare": bench_preparing}
+    known = {"start": bench_start, "upload": bench_uploads, "prepare": bench_preparing, "zero3": bench_zero3}
     for name in sections or known:
         known[name]()
 

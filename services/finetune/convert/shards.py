@@ -196,10 +196,10 @@ def to_bytes(value: Any) -> bytes | memoryview:
 
 def cast_bytes(tensor: Stored, dtype: str) -> Iterable[bytes | memoryview]:
     """A tensor's bytes in another dtype, rounded once; untouched if it has that dtype or no floating point."""
-    import torch
-
     if tensor.cast(dtype).dtype == tensor.dtype:
         return raw(tensor)
+    import torch
+
     return [to_bytes(as_torch(tensor).to(getattr(torch, dtype)))]
 
 
