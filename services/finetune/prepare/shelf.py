@@ -39,6 +39,7 @@ def shelf_key(run: PrepareRun, certificate: Certificate) -> str:
         "system": data.system,
         "max_length": data.max_length,
         "pack": data.pack,
+        "max_rows": data.max_rows,
         "seed": run.seed,
     }
     return hashlib.sha256(dump(parts)).hexdigest()

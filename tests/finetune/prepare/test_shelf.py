@@ -107,6 +107,7 @@ def test_a_key_holds_all_that_decides_the_blocks(order: PrepareRun) -> None:
         replace(order, data=replace(data, system="Be kind.")),
         replace(order, data=replace(data, max_length=64)),
         replace(order, data=replace(data, pack=False)),
+        replace(order, data=replace(data, max_rows=5)),
         replace(order, data=replace(data, weights=(2.0,))),
     ]
     keys = [shelf_key(run, {"digest": "a"}) for run in (order, *changed)] + [shelf_key(order, {"digest": "b"})]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.finetune.config import ArtifactRef, PrepareRun, ValidateRun
@@ -73,6 +73,7 @@ def test_rows_that_come_twice_are_shown(file_store: Store, tmp_path: Path) -> No
     assert near == {"file": "a.jsonl", "row": 4, "first_file": "a.jsonl", "first_row": 1, "exact": False}
 
 
+@settings(deadline=None)  # the first call loads numpy
 @given(st.lists(st.sampled_from(["a", "A", " a", "b", "c"]), max_size=30))
 def test_duplicates_are_all_but_the_first(texts: list[str]) -> None:
     twins = Twins()
