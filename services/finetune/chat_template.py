@@ -1,29 +1,49 @@
 """The model's own chat template: Jinja from its tokenizer, run in a sandbox, cut into pieces.
 
 The template is rendered with a mark in place of each message's text. Where the marks come out shows which characters
-were written by somebody and which are the template's; only the latter may become control tokens.
+were written by somebody and which are the template's; only the latter may become control tokens. Tools and calls, which a
+template writes as JSON, cannot be marked: they must not hold the text of a special token.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.formats import Conversation, Message
-from services.finetune.templates import Piece, guard, with_system
+from services.finetune.templates import Piece, Tool, guard, image_pieces, text_pieces, with_system
 from services.finetune.tokenizer import Tokenizer
 
 # Private-use characters: no tokenizer's template writes them.
 _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
-Render = Callable[[Sequence[Message], bool], str]
+
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """What is rendered: turns and the tools on offer; with `images`, users' <image> marks are images."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    images: bool = False
+
+    def first(self, n: int) -> _Talk:
+        return replace(self, messages=self.messages[:n])
+
+    def stages(self) -> Iterator[tuple[_Talk, bool]]:
+        """Every (turns, with the generation prompt) that cutting renders."""
+        for n, message in enumerate(self.messages):
+            if message.role == "assistant":
+                yield self.first(n), True
+                yield self.first(n + 1), False
+        if self.messages and self.messages[-1].role != "assistant":
+            yield self, True
 
 CLOCK: ContextVar[datetime | None] = ContextVar("CLOCK", default=None)
 """What a template that asks for the time is told; None is the present. A parity certificate must not change by the day."""
@@ -43,33 +63,63 @@ class ChatTemplate:
             self.stop = (*self.stop, end)
 
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:
-        return self._cut(with_system(conversation.messages, system))
+        messages = with_system(conversation.messages, system)
+        return self._cut(_Talk(messages, conversation.tools, bool(conversation.images)))
 
-    def prompt(self, messages: Sequence[Message], system: str = "") -> list[Piece]:
-        return self._cut(with_system(messages, system))
+    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
+        return self._cut(_Talk(with_system(messages, system), tools))
 
     def jinja(self) -> str:
         return str(self._tokenizer.chat_template)
 
-    def _cut(self, messages: list[Message]) -> list[Piece]:
+    def _cut(self, talk: _Talk) -> list[Piece]:
         """Render the growing conversation; what each answer adds after its generation prompt is that answer's."""
-        marked = self._marks(messages)
+        messages = talk.messages
+        if (text := text_pieces(messages, self._tokenizer)) is not None:
+            return text
+        if talk.tools or any(m.calls or m.role == "tool" for m in messages):
+            self._check_tools(talk)
+        marked = self._marks(talk)
         render = self._render_marked if marked else self._render_plain
-        texts = [m.content.strip() for m in messages] if marked else []
+        shown = talk if marked else replace(talk, messages=())
         found: list[Piece] = []
         done = whole = ""
         for n, message in enumerate(messages):
             if message.role == "assistant":
-                asked, whole = render(messages[:n], True), render(messages[: n + 1], False)
-                found += _pieces(_after(done, asked), texts, False)
+                asked, whole = render(talk.first(n), True), render(talk.first(n + 1), False)
+                found += _pieces(_after(done, asked), shown, False)
                 answer = _after(asked, whole)
                 cut = self._end(answer)
-                found += _pieces(answer[:cut], texts, message.trained)
+                found += _pieces(answer[:cut], shown, message.trained)
                 done = asked + answer[:cut]
         if messages and messages[-1].role != "assistant":
-            whole = render(messages, True)
-        found += _pieces(_after(done, whole), texts, False)
+            whole = render(talk, True)
+        found += _pieces(_after(done, whole), shown, False)
         return guard(found, self._tokenizer)
+
+    def _check_tools(self, talk: _Talk) -> None:
+        """Refuse a template that leaves tools out, and texts in them that could steer."""
+        calls = [c for m in talk.messages for c in m.calls]
+        if any(
+            self._tokenizer.controls(text) for text in _texts([*talk.tools, *({c.name: c.arguments} for c in calls)])
+        ):
+            raise InvalidArgument(
+                "a tool or a tool call holds the text of a special token; remove it", reason="TEXT_INVALID"
+            )
+        whole = self._render_plain(talk, False)
+        left_out = [c.name for c in calls if c.name not in whole]
+        if talk.tools and whole == self._render_plain(replace(talk, tools=()), False):
+            left_out.append("the definitions")
+        for message in talk.messages:
+            text = message.content.strip()
+            if message.role == "tool" and text not in whole and _tojson(text)[1:-1] not in whole:
+                left_out.append("the results")
+        if left_out:
+            raise InvalidArgument(
+                f"the model's chat template leaves tools out ({left_out[0]}): it has no place for them; use a model that "
+                "was made for tools",
+                reason="TOOLS_UNSUPPORTED",
+            )
 
     def _end(self, answer: str) -> int:
         """Where an answer's end-of-turn token ends: it is learned, what the template writes after it is not."""
@@ -85,22 +135,24 @@ class ChatTemplate:
     def _end_of_turn(self) -> str:
         """The special token that the template writes after an answer, "" if there is none."""
         try:
-            text = self._render_marked([Message("user", "q"), Message("assistant", "a")], False)
+            text = self._render_marked(_Talk([Message("user", "q"), Message("assistant", "a")]), False)
         except InvalidArgument:
             return ""
         after = text.rpartition("\ue001")[2]
         found = [(at, s) for s in self._tokenizer.special_texts if (at := after.find(s)) >= 0]
         return min(found)[1] if found else ""
 
-    def _marks(self, messages: list[Message]) -> bool:
+    def _marks(self, talk: _Talk) -> bool:
         """Whether marks can stand for the texts: not if the template looks inside them, beyond trimming."""
-        stages = [(messages, True)] if messages and messages[-1].role != "assistant" else []
-        for n, message in enumerate(messages):
-            if message.role == "assistant":
-                stages += [(messages[:n], True), (messages[: n + 1], False)]
-        if all(self._agrees(turns, prompt) for turns, prompt in stages):
+        if all(self._agrees(turns, prompt) for turns, prompt in talk.stages()):
             return True
-        if any(self._tokenizer.controls(m.content) for m in messages):
+        if talk.images:
+            raise InvalidArgument(
+                "the model's chat template rewrites messages, so the places of their images are lost; name a template "
+                "in its place",
+                reason="TEMPLATE_REFUSED",
+            )
+        if any(self._tokenizer.controls(m.content) for m in talk.messages):
             raise InvalidArgument(
                 "a message holds the text of a special token, and the model's chat template rewrites messages, so the "
                 "two cannot be told apart; remove it from the message",
@@ -108,31 +160,34 @@ class ChatTemplate:
             )
         return False
 
-    def _agrees(self, messages: list[Message], prompt: bool) -> bool:
-        texts = [m.content.strip() for m in messages]
-        marked = self._render_marked(messages, prompt)
+    def _agrees(self, talk: _Talk, prompt: bool) -> bool:
+        texts = [m.content.strip() for m in talk.messages]
+        marked = self._render_marked(talk, prompt)
         if any(int(n) >= len(texts) for n in _MARKED.findall(marked)):
             return False
-        return _MARKED.sub(lambda m: texts[int(m[1])], marked) == self._render_plain(messages, prompt)
+        return _MARKED.sub(lambda m: texts[int(m[1])], marked) == self._render_plain(talk, prompt)
 
-    def _render_plain(self, messages: Sequence[Message], prompt: bool) -> str:
-        return self._run([m.content for m in messages], messages, prompt)
+    def _render_plain(self, talk: _Talk, prompt: bool) -> str:
+        return self._run([m.content for m in talk.messages], talk, prompt)
 
-    def _render_marked(self, messages: Sequence[Message], prompt: bool) -> str:
+    def _render_marked(self, talk: _Talk, prompt: bool) -> str:
         """White space around a text stays beside its mark, as templates often trim it."""
         texts = []
-        for n, message in enumerate(messages):
+        for n, message in enumerate(talk.messages):
             core = message.content.strip()
             texts.append(message.content.replace(core, _MARK.format(n), 1) if core else message.content)
-        return self._run(texts, messages, prompt)
+        return self._run(texts, talk, prompt)
 
-    def _run(self, texts: list[str], messages: Sequence[Message], prompt: bool) -> str:
-        turns = [{"role": m.role, "content": text} for m, text in zip(messages, texts, strict=True)]
+    def _run(self, texts: list[str], talk: _Talk, prompt: bool) -> str:
+        turns = [_turn(m, text) for m, text in zip(talk.messages, texts, strict=True)]
         # The same names as transformers gives: templates test `tools is not none`.
         names = {"bos_token": self._tokenizer.bos_token, "eos_token": self._tokenizer.eos_token}
+        tools = list(talk.tools) or None
         try:
             return str(
-                self._template.render(messages=turns, add_generation_prompt=prompt, tools=None, documents=None, **names)
+                self._template.render(
+                    messages=turns, add_generation_prompt=prompt, tools=tools, documents=None, **names
+                )
             )
         except Exception as error:  # the template is foreign code: whatever it raises is its refusal
             raise InvalidArgument(
@@ -140,12 +195,46 @@ class ChatTemplate:
             ) from error
 
 
-def _pieces(text: str, texts: list[str], trained: bool) -> list[Piece]:
-    """Pieces of a rendered text; `texts` are what its marks stand for, none if it has no marks."""
-    found = []
-    for n, part in enumerate(_MARKED.split(text) if texts else [text]):
+def _turn(message: Message, text: str) -> dict[str, Any]:
+    """A message as transformers gives it to templates: calls with their arguments as objects."""
+    turn: dict[str, Any] = {"role": message.role, "content": text}
+    if message.calls:
+        turn["tool_calls"] = [
+            {
+                **({"id": call.id} if call.id else {}),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.calls
+        ]
+    if message.call_id:
+        turn["tool_call_id"] = message.call_id
+    if message.name:
+        turn["name"] = message.name
+    return turn
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _pieces(text: str, shown: _Talk, trained: bool) -> list[Piece]:
+    """Pieces of a rendered text; the messages of `shown` are what its marks stand for, none if it has no marks."""
+    found: list[Piece] = []
+    for n, part in enumerate(_MARKED.split(text) if shown.messages else [text]):
         if n % 2:
-            found.append(Piece(texts[int(part)], trained, True, authored=True))
+            message = shown.messages[int(part)]
+            piece = Piece(message.content.strip(), trained, True, authored=True)
+            found += image_pieces(piece) if shown.images and message.role == "user" else [piece]
         elif part:
             found.append(Piece(part, trained, True))
     return [replace(found[0], begins=True), *found[1:]] if found else []

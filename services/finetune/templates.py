@@ -7,13 +7,19 @@ its answer, because both are cut into the same pieces. Only an assistant's text 
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument, nearest
-from services.finetune.formats import Conversation, Message
+from services.finetune.formats import IMAGE, Conversation, Message
 from services.finetune.tokenizer import Tokenizer
+
+IMAGE_ID = -200
+"""Stands among token ids for an image, until a vision encoder's features take its place; no token has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,8 @@ class Piece:
     """Somebody wrote it: it must not steer. `guard` makes it plain where it could."""
     begins: bool = False
     """It is not tokenised together with what stands before, so that the tokens do not depend on what is learned."""
+    image: bool = False
+    """An image stands here: one token, whatever the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,50 +49,28 @@ class Encoded:
 class Row:
     """A named template: {system}, {input} and {round} are filled in.
 
-    `suffix` ends an answer and is learned; without one the tokenizer's EOS does. `sep` follows, not learned.
+    `suffix` ends an answer and is learned. Without one, or with `eos`, the tokenizer's EOS ends it, and the next turn
+    begins a text again. `sep` follows, not learned. Without `system` there is no place for a system text.
     """
 
-    system: str
     instruction: str
+    system: str = ""
     suffix: str = ""
-    sep: str = "\n"
+    eos: bool = False
+    sep: str = ""
     stop: tuple[str, ...] = ()
 
 
-_CHATML = Row(
-    "<|im_start|>system\n{system}<|im_end|>\n",
-    "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
-    "<|im_end|>",
-    stop=("<|im_end|>",),
-)
-_LLAMA2_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n"
-)
-_VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. {system}\n "
-)
+def _table() -> dict[str, Row]:
+    rows = tomllib.loads(Path(__file__).with_name("templates.toml").read_text("utf-8"))
+    return {name: Row(**{**row, "stop": tuple(row.get("stop", ()))}) for name, row in rows.items()}
 
-TEMPLATES: Mapping[str, Row] = {
-    "default": Row("<|System|>:{system}\n", "<|User|>:{input}\n<|Bot|>:"),
-    "chatml": _CHATML,
-    "internlm_chat": Row("<|System|>:{system}\n", "<|User|>:{input}<eoh>\n<|Bot|>:", "<eoa>", stop=("<eoa>",)),
-    "internlm2_chat": _CHATML,
-    "qwen_chat": Row(_CHATML.system, _CHATML.instruction, _CHATML.suffix, stop=("<|im_end|>", "<|endoftext|>")),
-    "llama2_chat": Row(f"[INST] <<SYS>>\n {_LLAMA2_SYSTEM}{{system}}\n<</SYS>>\n [/INST] ", "[INST] {input} [/INST]"),
-    "mistral": Row("[INST] {system} [/INST]\n", "[INST] {input} [/INST]"),
-    "zephyr": Row("<|system|>\n{system}\n", "<|user|>\n{input}\n<|assistant|>\n"),
-    "vicuna": Row(_VICUNA, "USER: {input} ASSISTANT:"),
-    "llama3_chat": Row(
-        "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
-        "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        sep="",
-        stop=("<|eot_id|>",),
-    ),
-}
+
+TEMPLATES: Mapping[str, Row] = _table()
+
+
+Tool = Mapping[str, Any]
+"""A tool's definition, as OpenAI writes it: {"type": "function", "function": {name, description, parameters}}."""
 
 
 class Template(Protocol):
@@ -94,10 +80,13 @@ class Template(Protocol):
     stop: tuple[str, ...]
 
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:
-        """A whole conversation. `system` is used when it has no system turn of its own."""
+        """A whole conversation. `system` is used when it has no system turn of its own.
 
-    def prompt(self, messages: Sequence[Message], system: str = "") -> list[Piece]:
-        """A conversation that ends with a user's turn, up to where the answer begins."""
+        Raises InvalidArgument: TEMPLATE_REFUSED, TOOLS_UNSUPPORTED, TEXT_INVALID.
+        """
+
+    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
+        """A conversation that ends with a user's or a tool's turn, up to where the answer begins. Raises as `pieces`."""
 
     def jinja(self) -> str:
         """An equal chat template, for exported models."""
@@ -128,14 +117,27 @@ def check_name(name: str) -> None:
         raise InvalidArgument(f"unknown template {name!r}{nearest(name, known)}", reason="TEMPLATE_UNKNOWN")
 
 
-def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Encoded:
-    """Token ids and loss mask. Neighbours of one kind are tokenised together, as their text would be."""
+def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None = None) -> Encoded:
+    """Token ids and loss mask. Neighbours of one kind are tokenised together, as their text would be.
+
+    `image_id` stands for an image; without one InvalidArgument (IMAGES_UNSUPPORTED) is raised where there is an image.
+    """
     ids: list[int] = []
     mask: list[bool] = []
     n = 0
     while n < len(pieces):
         first, text = pieces[n], ""
-        while n < len(pieces) and (not text or not pieces[n].begins):
+        if first.image:
+            if image_id is None:
+                raise InvalidArgument(
+                    "the conversation holds an image, which this model cannot see; use a model with a vision encoder",
+                    reason="IMAGES_UNSUPPORTED",
+                )
+            ids.append(image_id)
+            mask.append(False)
+            n += 1
+            continue
+        while n < len(pieces) and not pieces[n].image and (not text or not pieces[n].begins):
             if (pieces[n].trained, pieces[n].special) != (first.trained, first.special):
                 break
             text += pieces[n].text
@@ -146,9 +148,15 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Encoded:
     return Encoded(ids, mask)
 
 
-def to_prompt_ids(template: Template, tokenizer: Tokenizer, messages: Sequence[Message], system: str = "") -> list[int]:
+def to_prompt_ids(
+    template: Template,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    system: str = "",
+    tools: Sequence[Tool] = (),
+) -> list[int]:
     """What to feed for an answer to `messages`."""
-    return encode(template.prompt(messages, system), tokenizer).ids
+    return encode(template.prompt(messages, system, tools), tokenizer).ids
 
 
 def guard(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:
@@ -164,9 +172,37 @@ def guard(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:
 
 
 def with_system(messages: Sequence[Message], system: str) -> list[Message]:
-    """`messages` with a system turn if they have none and there is something to say."""
-    has = bool(messages) and messages[0].role == "system"
+    """`messages` with a system turn if they have none, are no running text, and there is something to say."""
+    has = bool(messages) and messages[0].role in ("system", "text")
     return list(messages) if has or not system else [Message("system", system), *messages]
+
+
+def text_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece] | None:
+    """The pieces of a running text, which no template frames; None of a conversation."""
+    if not messages or messages[0].role != "text":
+        return None
+    found = [Piece(tokenizer.bos_token, False, True)] if tokenizer.adds_bos else []
+    for message in messages:
+        parts = _split(message.content, message.marks)
+        run = [Piece(text, message.trained, True, authored=not mark) for text, mark in parts]
+        found += [replace(run[0], begins=True), *run[1:]] if run else []
+        if message.ends:
+            found.append(Piece(tokenizer.eos_token, message.trained, True, begins=True))
+    return guard(found, tokenizer)
+
+
+def image_pieces(piece: Piece) -> list[Piece]:
+    """An authored piece cut at its <image> marks."""
+    marked = [replace(piece, text=text, image=mark) for text, mark in _split(piece.text, (IMAGE,))]
+    return [replace(p, begins=p.begins and n == 0, authored=not p.image) for n, p in enumerate(marked)]
+
+
+def _split(text: str, marks: Sequence[str]) -> list[tuple[str, bool]]:
+    """`text` cut at every mark: (part, whether it is a mark); empty parts are left out."""
+    if not marks:
+        return [(text, False)] if text else []
+    parts = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
+    return [(part, n % 2 == 1) for n, part in enumerate(parts) if part]
 
 
 class _Named:
@@ -176,57 +212,92 @@ class _Named:
         self.stop = self._row.stop
         self._tokenizer = tokenizer
         self._bos = tokenizer.bos_token if tokenizer.adds_bos else ""
+        self._eos = tokenizer.eos_token if self._row.eos or not self._row.suffix else ""
 
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:
-        return self._cut(conversation.messages, system)
+        return self._cut(conversation.messages, system, conversation.tools, bool(conversation.images))
 
-    def prompt(self, messages: Sequence[Message], system: str = "") -> list[Piece]:
-        return self._cut(messages, system)
+    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
+        return self._cut(messages, system, tools, False)
 
-    def _cut(self, messages: Sequence[Message], system: str) -> list[Piece]:
-        row, found, turn = self._row, [], 0
-        begin = True
+    def _cut(self, messages: Sequence[Message], system: str, tools: Sequence[Tool], images: bool) -> list[Piece]:
+        if (text := text_pieces(messages, self._tokenizer)) is not None:
+            return text
+        if tools or any(m.calls or m.role == "tool" for m in messages):
+            raise InvalidArgument(
+                f"the template {self.name} has no place for tools; use the model's own, named tokenizer",
+                reason="TOOLS_UNSUPPORTED",
+            )
+        found: list[Piece] = []
+        turn, begin, joined = 0, True, False
         for message in with_system(messages, system):
             if begin and self._bos:
-                found.append(Piece(self._bos, False, True))
-            begin = False
-            if message.role == "system":
-                if message.content:
-                    found += self._fill(row.system, "{system}", message.content)
-            elif message.role == "user":
-                turn += 1
-                found += self._fill(row.instruction.replace("{round}", str(turn)), "{input}", message.content)
+                found.append(Piece(self._bos, False, True, begins=True))
+            if message.role == "assistant":
+                found += self._answer(message)
             else:
-                trained = message.trained
-                found.append(Piece(message.content, trained, True, authored=True, begins=True))
-                found.append(Piece(row.suffix or self._tokenizer.eos_token, trained, True))
-                if row.sep:
-                    found.append(Piece(row.sep, False, True, begins=True))
-                begin = not row.suffix  # after a real EOS the next turn begins a text again
+                turn += message.role == "user"
+                run = self._question(message, turn, images)
+                # A system text is tokenised together with the question behind it.
+                found += run if joined or not run else [replace(run[0], begins=True), *run[1:]]
+                joined = message.role == "system" and bool(run or joined)
+            # After a real EOS the next turn begins a text again.
+            begin = message.role == "assistant" and bool(self._eos)
         return guard(found, self._tokenizer)
 
-    def _fill(self, form: str, slot: str, text: str) -> list[Piece]:
+    def _question(self, message: Message, turn: int, images: bool) -> list[Piece]:
+        if message.role == "user":
+            return self._fill(self._row.instruction.replace("{round}", str(turn)), "{input}", message.content, images)
+        if not message.content:
+            return []
+        if not self._row.system:
+            raise InvalidArgument(
+                f"the template {self.name} has no place for a system text; leave it out or use another template",
+                reason="TEMPLATE_REFUSED",
+            )
+        return self._fill(self._row.system, "{system}", message.content, False)
+
+    def _answer(self, message: Message) -> list[Piece]:
+        """What is joined is tokenised as XTuner does: the text with its suffix, then each part on its own."""
+        trained, row = message.trained, self._row
+        found = [Piece(message.content, trained, True, authored=True, begins=True)]
+        if row.suffix:
+            found.append(Piece(row.suffix, trained, True))
+        if self._eos:
+            found.append(Piece(self._eos, trained, True, begins=True))
+        if row.sep:
+            found.append(Piece(row.sep, False, True, begins=True))
+        return found
+
+    def _fill(self, form: str, slot: str, text: str, images: bool) -> list[Piece]:
         before, _, after = form.partition(slot)
-        return [Piece(before, False, True), Piece(text, False, True, authored=True), Piece(after, False, True)]
+        written = Piece(text, False, True, authored=True)
+        inner = image_pieces(written) if images else [written]
+        return [p for p in (Piece(before, False, True), *inner, Piece(after, False, True)) if p.text]
 
     def jinja(self) -> str:
         row = self._row
         bos = "{{ bos_token }}" if self._bos else ""
-        again = bos if not row.suffix else ""
-        end = _quote(row.suffix) if row.suffix else "eos_token"
+        end = " + ".join([*([_quote(row.suffix)] if row.suffix else []), *(["eos_token"] if self._eos else [])])
+        again = bos if self._eos else ""
+        refused = "{{{{ raise_exception('the template {} has no place for {}') }}}}"
 
         def filled(form: str, slot: str) -> str:
             before, _, after = form.partition(slot)
             before = "{{ " + _quote(before) + " }}" if "{round}" not in before else _round(before)
             return f"{before}{{{{ message['content'] }}}}{{{{ {_quote(after)} }}}}"
 
+        system = filled(row.system, "{system}") if row.system else refused.format(self.name, "a system text")
         return (
+            f"{{% if tools %}}{refused.format(self.name, 'tools')}{{% endif %}}"
             f"{bos}{{% set ns = namespace(turn=0) %}}{{% for message in messages %}}"
             f"{{% if message['role'] == 'system' %}}"
-            f"{{% if message['content'] %}}{filled(row.system, '{system}')}{{% endif %}}"
+            f"{{% if message['content'] %}}{system}{{% endif %}}"
             f"{{% elif message['role'] == 'user' %}}{{% set ns.turn = ns.turn + 1 %}}{filled(row.instruction, '{input}')}"
-            f"{{% else %}}{{{{ message['content'] + {end} + {_quote(row.sep)} }}}}"
-            f"{{% if not loop.last %}}{again}{{% endif %}}{{% endif %}}{{% endfor %}}"
+            f"{{% elif message['role'] == 'assistant' and not message['tool_calls'] %}}"
+            f"{{{{ message['content'] + {end} + {_quote(row.sep)} }}}}"
+            f"{{% if not loop.last %}}{again}{{% endif %}}"
+            f"{{% else %}}{refused.format(self.name, 'tools')}{{% endif %}}{{% endfor %}}"
         )
 
 

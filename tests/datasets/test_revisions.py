@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,19 @@ def test_a_models_files_are_kept_unread(datasets: DatasetsStub) -> None:
     files = {"config.json": b"{}", "model.safetensors": bytes(100)}
     made = commit(datasets, new(datasets), files, format="files")
     assert (made.format, made.row_count, made.size_bytes) == ("files", 0, 102)
+
+
+def test_preview_shows_where_images_stand(datasets: DatasetsStub, service: Service, tmp_path: Path) -> None:
+    store = open_store((service.home / "store").as_uri())
+    digest = artifacts.publish_directory(store, "base", tiny_tokenizer(tmp_path), meta={"template": "tokenizer"})
+    artifacts.put_ref(store, "workspaces/default/models/seeing", {"digest": digest, "kind": "base"})
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    data = json.dumps({"image": "a.jpg", "conversations": turns}).encode()
+    made = commit(datasets, new(datasets), {"a.jsonl": data})
+    assert (made.format, made.format_reason) == ("llava", "the first row has conversations and image")
+    wanted = pb.PreviewRowsRequest(name=made.name, model="workspaces/default/models/seeing", max_length=50)
+    (shown,) = datasets.PreviewRows(wanted).rows
+    assert list(shown.token_ids).count(-200) == 1 and "".join(p.text for p in shown.pieces).count("q") == 1
 
 
 def test_preview_shows_what_training_sees(datasets: DatasetsStub, service: Service, tmp_path: Path) -> None:

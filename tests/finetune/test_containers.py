@@ -133,7 +133,6 @@ BAD = [
     ("alpaca", {"instruction": "q", "output": "a", "input": "\ud800"}, "input", "TEXT_INVALID"),
     ("alpaca", {"instruction": "q", "output": "a", "system": ["s"]}, "system", "FIELD_TYPE"),
     ("alpaca", {"instruction": "", "output": "a"}, "instruction", "QUESTION_EMPTY"),
-    ("default", {"conversation": [TURN, {**TURN, "system": "s"}]}, "conversation[1].system", "TURN_ORDER"),
     ("default", {"conversation": [{**TURN, "sep": "x"}]}, "conversation[0].sep", "FIELD_UNSUPPORTED"),
     ("default", {"conversation": [{"input": "q"}]}, "conversation[0].output", "FIELD_MISSING"),
 ]  # fmt: skip

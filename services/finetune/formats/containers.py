@@ -186,6 +186,9 @@ def _array(file: str, text: str, at: int) -> Iterator[Raw]:
 # ---- CSV ----
 
 
+_JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "history", "images")
+
+
 class _BadLine(ValueError):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
@@ -253,7 +256,8 @@ def _csv_row(file: str, number: int, header: list[str], cells: list[str]) -> Raw
     row: dict[str, Any] = {}
     for name, cell in zip(header, cells, strict=True):
         row[name] = cell
-        if cell[:1] == "[" and name in ("messages", "conversations", "conversation"):
+        # XTuner's msagent_react has lists as Python writes them; its format reads them itself.
+        if cell[:1] == "[" and cell[:3] != "[{'" and name in _JSON_COLUMNS:
             row[name] = _whole(file, number, cell)
             if isinstance(row[name], Problem):
                 found: Problem = row[name]

@@ -762,7 +762,7 @@ class PreviewRow(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All token ids, in order."""
+        """All token ids, in order; -200 stands for an image."""
 
     @_builtins.property
     def loss_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
