@@ -10,6 +10,8 @@ from quartet.datasets.v1 import datasets_pb2 as pb
 from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 
 from services.finetune.errors import Aborted, AlreadyExists, InvalidArgument, NotFound, Unavailable
+from services.finetune.formats import FORMATS
+from services.finetune.templates import TEMPLATES
 from tests.datasets.conftest import Service
 from tests.datasets.wire import commit, new, refused, row
 
@@ -63,8 +65,9 @@ def test_delete_wants_the_present_etag_and_forgets_revisions(datasets: DatasetsS
 
 def test_tables(datasets: DatasetsStub) -> None:
     names = {f.name for f in datasets.ListFormats(pb.ListFormatsRequest()).formats}
-    assert {"openai", "alpaca", "sharegpt", "default", "files"} <= names
+    assert names == {*FORMATS, "files"} and len(names) == 28
     templates = {t.name: t.example for t in datasets.ListTemplates(pb.ListTemplatesRequest()).templates}
+    assert set(templates) == {*TEMPLATES, "tokenizer"} and len(templates) == 29
     assert "tokenizer" in templates and "<|im_start|>user\nHello<|im_end|>" in templates["internlm2_chat"]
 
 

@@ -43,7 +43,7 @@ def place_images(row: Mapping[str, Any], turns: Turns, images: Images) -> tuple[
 def _files(row: Mapping[str, Any]) -> tuple[str, ...]:
     name = "images" if row.get("images") is not None else "image"
     given = row.get(name)
-    if given is None:
+    if given is None or given == "":  # a row of a CSV file without an image
         return ()
     if not isinstance(given, list | tuple):
         return (_path(given, name),)

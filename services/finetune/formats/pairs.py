@@ -69,6 +69,7 @@ def _one(row: Mapping[str, Any], question: str, asked: str, answer: str, system:
     turns = Turns()
     if system:
         turns.add(Message("system", system), asked)
+    _add_history(turns, row)
     turns.add(Message("user", question), asked)
     turns.add(Message("assistant", text(row, answer, answer)), answer)
     return turns.checked(asked)
@@ -80,13 +81,17 @@ def alpaca(row: Mapping[str, Any]) -> Conversation:
     if answer.strip() == "<nooutput>":  # Alpaca's own mark
         raise RowError("output", "ANSWER_EMPTY", "output is <nooutput>: there is nothing to learn; remove the row")
     turns = Turns()
-    for n, said in enumerate(_history(row)):
-        turns.add(Message("user", said[0]), f"history[{n}][0]")
-        turns.add(Message("assistant", said[1]), f"history[{n}][1]")
+    _add_history(turns, row)
     turns.add(Message("user", joined(question, optional(row, "input", "input"))), "instruction")
     turns.add(Message("assistant", answer), "output")
     turns.put_system(row)
     return turns.checked("instruction")
+
+
+def _add_history(turns: Turns, row: Mapping[str, Any]) -> None:
+    for n, said in enumerate(_history(row)):
+        turns.add(Message("user", said[0]), f"history[{n}][0]")
+        turns.add(Message("assistant", said[1]), f"history[{n}][1]")
 
 
 def _history(row: Mapping[str, Any]) -> Sequence[Sequence[str]]:

@@ -54,7 +54,7 @@ ALL = [
     Format("colors", "description: text behind a colon, color; asked as XTuner's colour designer",
            ("description", "color"), pairs.colors, (), detection.is_colors),
     Format("prompt_completion", "one of " + ", ".join("/".join(p) for p in PROMPTS) + ": texts or lists of messages",
-           ("prompt", "completion"), pairs.prompt_completion, ("system", "tools", *dict.fromkeys(f for p in PROMPTS[1:]
+           ("prompt", "completion"), pairs.prompt_completion, ("system", "tools", "history", *dict.fromkeys(f for p in PROMPTS[1:]
            for f in p if f not in PROMPTS[0])), detection.is_prompt_completion),
     Format("default", "conversation: [{system, input, output}], or input, output", ("conversation",), rows.default,
            ("input", "output", "system"), detection.is_default),

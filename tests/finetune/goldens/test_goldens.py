@@ -92,6 +92,22 @@ def test_templates_are_xtuners_letter_by_letter(name: str) -> None:
     assert list(row.stop) == theirs.get("STOP_WORDS", [])
 
 
+@pytest.mark.parametrize("template", TABLES["templates"])
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_templates_say_the_same(tokenizers: Tokenizers, name: str, template: str) -> None:
+    tokenizer = tokenizers[name]
+    named = load_template(template, tokenizer)
+    exported = Tokenizer.__new__(Tokenizer)
+    exported.__dict__.update(tokenizer.__dict__, chat_template=named.jinja())
+    for row in SAMPLES["openai"]:
+        conversation = format_named("openai").convert(row)
+        if not TEMPLATES[template].system:
+            turns = tuple(m for m in conversation.messages if m.role != "system")
+            conversation = Conversation(turns)
+        texts = ["".join(p.text for p in t.pieces(conversation)) for t in (named, load_template("tokenizer", exported))]
+        assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("template", FEW)
 @pytest.mark.parametrize("key", [key for key, d in DIFFERENCES.items() if d.corrected])
 @pytest.mark.parametrize("name", NAMES)
