@@ -55,7 +55,7 @@ def is_prompt_completion(row: Mapping[str, Any]) -> bool:
 
 
 def is_preference(row: Mapping[str, Any]) -> bool:
-    return has(row, "chosen", "rejected")
+    return has(row, "chosen", "rejected") or has(row, "preferred_output", "non_preferred_output")
 
 
 def is_sql(row: Mapping[str, Any]) -> bool:

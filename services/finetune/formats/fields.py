@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,19 +25,28 @@ class Turns:
     """Messages as they are read, with the field that each came from."""
 
     def __init__(self) -> None:
-        self.messages: list[Message] = []
         self.fields: list[str] = []
+        self._messages: list[Message] = []
+        self._more: list[str] = []  # texts that belong to the last message; joined once, however many
+        self._asked = False
+
+    @property
+    def messages(self) -> list[Message]:
+        if self._more:
+            last = self._messages[-1]
+            texts = [t for t in (last.content, *self._more) if t]
+            self._messages[-1], self._more = replace(last, content="\n".join(texts)), []
+        return self._messages
 
     def add(self, message: Message, field: str) -> None:
         """Append a turn. Questions, and system texts, that follow each other are one, a line each; answers before the
         first question answer nothing and are left out."""
-        last = self.messages[-1] if self.messages else None
-        if message.role == "assistant" and not any(m.role == "user" for m in self.messages):
+        if message.role == "assistant" and not self._asked:
             return
-        if last is not None and last.role == message.role and message.role in ("system", "user"):
-            texts = [t for t in (last.content, message.content) if t]
-            self.messages[-1] = replace(last, content="\n".join(texts))
+        if self._messages and self._messages[-1].role == message.role and message.role in ("system", "user"):
+            self._more.append(message.content)
             return
+        self._asked = self._asked or message.role == "user"
         self.messages.append(message)
         self.fields.append(field)
 
@@ -51,12 +60,16 @@ class Turns:
     def checked(self, of: str, tools: tuple[Tool, ...] = (), images: tuple[str, ...] = ()) -> Conversation:
         """The conversation, if it keeps the rules; `of` is blamed if there is no turn at all."""
         messages, fields = self.messages, self.fields
-        if not any(m.role == "user" for m in messages):
+        if not self._asked:
             raise RowError(of, "TURN_ORDER", f"{of} has no turn of the user: an answer needs a question; add one")
-        for n in range(len(messages)):
+        calls: dict[str, None] = {}
+        for n, message in enumerate(messages):
             _check_order(messages, n, fields[n])
             _check_content(messages, n, fields[n])
-            _check_result(messages, n, fields[n])
+            if message.role == "assistant":
+                calls = dict.fromkeys(call.id for call in message.calls if call.id)
+            elif message.role == "tool" and message.call_id and calls and message.call_id not in calls:
+                raise _other_call(message.call_id, calls, fields[n])
         if not any(m.role == "assistant" for m in messages):
             raise RowError(fields[-1], "ANSWER_MISSING", "no turn of the assistant: there is nothing to learn; add one")
         if messages[-1].role == "system":
@@ -87,16 +100,9 @@ def _check_content(messages: Sequence[Message], n: int, field: str) -> None:
         raise RowError(field, "QUESTION_EMPTY", f"{field} is empty; fill it in")
 
 
-def _check_result(messages: Sequence[Message], n: int, field: str) -> None:
-    """A result that names a call belongs to one of the calls before it."""
-    wanted = messages[n].call_id
-    if messages[n].role != "tool" or not wanted:
-        return
-    calls = next((m.calls for m in reversed(messages[:n]) if m.role == "assistant"), ())
-    ids = [call.id for call in calls if call.id]
-    if ids and wanted not in ids:
-        message = f"the result names the call {wanted[:40]!r}, but the calls before it are {', '.join(ids)[:200]}"
-        raise RowError(field, "TOOL_CALL_UNKNOWN", message)
+def _other_call(wanted: str, calls: Iterable[str], field: str) -> RowError:
+    message = f"the result names the call {wanted[:40]!r}, but the calls before it are {', '.join(calls)[:200]}"
+    return RowError(field, "TOOL_CALL_UNKNOWN", message)
 
 
 def text(row: Mapping[str, Any], name: str, at: str) -> str:

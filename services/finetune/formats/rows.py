@@ -27,6 +27,13 @@ _SHAREGPT_ROLES: Roles = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
+_OPENAI_SIDES = {
+    "chosen": "preferred_output",
+    "rejected": "non_preferred_output",
+    "prompt": "input.messages",
+    "tools": "input.tools",
+}
+"""Where OpenAI's preference rows have what the others call so."""
 _OASST = re.compile(r"###\s*(Human|Assistant):")
 
 
@@ -197,6 +204,19 @@ def preference_chosen(row: Mapping[str, Any]) -> Conversation:
 
 
 def _sides(row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
+    if row.get("preferred_output") is None:
+        return _both(row)
+    try:
+        given = is_object(row.get("input"), "input", "messages")
+        sides = {name: row.get(field) for name, field in _OPENAI_SIDES.items() if "." not in field}
+        return _both({**sides, "prompt": given.get("messages"), "tools": given.get("tools")})
+    except RowError as error:
+        head = re.split(r"[.\[]", error.field, maxsplit=1)[0]
+        field = _OPENAI_SIDES.get(head, head) + error.field[len(head) :]
+        raise RowError(field, error.reason, error.message) from error
+
+
+def _both(row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
     chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
     said = [[(m.role, m.content) for m in side.messages] for side in (chosen, rejected)]
     if said[0][:-1] != said[1][:-1]:

@@ -21,6 +21,18 @@ def _has(fields: tuple[str, ...], row: dict[str, object]) -> bool:
     return has(row, *fields)
 
 
+_OTHER_NAMES = tuple(dict.fromkeys(f for p in PROMPTS for f in p if f not in PROMPTS[0]))
+_PREFERENCES = (
+    "prompt",
+    "question",
+    "instruction",
+    "input",
+    "conversations",
+    "system",
+    "tools",
+    "preferred_output",
+    "non_preferred_output",
+)
 _TURNS = ("conversations", "conversation", "system", "tools", "image", "images")
 
 ALL = [
@@ -39,10 +51,9 @@ ALL = [
     Format("moss_sft", "meta_instruction, num_turns, chat: {turn_1: {Human, Inner Thoughts, Commands, Tool Responses, "
            "MOSS}}; framed as it is, by no template", ("meta_instruction", "num_turns", "chat"), pairs.moss_sft, (),
            lambda row: has(row, "meta_instruction", "chat")),
-    Format("preference", "chosen, rejected, and prompt unless they begin with it: stored and checked, not learned",
-           ("chosen", "rejected"), rows.preference,
-           ("prompt", "question", "instruction", "input", "conversations", "system", "tools"),
-           detection.is_preference),
+    Format("preference", "chosen, rejected, and prompt unless they begin with it; or OpenAI's input, preferred_output, "
+           "non_preferred_output: stored and checked, not learned",
+           ("chosen", "rejected"), rows.preference, _PREFERENCES, detection.is_preference),
     Format("alpaca", "instruction, input (may be empty), output; history, system", ("instruction", "output"),
            pairs.alpaca, ("input", "history", "system"), detection.is_alpaca),
     Format("openorca", "question, response, system_prompt (may be empty)", ("question", "response"), pairs.openorca,
@@ -54,8 +65,8 @@ ALL = [
     Format("colors", "description: text behind a colon, color; asked as XTuner's colour designer",
            ("description", "color"), pairs.colors, (), detection.is_colors),
     Format("prompt_completion", "one of " + ", ".join("/".join(p) for p in PROMPTS) + ": texts or lists of messages",
-           ("prompt", "completion"), pairs.prompt_completion, ("system", "tools", "history", *dict.fromkeys(f for p in PROMPTS[1:]
-           for f in p if f not in PROMPTS[0])), detection.is_prompt_completion),
+           ("prompt", "completion"), pairs.prompt_completion, ("system", "tools", "history", *_OTHER_NAMES),
+           detection.is_prompt_completion),
     Format("default", "conversation: [{system, input, output}], or input, output", ("conversation",), rows.default,
            ("input", "output", "system"), detection.is_default),
     Format("oasst1", "text: ### Human: … ### Assistant: …", ("text",), rows.oasst1, (), detection.is_oasst1),
@@ -63,7 +74,7 @@ ALL = [
            detection.is_text),
     # Read on demand only: their fields tell too little, or another format reads the same rows.
     Format("preference_chosen", "as preference; chosen is learned as an answer", ("chosen", "rejected"),
-           rows.preference_chosen, ("prompt", "question", "instruction", "input", "conversations", "system", "tools")),
+           rows.preference_chosen, _PREFERENCES),
     Format("pretrain", "text: learned without white space around it and without an end", ("text",), pairs.pretrain),
     Format("wizardlm", "conversations: [{from, value}], from human or gpt", ("conversations",), rows.wizardlm,
            ("conversation", "system", "image", "images")),

@@ -55,6 +55,11 @@ SHAREGPT_TOOLS = {
     "system": "s",
 }
 TALK = "user assistant"
+PREFERRED: Fields = {
+    "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [SAY],
+    "non_preferred_output": [{**SAY, "content": "b"}],
+}
 
 GOOD: list[tuple[str, Fields, str]] = [
     ("openai", {"messages": [{"role": "developer", "content": "s"}, ASK, SAY]}, "system user assistant"),
@@ -95,6 +100,7 @@ GOOD: list[tuple[str, Fields, str]] = [
     ("preference", {"prompt": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "b"}]}, TALK),
     ("preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": {**GPT, "value": "b"}}, TALK),
     ("preference", {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b", "system": "s"}, f"system {TALK}"),
+    ("preference", PREFERRED, TALK),
     ("msagent_react", {"conversations": "[{'from': 'user', 'value': 'q'}, {'from': 'assistant', 'value': 'a'}]"}, TALK),
     ("moss_sft", {"meta_instruction": "s", "num_turns": 1, "chat": {"turn_1": {"MOSS": "a"}}}, "text text"),
 ]  # fmt: skip
@@ -240,6 +246,14 @@ BAD: list[tuple[str, Fields, str, str]] = [
     ),
     ("prompt_completion", {"prompt": [{"role": "x"}], "completion": "a"}, "prompt[0].role", "ROLE_UNKNOWN"),
     ("preference", {**PAIR, "rejected": "a"}, "rejected", "PREFERENCE_EQUAL"),
+    ("preference", {**PREFERRED, "input": {"messages": [{"role": "x"}]}}, "input.messages[0].role", "ROLE_UNKNOWN"),
+    (
+        "preference",
+        {**PREFERRED, "non_preferred_output": [{"role": "assistant"}]},
+        "non_preferred_output[0].content",
+        "FIELD_MISSING",
+    ),
+    ("preference", {**PREFERRED, "input": "q"}, "input", "FIELD_TYPE"),
     ("preference", {**PAIR, "rejected": [{"role": "user", "content": "r"}, SAY]}, "rejected", "PREFERENCE_PROMPTS"),
     ("preference", {**PAIR, "chosen": [ASK]}, "chosen[0].content", "ANSWER_MISSING"),
     ("preference", {"chosen": "a", "rejected": "b"}, "prompt", "FIELD_MISSING"),
