@@ -45,6 +45,7 @@ class _Talk:
         if self.messages and self.messages[-1].role != "assistant":
             yield self, True
 
+
 CLOCK: ContextVar[datetime | None] = ContextVar("CLOCK", default=None)
 """What a template that asks for the time is told; None is the present. A parity certificate must not change by the day."""
 
