@@ -22,7 +22,7 @@ from services.finetune.prepare.images import Images
 from services.finetune.prepare.pipeline import EDGES, bars
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise, put_json_blob
-from services.finetune.templates import Template, encode, load_template
+from services.finetune.templates import IMAGE_ID, Template, encode, load_template
 from services.finetune.tokenizer import FILES, Tokenizer
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Tokens:
         """Count a row; a Problem if the template refuses it, as training would."""
         self._note_special(row)
         try:
-            encoded = encode(self._template.pieces(row.conversation, self._run.system), self._tokenizer)
+            encoded = encode(self._template.pieces(row.conversation, self._run.system), self._tokenizer, IMAGE_ID)
         except QuartetError as error:
             return Problem(row.file, row.row, "", error.reason, error.message)
         self._lengths.append(len(encoded.ids))
