@@ -121,7 +121,7 @@ ROWS: list[tuple[str, str, Row, str, str, tuple[str, ...]]] = [
     ("no role", "openai", {"messages": [{"content": "q"}, SAY]}, "messages[0].role", "FIELD_MISSING", KINDS),
     ("renamed role", "openai", {"messages": [{**ASK, "role": "boss"}, SAY]}, "messages[0].role", "ROLE_UNKNOWN", KINDS),
     ("no content", "openai", {"messages": [ASK, {"role": "assistant"}]}, "messages[1].content", "FIELD_MISSING", KINDS),
-    ("order", "openai", {"messages": [SAY, ASK]}, "messages[0].content", "TURN_ORDER", KINDS),
+    ("order", "openai", {"messages": [ASK, SAY, SAY]}, "messages[2].content", "TURN_ORDER", KINDS),
     ("empty turn", "openai", {"messages": [ASK, {**SAY, "content": ""}]}, "messages[1].content", "ANSWER_EMPTY", KINDS),
     ("all masked", "openai", {"messages": [ASK, {**SAY, "loss": False}]}, "messages[1].content", "NOTHING_TRAINED", KINDS),
     ("no turns", "openai", {"messages": []}, "messages", "FIELD_TYPE", ("jsonl", "json", "csv")),

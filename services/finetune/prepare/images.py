@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.finetune.formats import Problem, Row
+from services.finetune.formats import IMAGE, Problem, Row
 
-MARK = "<image>"
 MAX_PIXELS = 25_000_000
 """Looked at before anything is decoded: a file of 10 kB may declare an image of hundreds of megabytes."""
 MAX_RATIO = 200
@@ -40,14 +39,14 @@ class Images:
         """What is wrong with the images of a row: IMAGE_MARKS, IMAGE_MISSING, IMAGE_TOO_LARGE, IMAGE_TOO_THIN,
         IMAGE_INVALID."""
         images = row.conversation.images
-        marks = sum(m.content.count(MARK) for m in row.conversation.messages if m.role == "user") if images else 0
+        marks = sum(m.content.count(IMAGE) for m in row.conversation.messages if m.role == "user") if images else 0
         if not images:
             return []
         self.rows += 1
         self.named += len(images)
         found = []
         if marks != len(images):
-            message = f"{len(images)} images, but {marks} {MARK} marks in the user's turns; give one mark an image"
+            message = f"{len(images)} images, but {marks} {IMAGE} marks in the user's turns; give one mark an image"
             found.append(Problem(row.file, row.row, "images", "IMAGE_MARKS", message))
         for n, name in enumerate(images):
             fault = self._fault(row.file, name)
