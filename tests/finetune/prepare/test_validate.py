@@ -20,6 +20,7 @@ from services.finetune.prepare.validate import Twins, validate
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, publish
 from tests.finetune.prepare.conftest import ROWS, dataset, do
+from tests.finetune.prepare.test_images import cut, picture
 
 
 def report(
@@ -98,6 +99,25 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(file_store: Store, order: 
     found = report(file_store, tmp_path / "w", order.datasets[0], replace(order.model, digest=digest))
     assert found["causes"] == {"TEMPLATE_REFUSED": 1} and found["problems"][0]["row"] == 4
     assert found["row_count"] == 24 and sum(b["row_count"] for b in found["tokens"]["lengths"]) == 23
+
+
+def test_images_beside_the_rows_are_opened(file_store: Store, tmp_path: Path) -> None:
+    data = {"good.png": picture(tmp_path / "good", "PNG").read_bytes(), "cut.jpg": cut(tmp_path / "cut").read_bytes()}
+    lines = [
+        {
+            "image": name,
+            "conversations": [{"from": "human", "value": f"<image>\n{name}?"}, {"from": "gpt", "value": "x"}],
+        }
+        for name in ("good.png", "cut.jpg", "gone.png", "good.png")
+    ]
+    data["rows.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    blobs = {name: file_store.put_blob(content) for name, content in sorted(data.items())}
+    files = tuple(File(name, blob.digest, blob.size) for name, blob in blobs.items())
+    digest = publish(file_store, Manifest("dataset", files, (), {"format": "llava", "rows": 4}))
+    found = report(file_store, tmp_path / "w", ArtifactRef(name="n", digest=digest))
+    assert found["causes"] == {"IMAGE_INVALID": 1, "IMAGE_MISSING": 1} and found["bad_row_count"] == 2
+    assert [(p["row"], p["field"]) for p in found["problems"]] == [(2, "images[0]"), (3, "images[0]")]
+    assert found["images"] == {"row_count": 4, "image_count": 4, "good_count": 1}
 
 
 def test_what_holds_no_rows_is_refused(file_store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from services.finetune.config import RunConfig, from_json, to_json
 from services.finetune.errors import InvalidArgument, NotFound
 from services.finetune.recipes import names, resolve
 from services.finetune.recipes.deepspeed import preset_json, preset_of, presets
-from services.finetune.recipes.tables import FORMATS, steps, table
+from services.finetune.recipes.tables import FORMATS, steps, systems
 from services.finetune.templates import TEMPLATES
 
 REFERENCE = Path(__file__).with_name("reference")
@@ -115,7 +115,7 @@ def system(wanted: str) -> str:
         return ""
     if not wanted.startswith("SYSTEM_TEMPLATE."):
         return wanted.replace("{{", "{")
-    text: str = table("texts")["systems"][wanted.removeprefix("SYSTEM_TEMPLATE.")]
+    text = systems()[wanted.removeprefix("SYSTEM_TEMPLATE.")]
     return text.partition("{bot_name}")[0]
 
 
