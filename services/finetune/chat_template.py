@@ -44,6 +44,10 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message], system: str = "") -> list[Piece]:
         return self._cut(with_system(messages, system))
 
+    def whole(self, conversation: Conversation, system: str = "") -> str:
+        """A whole conversation in one rendering, as the template writes it."""
+        return self._render_plain(with_system(conversation.messages, system), False)
+
     def jinja(self) -> str:
         return str(self._tokenizer.chat_template)
 

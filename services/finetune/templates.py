@@ -129,9 +129,19 @@ def check_name(name: str) -> None:
 
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Encoded:
-    """Token ids and loss mask. Neighbours of one kind are tokenised together, as their text would be."""
+    """Token ids and loss mask."""
     ids: list[int] = []
     mask: list[bool] = []
+    for text, trained, special in runs(pieces):
+        new = tokenizer.encode(text) if special else tokenizer.encode_plain(text)
+        ids += new
+        mask += [trained] * len(new)
+    return Encoded(ids, mask)
+
+
+def runs(pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
+    """(text, trained, special) of each text that is tokenised by itself: neighbours of one kind go together."""
+    found: list[tuple[str, bool, bool]] = []
     n = 0
     while n < len(pieces):
         first, text = pieces[n], ""
@@ -140,10 +150,8 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Encoded:
                 break
             text += pieces[n].text
             n += 1
-        new = tokenizer.encode(text) if first.special else tokenizer.encode_plain(text)
-        ids += new
-        mask += [first.trained] * len(new)
-    return Encoded(ids, mask)
+        found.append((text, first.trained, first.special))
+    return found
 
 
 def to_prompt_ids(template: Template, tokenizer: Tokenizer, messages: Sequence[Message], system: str = "") -> list[int]:

@@ -1,11 +1,19 @@
-"""A tokenizer from its tokenizer.json, without transformers: preview, training and chat all come here."""
+"""A tokenizer from its tokenizer.json, without transformers: preview, training and chat all come here.
+
+Single texts are read by Hugging Face's tokenizers. Many texts may be read by fastokens, some ten times faster, after
+`accelerate` has found both to give the same ids for thousands of texts.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +22,12 @@ from services.finetune.store.artifacts import Manifest, materialise
 from services.finetune.store.port import Store
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer as Backend
+
+    Ids = NDArray[np.int32]
+    Offsets = NDArray[np.int64]
 
 FILES = (
     "tokenizer.json",
@@ -25,14 +38,26 @@ FILES = (
 )
 
 
+HUGGING_FACE, FASTOKENS = "tokenizers", "fastokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Which library encodes batches, and why: `texts` were compared, `reason` says what spoke against fastokens."""
+
+    backend: str
+    texts: int
+    reason: str
+
+
 class Tokenizer:
     """Text to token ids and back. `digest` is the sha256 of tokenizer.json."""
 
     def __init__(self, data: bytes, config: dict[str, Any], template: str | None, generation: dict[str, Any]) -> None:
         self.digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        self._backend, self._plain = _backend(data), _backend(data)
-        # On this copy the texts of special tokens are only texts.
-        self._plain.encode_special_tokens = True
+        self._data = data
+        self._backend = _backend(data)
+        self._fast: Any = None
         self.config = config
         self.chat_template = template
         self.bos_token = _token_text(config.get("bos_token"))
@@ -44,6 +69,10 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         special = {i: t for i, t in added.items() if t.special and t.content}
         self.special_texts = tuple(t.content for t in special.values())
+        # What `harmless` looks for first: few words, however many special tokens there are.
+        self._beginnings = {s[:3] for s in self.special_texts}
+        self._first, self._last = {s[0] for s in self.special_texts}, {s[-1] for s in self.special_texts}
+        self._reach = max(map(len, self.special_texts), default=1)
         # Such tokens are found in the normalised text, where "＜s＞" may have become "<s>".
         self._normalised_ids = {i for i, t in special.items() if t.normalized and self._backend.normalizer is not None}
 
@@ -68,6 +97,13 @@ class Tokenizer:
     def backend(self) -> Backend:
         return self._backend
 
+    @functools.cached_property
+    def _plain(self) -> Backend:
+        """A copy on which the texts of special tokens are only texts."""
+        plain = _backend(self._data)
+        plain.encode_special_tokens = True
+        return plain
+
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing is added, and the texts of special tokens become those tokens."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -75,6 +111,77 @@ class Tokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Token ids; the texts of special tokens stay texts, so that what a user writes cannot steer."""
         return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], plain: bool = False) -> tuple[Ids, Offsets]:
+        """The ids of all texts, one after another, and where each begins and the last ends.
+
+        The same ids as `encode`, or with `plain` as `encode_plain`.
+        """
+        if self._fast is not None and (found := _batch_of_fastokens(self._fast, texts, plain)):
+            return found
+        return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+
+    def accelerate(self, texts: Sequence[str] = ()) -> Proof:
+        """Let fastokens encode batches if it gives the same ids as Hugging Face's tokenizers, for probes that cover all
+        scripts and for `texts`, with special tokens and without; else leave all as it is."""
+        probes = [*_probes(self.special_texts), *texts]
+        try:
+            fast = _fastokens(self._data)
+            differs = self._differs(fast, probes, False) or self._differs(fast, probes, True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            why = (str(error).splitlines() or [""])[0][:200]
+            return Proof(HUGGING_FACE, 0, f"fastokens cannot read this tokenizer: {type(error).__name__}: {why}")
+        if differs:
+            return Proof(HUGGING_FACE, len(probes), differs)
+        self._fast = fast
+        return Proof(FASTOKENS, len(probes), "")
+
+    def adopt(self, proof: Proof) -> None:
+        """Encode batches as `proof`, made of the same tokenizer in another process, found right."""
+        self._fast = _fastokens(self._data) if proof.backend == FASTOKENS else None
+
+    def compare(self, texts: Sequence[str]) -> str:
+        """The first of `texts` for which fastokens, if it is in use, gives other ids, in words; "" if it never does."""
+        return self._differs(self._fast, texts, False) if self._fast is not None else ""
+
+    def _differs(self, fast: Any, texts: Sequence[str], plain: bool) -> str:
+        """The first text whose ids differ, in words; "" if none does."""
+        refused = 0
+        for at in range(0, len(texts), 16):
+            few = texts[at : at + 16]
+            found = _batch_of_fastokens(fast, few, plain)
+            if found is None:
+                refused += len(few)
+                continue
+            ids, places = _batch_of_hugging_face(self._plain if plain else self._backend, few)
+            for text, mine, right in zip(few, _cut(*found), _cut(ids, places), strict=True):
+                if mine != right:
+                    return f"fastokens gives other ids{' for the plain text' if plain else ''} for {text[:80]!r}"
+        return f"fastokens refuses {refused} of {len(texts)} texts" if refused * 4 > len(texts) else ""
+
+    def harmless(self, text: str) -> bool:
+        """Whether `text` can have no part in a special token, whatever stands beside it. Quick; False if in doubt."""
+        if self._normalised_ids:
+            return False
+        looks_so = any(c in text for c in self._first) and any(s in text for s in self._beginnings)
+        if looks_so and any(s in text for s in self.special_texts):
+            return False
+        heads, tails = self._halves
+        reach = self._reach
+        if len(text) < reach and any(text in s for s in self.special_texts):
+            return False
+        return not (
+            (not self._last.isdisjoint(text[:reach]) and text.startswith(tails))
+            or (not self._first.isdisjoint(text[-reach:]) and text.endswith(heads))
+        )
+
+    @functools.cached_property
+    def _halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All beginnings and all ends of the texts of special tokens."""
+        cuts = [(s[:n], s[n:]) for s in self.special_texts for n in range(1, len(s))]
+        return tuple(sorted({head for head, _ in cuts})), tuple(sorted({tail for _, tail in cuts}))
 
     def controls(self, text: str, start: int = 0, end: int | None = None) -> bool:
         """Whether `encode` would find a special token in `text` that touches the characters start to end."""
@@ -147,6 +254,90 @@ def _backend(data: bytes) -> Backend:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _batch_of_hugging_face(backend: Backend, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    import numpy as np
+
+    found = [np.array(e.ids, np.int32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    ends = np.cumsum([0, *map(len, found)], dtype=np.int64)
+    return np.concatenate(found) if found else np.zeros(0, np.int32), ends
+
+
+# ---- fastokens ----
+
+# GPT-2's pattern with each digit a word of its own, as [Digits, ByteLevel] gives: white space before a digit is not split.
+_DIGITS_AND_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # fmt: skip
+
+
+def _fastokens(data: bytes) -> Any:
+    """fastokens' tokenizer of the same tokenizer.json; raises whatever it raises for one that it cannot read."""
+    from fastokens._native import Tokenizer as Fast
+
+    fast = Fast.from_json_str(_one_split(data))
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _one_split(data: bytes) -> str:
+    """fastokens is three times faster with one pattern than with a chain of pre-tokenizers, so SmolLM's and StarCoder's
+    chain becomes one. Whether that is the same is for `accelerate` to find."""
+    whole = json.loads(data)
+    chain = (whole.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    if [p.get("type") for p in chain] != ["Digits", "ByteLevel"]:
+        return data.decode()
+    digits, byte_level = chain
+    if not digits["individual_digits"] or byte_level["add_prefix_space"] or not byte_level.get("use_regex", True):
+        return data.decode()
+    split = {"type": "Split", "pattern": {"Regex": _DIGITS_AND_WORDS}, "behavior": "Isolated", "invert": False}
+    whole["pre_tokenizer"]["pretokenizers"] = [split, {**byte_level, "use_regex": False}]
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def _batch_of_fastokens(fast: Any, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets] | None:
+    """None if it refuses a text, as for a byte that the vocabulary lacks; Hugging Face's library leaves that out."""
+    import numpy as np
+
+    try:
+        ids, ends = fast.encode_batch_flat(list(texts), add_special_tokens=False, split_special_tokens=plain)
+    except ValueError:
+        return None
+    return np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(ends, np.uint64).astype(np.int64)
+
+
+def _cut(ids: Ids, offsets: Offsets) -> list[list[int]]:
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
+
+
+_FRAGMENTS = (
+    "the quick brown fox", " Hello, World!", "don't we'll I'VE it's they're", "naïve café Ünïcödé", "e\u0301 a\u0308o",
+    "你好，世界。", "机器学习是人工智能的一个分支", "這是繁體中文", "日本語のテキスト、カタカナ", "한국어 문장", "Привет",
+    "Γειά", "مرحبا بالعالم", "שלום", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Tiếng Việt", "①②½Ⅷ٣٤५६", "3.14159", "1,234",
+    "🙂🚀👍🏽", "👩\u200d👧", "🇨🇳", "2026-11-25", "0x7fff", "def f(x):\n\treturn x ** 2\n",
+    "    if (a != b) { return; }\r\n", '<div class="x">&nbsp;</div>', "https://a.b/c?d=e&f=%20", "x += 1;  // TODO",
+    '{"k": [1, null]}', "$\\frac{a}{b}$", "```python\n", "| a | b |\n|---|---|", "...!?--___***###", "“quoted”—‘dash’",
+    " ", "  ", "   ", "\t", "\n", "\n\n", " \n ", "\r\n\r\n", "\u00a0", "\u3000", "\u200b\u200d", "\u2028", "\ufeff",
+    "\x00\x01\x7f", "\ufffd", "\U0001f9ff", "a" * 32, "antidisestablishmentarianism", "<|", "|>", "[", "]", "<s", "/s>",
+    "<|im", "_", "▁", "Ġ",
+)  # fmt: skip
+
+
+def _probes(special_texts: Sequence[str]) -> Iterator[str]:
+    """Thousands of texts that try what tokenizers differ in: every character, scripts, code, white space, special tokens
+    and their halves, and all these beside each other."""
+    yield ""
+    for start in itertools.chain(range(0, 0xD800, 64), range(0xE000, 0x10000, 64), range(0x1F000, 0x20000, 64)):
+        characters = [chr(n) for n in range(start, start + 64)]
+        yield "".join(characters)
+        yield " a".join(characters)
+    draw = random.Random(0)
+    specials = list(special_texts[:64])
+    for _ in range(3000):
+        fragments = draw.choices(_FRAGMENTS, k=draw.randint(1, 6))
+        if specials and draw.random() < 0.5:
+            fragments.insert(draw.randint(0, len(fragments)), draw.choice(specials))
+        yield draw.choice(("", " ", "\n")).join(fragments)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""From rows to blocks of tokens, before a GPU is held."""

@@ -1,0 +1,249 @@
+"""Dataset rows to packed, memory-mapped blocks: read, render, tokenise, cut, lay out.
+
+Rows are read in shards, each by whichever process is free, and put together in order, so that the result does not
+depend on how many processes there are. No process holds more than some rows at a time; of a finished sample only its
+length stays in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.finetune.config import DataConfig
+from services.finetune.errors import InvalidArgument, from_json
+from services.finetune.formats import Problem
+from services.finetune.packing import Blocks, Flat, block_length, lay_out, offsets_of, order
+from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, start, work
+from services.finetune.prepare.shards import Shard, Source, cut
+from services.finetune.templates import load_template
+from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Longs = NDArray[np.int64]
+
+_BYTES_A_PROCESS = 16 << 20
+"""A process takes a second to start; less than this is not worth one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `build` made."""
+
+    blocks: Blocks
+    index: Mapping[str, Any]
+    """What is in index.json."""
+    proof: Proof
+    """Which tokenizer library was used, and why."""
+    problems: tuple[Problem, ...]
+    """The first bad rows; index["skipped"] counts all by reason."""
+
+
+class _Differs(Exception):
+    """fastokens gave other ids for a text of the dataset's own."""
+
+
+def build(
+    sources: Sequence[Source],
+    template: str,
+    model_dir: Path,
+    data: DataConfig,
+    seed: int,
+    out: Path,
+    *,
+    processes: int = 0,
+    on_rows: Callable[[int], None] | None = None,
+) -> Built:
+    """Write the blocks of all sources into the folder `out`; equal arguments write equal bytes.
+
+    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files. `processes` 0 is
+    one for each core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
+
+    Raises InvalidArgument (DATASET_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING,
+    TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped and told.
+    """
+    _check(sources)
+    tokenizer = Tokenizer.from_files(model_dir)
+    load_template(template, tokenizer)
+    dtype = "<u2" if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) < 2**16 else "<i4"
+    proof = tokenizer.accelerate()
+    shards = cut(sources)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        task = Task(template, model_dir, data, dtype, proof, Path(folder))
+        try:
+            made = _Gathered(out, task, on_rows).run(shards, processes)
+        except _Differs as error:
+            task = replace(task, proof=Proof(HUGGING_FACE, proof.texts, str(error)))
+            made = _Gathered(out, task, on_rows).run(shards, processes)
+    return _finish(made, sources, tokenizer, data, seed, out)
+
+
+class _Gathered:
+    """The samples of all shards, put together in order."""
+
+    def __init__(self, out: Path, task: Task, on_rows: Callable[[int], None] | None) -> None:
+        self.out, self.task, self._on_rows = out, task, on_rows
+        self.sizes: list[Longs] = []
+        self.of_source: Counter[int] = Counter()
+        self.rows_of_source: Counter[int] = Counter()
+        self.total = Done(Shard(0, 0, "", Path(), "", {}))
+        self._bits: list[NDArray[np.bool_]] = []
+
+    def run(self, shards: Sequence[Shard], processes: int) -> _Gathered:
+        with (
+            (self.out / "tokens.bin").open("wb") as tokens,
+            (self.out / "mask.bin").open("wb") as mask,
+            _workers(self.task, shards, processes) as work,
+        ):
+            for done in work(shards):
+                if done.error is not None:
+                    raise from_json(done.error)
+                if done.differs:
+                    raise _Differs(done.differs)
+                self._add(done, tokens, mask)
+                if self._on_rows is not None:
+                    self._on_rows(self.total.rows)
+            self._flush(mask, last=True)
+        return self
+
+    def _add(self, done: Done, tokens: Any, mask: Any) -> None:
+        import numpy as np
+
+        path = self.task.scratch / str(done.shard.number)
+        with path.with_suffix(".tokens").open("rb") as part:
+            while piece := part.read(1 << 24):
+                tokens.write(piece)
+        with path.with_suffix(".mask").open("rb") as part:
+            while piece := part.read(1 << 24):
+                self._bits.append(np.frombuffer(piece, bool))
+                self._flush(mask)
+        self.sizes.append(np.fromfile(path.with_suffix(".sizes"), "<i8").reshape(-1, 2))
+        for suffix in (".tokens", ".mask", ".sizes"):
+            path.with_suffix(suffix).unlink()
+        self._count(done)
+
+    def _count(self, done: Done) -> None:
+        total = self.total
+        if done.shard.start == 0:
+            total.lines = 0  # rows are counted from the start of each file
+        for problem in done.problems[: MAX_PROBLEMS - len(total.problems)]:
+            total.problems.append(replace(problem, row=problem.row + total.lines))
+        for name in ("rows", "lines", "samples", "truncated", "dropped", "compared"):
+            setattr(total, name, getattr(total, name) + getattr(done, name))
+        total.skipped.update(done.skipped)
+        total.histogram = [a + b for a, b in zip(total.histogram, done.histogram, strict=True)]
+        self.of_source[done.shard.source] += done.samples
+        self.rows_of_source[done.shard.source] += done.rows
+
+    def _flush(self, mask: Any, last: bool = False) -> None:
+        """Write the bits that make whole bytes, at the end all."""
+        import numpy as np
+
+        bits = np.concatenate(self._bits) if self._bits else np.zeros(0, bool)
+        whole = len(bits) if last else len(bits) // 8 * 8
+        mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._bits = [bits[whole:]]
+
+
+def _finish(
+    made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig, seed: int, out: Path
+) -> Built:
+    import numpy as np
+
+    total = made.total
+    lengths, learned = np.concatenate([np.zeros((0, 2), np.int64), *made.sizes]).T
+    chosen = _chosen([(s.weight, made.of_source[n]) for n, s in enumerate(sources)], seed)
+    if not len(chosen):
+        why = f"; the first bad one is {_told(total.problems[0])}" if total.problems else ""
+        raise InvalidArgument(
+            f"none of the {total.rows} rows has an answer within data.max_length = {data.max_length} tokens{why}",
+            reason="DATASET_EMPTY",
+        )
+    members, starts = lay_out(lengths[chosen], data.max_length, data.pack, seed)
+    length = block_length(lengths[chosen], data.max_length, data.pack)
+    tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
+    flat = Flat(length, tokens, mask, offsets_of(lengths), chosen[members], starts)
+    proof = replace(made.task.proof, texts=made.task.proof.texts + total.compared)
+    about = _about(made, sources, tokenizer, proof)
+    Blocks.of(flat, int(learned[chosen].sum()), total.truncated, total.dropped).save_layout(out, about)
+    index = json.loads((out / "index.json").read_text("utf-8"))
+    return Built(Blocks.open(out), index, proof, tuple(total.problems))
+
+
+def _about(made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, proof: Proof) -> dict[str, Any]:
+    total = made.total
+    return {
+        "rows": total.rows,
+        "skipped": dict(sorted(total.skipped.items())),
+        "lengths": {"edges": list(EDGES), "counts": total.histogram},
+        "sources": [
+            {"rows": made.rows_of_source[n], "samples": made.of_source[n], "weight": s.weight}
+            for n, s in enumerate(sources)
+        ],
+        "tokenizer": {
+            "digest": tokenizer.digest,
+            "backend": proof.backend,
+            "compared": proof.texts,
+            "reason": proof.reason,
+        },
+    }
+
+
+def _chosen(weighted: Iterable[tuple[float, int]], seed: int) -> Longs:
+    """The numbers of the samples that are laid out: source by source, (weight, samples) each."""
+    import numpy as np
+
+    found, first = [np.zeros(0, np.int64)], 0
+    for n, (weight, samples) in enumerate(weighted):
+        own = np.arange(first, first + samples)
+        # Far from the epochs, so that no choice repeats an order of blocks.
+        some = np.sort(order(samples, 2**32 + n, seed)[: round(samples * (weight % 1))])
+        found += [own] * int(weight) + [own[some]]
+        first += samples
+    return np.concatenate(found)
+
+
+def _check(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if not 0 < source.weight <= 1000:
+            raise InvalidArgument(
+                f"the weight of {source.name} must be above 0 and at most 1000, not {source.weight}",
+                reason="WEIGHT_INVALID",
+            )
+
+
+def _told(problem: Problem) -> str:
+    return f"files[{problem.file}].rows[{problem.row}]: {problem.message}"
+
+
+@contextmanager
+def _workers(
+    task: Task, shards: Sequence[Shard], processes: int
+) -> Iterator[Callable[[Sequence[Shard]], Iterator[Done]]]:
+    """Something that works on shards and gives what became of them, in order."""
+    size = sum((s.stop or s.path.stat().st_size) - s.start for s in shards)
+    cores = len(os.sched_getaffinity(0))
+    count = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards))
+    if count <= 1:
+        worker = Worker(task)
+        yield lambda shards: map(worker.work, shards)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=start, initargs=(task,)) as pool:
+        try:
+            yield lambda shards: pool.map(work, shards)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
