@@ -10,14 +10,14 @@ import functools
 import hashlib
 import itertools
 import json
-import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from services.finetune.errors import FailedPrecondition
+from services.finetune.fast_tokenizer import Fast, probes
 from services.finetune.store.artifacts import Manifest, materialise
 from services.finetune.store.port import Store
 
@@ -57,7 +57,7 @@ class Tokenizer:
         self.digest = "sha256:" + hashlib.sha256(data).hexdigest()
         self._data = data
         self._backend = _backend(data)
-        self._fast: Any = None
+        self._fast: Fast | None = None
         self.config = config
         self.chat_template = template
         self.bos_token = _token_text(config.get("bos_token"))
@@ -112,46 +112,62 @@ class Tokenizer:
         """Token ids; the texts of special tokens stay texts, so that what a user writes cannot steer."""
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str], plain: bool = False) -> tuple[Ids, Offsets]:
+    def encode_batch(self, texts: Sequence[str], special: Sequence[bool] | None = None) -> tuple[Ids, Offsets]:
         """The ids of all texts, one after another, and where each begins and the last ends.
 
-        The same ids as `encode`, or with `plain` as `encode_plain`.
+        The same ids as `encode`, or as `encode_plain` for texts that are not `special`.
         """
-        if self._fast is not None and (found := _batch_of_fastokens(self._fast, texts, plain)):
-            return found
-        return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        groups: dict[tuple[bool, bool], list[int]] = {}
+        for n, text in enumerate(texts):
+            plain = special is not None and not special[n]
+            groups.setdefault((self._fast is not None and self._fast.fits(text), plain), []).append(n)
+        parts = [
+            (which, *self._batch(self._fast if fast else None, _of(texts, which), plain))
+            for (fast, plain), which in groups.items()
+        ]
+        return _joined(len(texts), parts)
+
+    def _batch(self, fast: Fast | None, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets]:
+        found = fast.encode(texts, plain) if fast is not None else None
+        return found or _batch_of_hugging_face(self._plain if plain else self._backend, texts)
 
     def accelerate(self, texts: Sequence[str] = ()) -> Proof:
         """Let fastokens encode batches if it gives the same ids as Hugging Face's tokenizers, for probes that cover all
         scripts and for `texts`, with special tokens and without; else leave all as it is."""
-        probes = [*_probes(self.special_texts), *texts]
+        tried = [*probes(self.special_texts), *texts]
         try:
-            fast = _fastokens(self._data)
-            differs = self._differs(fast, probes, False) or self._differs(fast, probes, True)
+            fast = Fast(self._data)
+            # A plain text differs from another by special tokens only.
+            steering = [t for t in tried if any(s in t for s in self.special_texts)]
+            differs = self._differs(fast, tried, False) or self._differs(fast, [*steering, *texts], True)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of its Rust code is no Exception
             why = (str(error).splitlines() or [""])[0][:200]
             return Proof(HUGGING_FACE, 0, f"fastokens cannot read this tokenizer: {type(error).__name__}: {why}")
         if differs:
-            return Proof(HUGGING_FACE, len(probes), differs)
+            return Proof(HUGGING_FACE, len(tried), differs)
         self._fast = fast
-        return Proof(FASTOKENS, len(probes), "")
+        return Proof(FASTOKENS, len(tried), "")
 
     def adopt(self, proof: Proof) -> None:
         """Encode batches as `proof`, made of the same tokenizer in another process, found right."""
-        self._fast = _fastokens(self._data) if proof.backend == FASTOKENS else None
+        if proof.backend != FASTOKENS:
+            self._fast = None
+        elif self._fast is None:
+            self._fast = Fast(self._data)
 
     def compare(self, texts: Sequence[str]) -> str:
         """The first of `texts` for which fastokens, if it is in use, gives other ids, in words; "" if it never does."""
         return self._differs(self._fast, texts, False) if self._fast is not None else ""
 
-    def _differs(self, fast: Any, texts: Sequence[str], plain: bool) -> str:
+    def _differs(self, fast: Fast, texts: Sequence[str], plain: bool) -> str:
         """The first text whose ids differ, in words; "" if none does."""
-        refused = 0
-        for at in range(0, len(texts), 16):
-            few = texts[at : at + 16]
-            found = _batch_of_fastokens(fast, few, plain)
+        fit = [t for t in texts if fast.fits(t)]
+        refused = len(texts) - len(fit)
+        for at in range(0, len(fit), 16):
+            few = fit[at : at + 16]
+            found = fast.encode(few, plain)
             if found is None:
                 refused += len(few)
                 continue
@@ -264,80 +280,29 @@ def _batch_of_hugging_face(backend: Backend, texts: Sequence[str]) -> tuple[Ids,
     return np.concatenate(found) if found else np.zeros(0, np.int32), ends
 
 
-# ---- fastokens ----
-
-# GPT-2's pattern with each digit a word of its own, as [Digits, ByteLevel] gives: white space before a digit is not split.
-_DIGITS_AND_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # fmt: skip
+def _of(texts: Sequence[str], which: Sequence[int]) -> Sequence[str]:
+    return texts if len(which) == len(texts) else [texts[n] for n in which]
 
 
-def _fastokens(data: bytes) -> Any:
-    """fastokens' tokenizer of the same tokenizer.json; raises whatever it raises for one that it cannot read."""
-    from fastokens._native import Tokenizer as Fast
-
-    fast = Fast.from_json_str(_one_split(data))
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
-
-
-def _one_split(data: bytes) -> str:
-    """fastokens is three times faster with one pattern than with a chain of pre-tokenizers, so SmolLM's and StarCoder's
-    chain becomes one. Whether that is the same is for `accelerate` to find."""
-    whole = json.loads(data)
-    chain = (whole.get("pre_tokenizer") or {}).get("pretokenizers") or []
-    if [p.get("type") for p in chain] != ["Digits", "ByteLevel"]:
-        return data.decode()
-    digits, byte_level = chain
-    if not digits["individual_digits"] or byte_level["add_prefix_space"] or not byte_level.get("use_regex", True):
-        return data.decode()
-    split = {"type": "Split", "pattern": {"Regex": _DIGITS_AND_WORDS}, "behavior": "Isolated", "invert": False}
-    whole["pre_tokenizer"]["pretokenizers"] = [split, {**byte_level, "use_regex": False}]
-    return json.dumps(whole, ensure_ascii=False)
-
-
-def _batch_of_fastokens(fast: Any, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets] | None:
-    """None if it refuses a text, as for a byte that the vocabulary lacks; Hugging Face's library leaves that out."""
+def _joined(count: int, parts: Sequence[tuple[Sequence[int], Ids, Offsets]]) -> tuple[Ids, Offsets]:
+    """Parts, (which of all texts, their ids, offsets) each, as one."""
     import numpy as np
 
-    try:
-        ids, ends = fast.encode_batch_flat(list(texts), add_special_tokens=False, split_special_tokens=plain)
-    except ValueError:
-        return None
-    return np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(ends, np.uint64).astype(np.int64)
+    if len(parts) == 1:
+        return parts[0][1:]
+    sizes = np.zeros(count, np.int64)
+    for which, _, offsets in parts:
+        sizes[which] = np.diff(offsets)
+    ends = np.cumsum([0, *sizes], dtype=np.int64)
+    found = np.empty(ends[-1], np.int32)
+    for which, ids, offsets in parts:
+        for n, begin, end in zip(which, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            found[ends[n] : ends[n + 1]] = ids[begin:end]
+    return found, ends
 
 
 def _cut(ids: Ids, offsets: Offsets) -> list[list[int]]:
     return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
-
-
-_FRAGMENTS = (
-    "the quick brown fox", " Hello, World!", "don't we'll I'VE it's they're", "naïve café Ünïcödé", "e\u0301 a\u0308o",
-    "你好，世界。", "机器学习是人工智能的一个分支", "這是繁體中文", "日本語のテキスト、カタカナ", "한국어 문장", "Привет",
-    "Γειά", "مرحبا بالعالم", "שלום", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Tiếng Việt", "①②½Ⅷ٣٤५६", "3.14159", "1,234",
-    "🙂🚀👍🏽", "👩\u200d👧", "🇨🇳", "2026-11-25", "0x7fff", "def f(x):\n\treturn x ** 2\n",
-    "    if (a != b) { return; }\r\n", '<div class="x">&nbsp;</div>', "https://a.b/c?d=e&f=%20", "x += 1;  // TODO",
-    '{"k": [1, null]}', "$\\frac{a}{b}$", "```python\n", "| a | b |\n|---|---|", "...!?--___***###", "“quoted”—‘dash’",
-    " ", "  ", "   ", "\t", "\n", "\n\n", " \n ", "\r\n\r\n", "\u00a0", "\u3000", "\u200b\u200d", "\u2028", "\ufeff",
-    "\x00\x01\x7f", "\ufffd", "\U0001f9ff", "a" * 32, "antidisestablishmentarianism", "<|", "|>", "[", "]", "<s", "/s>",
-    "<|im", "_", "▁", "Ġ",
-)  # fmt: skip
-
-
-def _probes(special_texts: Sequence[str]) -> Iterator[str]:
-    """Thousands of texts that try what tokenizers differ in: every character, scripts, code, white space, special tokens
-    and their halves, and all these beside each other."""
-    yield ""
-    for start in itertools.chain(range(0, 0xD800, 64), range(0xE000, 0x10000, 64), range(0x1F000, 0x20000, 64)):
-        characters = [chr(n) for n in range(start, start + 64)]
-        yield "".join(characters)
-        yield " a".join(characters)
-    draw = random.Random(0)
-    specials = list(special_texts[:64])
-    for _ in range(3000):
-        fragments = draw.choices(_FRAGMENTS, k=draw.randint(1, 6))
-        if specials and draw.random() < 0.5:
-            fragments.insert(draw.randint(0, len(fragments)), draw.choice(specials))
-        yield draw.choice(("", " ", "\n")).join(fragments)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +23,7 @@ from services.finetune.errors import InvalidArgument, from_json
 from services.finetune.formats import Problem
 from services.finetune.packing import Blocks, Flat, block_length, lay_out, offsets_of, order
 from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, start, work
-from services.finetune.prepare.shards import Shard, Source, cut
+from services.finetune.prepare.shards import Shard, Source, cut, lines_before
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
 
@@ -84,10 +83,10 @@ def build(
     with tempfile.TemporaryDirectory(dir=out) as folder:
         task = Task(template, model_dir, data, dtype, proof, Path(folder))
         try:
-            made = _Gathered(out, task, on_rows).run(shards, processes)
+            made = _Gathered(out, task, on_rows).run(tokenizer, shards, processes)
         except _Differs as error:
             task = replace(task, proof=Proof(HUGGING_FACE, proof.texts, str(error)))
-            made = _Gathered(out, task, on_rows).run(shards, processes)
+            made = _Gathered(out, task, on_rows).run(tokenizer, shards, processes)
     return _finish(made, sources, tokenizer, data, seed, out)
 
 
@@ -102,13 +101,9 @@ class _Gathered:
         self.total = Done(Shard(0, 0, "", Path(), "", {}))
         self._bits: list[NDArray[np.bool_]] = []
 
-    def run(self, shards: Sequence[Shard], processes: int) -> _Gathered:
-        with (
-            (self.out / "tokens.bin").open("wb") as tokens,
-            (self.out / "mask.bin").open("wb") as mask,
-            _workers(self.task, shards, processes) as work,
-        ):
-            for done in work(shards):
+    def run(self, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> _Gathered:
+        with (self.out / "tokens.bin").open("wb") as tokens, (self.out / "mask.bin").open("wb") as mask:
+            for done in _worked(self.task, tokenizer, shards, processes):
                 if done.error is not None:
                     raise from_json(done.error)
                 if done.differs:
@@ -137,11 +132,10 @@ class _Gathered:
 
     def _count(self, done: Done) -> None:
         total = self.total
-        if done.shard.start == 0:
-            total.lines = 0  # rows are counted from the start of each file
-        for problem in done.problems[: MAX_PROBLEMS - len(total.problems)]:
-            total.problems.append(replace(problem, row=problem.row + total.lines))
-        for name in ("rows", "lines", "samples", "truncated", "dropped", "compared"):
+        told = done.problems[: MAX_PROBLEMS - len(total.problems)]
+        before = lines_before(done.shard) if told else 0
+        total.problems += [replace(problem, row=problem.row + before) for problem in told]
+        for name in ("rows", "samples", "truncated", "dropped", "compared"):
             setattr(total, name, getattr(total, name) + getattr(done, name))
         total.skipped.update(done.skipped)
         total.histogram = [a + b for a, b in zip(total.histogram, done.histogram, strict=True)]
@@ -229,21 +223,31 @@ def _told(problem: Problem) -> str:
     return f"files[{problem.file}].rows[{problem.row}]: {problem.message}"
 
 
-@contextmanager
-def _workers(
-    task: Task, shards: Sequence[Shard], processes: int
-) -> Iterator[Callable[[Sequence[Shard]], Iterator[Done]]]:
-    """Something that works on shards and gives what became of them, in order."""
+def _worked(task: Task, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> Iterator[Done]:
+    """What became of each shard, in order."""
     size = sum((s.stop or s.path.stat().st_size) - s.start for s in shards)
     cores = len(os.sched_getaffinity(0))
-    count = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards))
-    if count <= 1:
-        worker = Worker(task)
-        yield lambda shards: map(worker.work, shards)
+    others = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards)) - 1
+    own = Worker(task, tokenizer)
+    if others < 1:
+        yield from map(own.work, shards)
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=start, initargs=(task,)) as pool:
+    with ProcessPoolExecutor(others, mp_context=get_context("spawn"), initializer=start, initargs=(task,)) as pool:
         try:
-            yield lambda shards: pool.map(work, shards)
+            yield from _shared(own, pool, others, deque(shards))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _shared(own: Worker, pool: ProcessPoolExecutor, others: int, todo: deque[Shard]) -> Iterator[Done]:
+    """Keep the other processes busy, and work here while the next result is not ready."""
+    given: deque[Future[Done]] = deque()
+    while todo or given:
+        while todo and sum(not f.done() for f in given) < 2 * others:
+            given.append(pool.submit(work, todo.popleft()))
+        if todo and not given[0].done():
+            mine: Future[Done] = Future()
+            mine.set_result(own.work(todo.popleft()))
+            given.append(mine)
+        else:
+            yield given.popleft().result()

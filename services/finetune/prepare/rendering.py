@@ -2,8 +2,8 @@
 
 A template writes conversations of one shape (roles, flags, white space around texts) alike, so what it wrote for one is
 kept as a form with slots. Whatever could not be alike goes the slow way through the template itself: a text that could
-become a special token, a shape that has not been seen to keep its texts whole, a conversation that the model's own chat
-template, asked to render it once, writes otherwise than the form says.
+become a special token, a shape that has not been seen to keep its texts whole, and, if the model's own chat template
+does anything with texts but write them, a conversation that it, asked to render it once, writes otherwise than the form.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from services.finetune.chat_template import ChatTemplate
 from services.finetune.errors import QuartetError
 from services.finetune.formats import Conversation, Message
+from services.finetune.prepare.jinja import only_writes
 from services.finetune.templates import Template, runs
 from services.finetune.tokenizer import Tokenizer
 
@@ -48,7 +49,9 @@ class Renderer:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, system: str) -> None:
         self._template, self._tokenizer, self._system = template, tokenizer, system
-        self._whole = template.whole if isinstance(template, ChatTemplate) else None
+        self._whole = None
+        if isinstance(template, ChatTemplate) and not only_writes(template.jinja()):
+            self._whole = template.whole
         self._forms: dict[Any, _Form] = {}
 
     def runs(self, conversation: Conversation) -> list[Run]:

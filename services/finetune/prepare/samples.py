@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from services.finetune.config import DataConfig
 from services.finetune.errors import FailedPrecondition, QuartetError
 from services.finetune.formats import Problem, Row
-from services.finetune.packing import offsets_of, ranges
+from services.finetune.packing import offsets_of
 from services.finetune.prepare.rendering import Renderer, Run
-from services.finetune.prepare.shards import Shard, lines, read
+from services.finetune.prepare.shards import Shard, read
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Proof, Tokenizer
 
@@ -28,7 +28,7 @@ MAX_PROBLEMS = 100
 """Bad rows that are told in full; all are counted."""
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 """Where the bars of the lengths histogram begin, in tokens; the last has no end."""
-COMPARED = 16
+COMPARED = 8
 """Texts of each shard that both libraries tokenise, if it is fastokens that is used."""
 
 _BATCH_CHARACTERS = 1 << 20
@@ -52,7 +52,6 @@ class Done:
 
     shard: Shard
     rows: int = 0
-    lines: int = 0
     samples: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -67,16 +66,15 @@ class Done:
 class Worker:
     """Reads, renders and tokenises shards."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, tokenizer: Tokenizer | None = None) -> None:
         self._task = task
-        self._tokenizer = Tokenizer.from_files(task.model_dir)
+        self._tokenizer = tokenizer or Tokenizer.from_files(task.model_dir)
         self._tokenizer.adopt(task.proof)
         self._render = Renderer(load_template(task.template, self._tokenizer), self._tokenizer, task.data.system).runs
 
     def work(self, shard: Shard) -> Done:
         done = Done(shard)
         try:
-            done.lines = lines(shard)
             path = self._task.scratch / str(shard.number)
             with (
                 path.with_suffix(".tokens").open("wb") as tokens,
@@ -125,46 +123,59 @@ class Worker:
         import numpy as np
 
         texts, trained, special = zip(*[run for row in batch for run in row], strict=True)
-        ids, counts = self._tokens(texts, np.array(special))
+        ids, begins = self._tokenizer.encode_batch(texts, special)
+        counts = np.diff(begins)
         if not done.compared:
             done.compared = min(len(texts), COMPARED)
             done.differs = self._tokenizer.compare(texts[:COMPARED])
-        mask = np.repeat(np.array(trained), counts)
-        lengths = np.diff(offsets_of(counts)[offsets_of(np.array([len(row) for row in batch]))])
-        places = ranges(np.zeros_like(lengths), lengths)
+        # All that follows is reckoned by runs; tokens are only copied.
+        rows = offsets_of(np.array([len(row) for row in batch]))
+        lengths = np.diff(begins[rows])
+        most = self._task.data.max_length
+        kept = np.clip(most - (begins[:-1] - np.repeat(begins[rows[:-1]], np.diff(rows))), 0, counts)
         # The first token of a sample is predicted by nothing of its own, so it is never learned.
-        inside = places < self._task.data.max_length
-        mask &= inside & (places > 0)
-        learned = np.diff(offsets_of(mask)[offsets_of(lengths)])
+        first = begins[rows[:-1]]
+        flags = np.array(trained)
+        learned = np.add.reduceat(kept * flags, rows[:-1]) - _of_first_token(flags, counts, rows)
         learns = learned > 0
-        inside &= np.repeat(learns, lengths)
+        self._tally(lengths, learns, done)
+        mask = np.repeat(flags, counts)
+        mask[first[lengths > 0]] = False
+        sizes = np.column_stack((np.minimum(lengths, most), learned))[learns].astype("<i8")
+        return *_stretches((ids.astype(self._task.dtype), mask), first, lengths, most, learns), sizes
+
+    def _tally(self, lengths: Longs, learns: NDArray[np.bool_], done: Done) -> None:
+        import numpy as np
+
         histogram = np.bincount(np.searchsorted(EDGES, lengths, "right") - 1, minlength=len(EDGES))
         done.histogram = [a + int(b) for a, b in zip(done.histogram, histogram, strict=True)]
         done.truncated += int((lengths > self._task.data.max_length).sum())
         done.dropped += int((~learns).sum())
         done.samples += int(learns.sum())
-        kept = np.minimum(lengths[learns], self._task.data.max_length)
-        sizes = np.column_stack((kept, learned[learns])).astype("<i8")
-        return ids[inside].astype(self._task.dtype), mask[inside], sizes
 
-    def _tokens(self, texts: Sequence[str], special: NDArray[np.bool_]) -> tuple[NDArray[np.int32], Longs]:
-        """The ids of all texts and how many each has; those of plain texts are put where they belong."""
-        import numpy as np
 
-        if special.all():
-            ids, offsets = self._tokenizer.encode_batch(texts)
-            return ids, np.diff(offsets)
-        sizes = np.zeros(len(texts), np.int64)
-        parts = []
-        for kind in (True, False):
-            which = np.flatnonzero(special == kind)
-            ids, offsets = self._tokenizer.encode_batch([texts[n] for n in which.tolist()], plain=not kind)
-            sizes[which] = np.diff(offsets)
-            parts.append((which, ids))
-        found, begins = np.empty(int(sizes.sum()), np.int32), offsets_of(sizes)
-        for which, ids in parts:
-            found[ranges(begins[which], sizes[which])] = ids
-        return found, sizes
+def _of_first_token(flags: NDArray[np.bool_], counts: Longs, rows: Longs) -> Longs:
+    """1 for each row whose first token is in a trained run, else 0."""
+    import numpy as np
+
+    filled = np.flatnonzero(counts)
+    at = np.searchsorted(filled, rows[:-1])
+    some = at < np.searchsorted(filled, rows[1:])
+    return np.where(some, flags[filled[np.minimum(at, max(len(filled) - 1, 0))]] if len(filled) else 0, 0)
+
+
+def _stretches(
+    arrays: tuple[NDArray[Any], NDArray[np.bool_]], begins: Longs, lengths: Longs, most: int, keep: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Of rows that stand one after another the first `most` of each that is kept; few rows are cut or left out."""
+    import numpy as np
+
+    odd = np.flatnonzero(~keep | (lengths > most))
+    ends = np.where(keep[odd], begins[odd] + most, begins[odd])
+    nexts = begins[odd] + lengths[odd]
+    whole = [slice(a, b) for a, b in zip([0, *nexts.tolist()], [*ends.tolist(), None], strict=True)]
+    ids, mask = (np.concatenate([array[s] for s in whole]) for array in arrays)
+    return ids, mask
 
 
 _worker: Worker | None = None

@@ -57,7 +57,7 @@ def cut(sources: Sequence[Source]) -> list[Shard]:
 
 
 def read(shard: Shard, scratch: Path) -> Iterator[Row | Problem]:
-    """The rows of a shard, good or bad; `row` counts lines from the shard's first, see `lines`."""
+    """The rows of a shard, good or bad; `row` counts lines from the shard's first, see `lines_before`."""
     # Keyword arguments only where there are some: most formats need no columns.
     more: dict[str, Any] = {"columns": shard.columns} if shard.columns else {}
     if not shard.stop:
@@ -72,12 +72,10 @@ def read(shard: Shard, scratch: Path) -> Iterator[Row | Problem]:
         part.unlink(missing_ok=True)
 
 
-def lines(shard: Shard) -> int:
-    """The lines of a shard, 0 for a whole file: what to add to the row numbers of the shards of its file that follow."""
-    if not shard.stop:
-        return 0
+def lines_before(shard: Shard) -> int:
+    """The lines of the shard's file that stand before it: what to add to its row numbers."""
     with shard.path.open("rb") as source:
-        return sum(piece.count(b"\n") for piece in _pieces(source, *_bounds(source, shard)))
+        return sum(piece.count(b"\n") for piece in _pieces(source, 0, _next_line(source, shard.start)))
 
 
 def _spans(file: str, path: Path) -> list[tuple[int, int]]:
