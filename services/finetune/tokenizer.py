@@ -117,18 +117,14 @@ class Tokenizer:
 
         The same ids as `encode`, or as `encode_plain` for texts that are not `special`.
         """
-        groups: dict[tuple[bool, bool], list[int]] = {}
-        for n, text in enumerate(texts):
-            plain = special is not None and not special[n]
-            groups.setdefault((self._fast is not None and self._fast.fits(text), plain), []).append(n)
-        parts = [
-            (which, *self._batch(self._fast if fast else None, _of(texts, which), plain))
-            for (fast, plain), which in groups.items()
-        ]
+        if special is None or all(special):
+            return self._batch(texts, False)
+        kinds = ([n for n, s in enumerate(special) if s], [n for n, s in enumerate(special) if not s])
+        parts = [(which, *self._batch([texts[n] for n in which], bool(n))) for n, which in enumerate(kinds)]
         return _joined(len(texts), parts)
 
-    def _batch(self, fast: Fast | None, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets]:
-        found = fast.encode(texts, plain) if fast is not None else None
+    def _batch(self, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets]:
+        found = self._fast.encode(texts, plain) if self._fast is not None else None
         return found or _batch_of_hugging_face(self._plain if plain else self._backend, texts)
 
     def accelerate(self, texts: Sequence[str] = ()) -> Proof:
@@ -163,10 +159,9 @@ class Tokenizer:
 
     def _differs(self, fast: Fast, texts: Sequence[str], plain: bool) -> str:
         """The first text whose ids differ, in words; "" if none does."""
-        fit = [t for t in texts if fast.fits(t)]
-        refused = len(texts) - len(fit)
-        for at in range(0, len(fit), 16):
-            few = fit[at : at + 16]
+        refused = 0
+        for at in range(0, len(texts), 16):
+            few = texts[at : at + 16]
             found = fast.encode(few, plain)
             if found is None:
                 refused += len(few)
@@ -280,16 +275,10 @@ def _batch_of_hugging_face(backend: Backend, texts: Sequence[str]) -> tuple[Ids,
     return np.concatenate(found) if found else np.zeros(0, np.int32), ends
 
 
-def _of(texts: Sequence[str], which: Sequence[int]) -> Sequence[str]:
-    return texts if len(which) == len(texts) else [texts[n] for n in which]
-
-
 def _joined(count: int, parts: Sequence[tuple[Sequence[int], Ids, Offsets]]) -> tuple[Ids, Offsets]:
     """Parts, (which of all texts, their ids, offsets) each, as one."""
     import numpy as np
 
-    if len(parts) == 1:
-        return parts[0][1:]
     sizes = np.zeros(count, np.int64)
     for which, _, offsets in parts:
         sizes[which] = np.diff(offsets)

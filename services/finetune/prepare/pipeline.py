@@ -12,17 +12,17 @@ import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from services.finetune.config import DataConfig
 from services.finetune.errors import InvalidArgument, from_json
 from services.finetune.formats import Problem
 from services.finetune.packing import Blocks, Flat, block_length, lay_out, offsets_of, order
-from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, start, work
+from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, ready, start, work
 from services.finetune.prepare.shards import Shard, Source, cut, lines_before
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
@@ -77,16 +77,17 @@ def build(
     tokenizer = Tokenizer.from_files(model_dir)
     load_template(template, tokenizer)
     dtype = "<u2" if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) < 2**16 else "<i4"
-    proof = tokenizer.accelerate()
     shards = cut(sources)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        task = Task(template, model_dir, data, dtype, proof, Path(folder))
-        try:
-            made = _Gathered(out, task, on_rows).run(tokenizer, shards, processes)
-        except _Differs as error:
-            task = replace(task, proof=Proof(HUGGING_FACE, proof.texts, str(error)))
-            made = _Gathered(out, task, on_rows).run(tokenizer, shards, processes)
+        task = Task(template, model_dir, data, dtype, Path(folder))
+        with _Team(task, tokenizer, shards, processes) as team:
+            proof = tokenizer.accelerate()
+            try:
+                made = _Gathered(out, task, on_rows).run(team, shards, proof)
+            except _Differs as error:
+                proof = Proof(HUGGING_FACE, proof.texts, str(error))
+                made = _Gathered(out, task, on_rows).run(team, shards, proof)
     return _finish(made, sources, tokenizer, data, seed, out)
 
 
@@ -101,9 +102,10 @@ class _Gathered:
         self.total = Done(Shard(0, 0, "", Path(), "", {}))
         self._bits: list[NDArray[np.bool_]] = []
 
-    def run(self, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> _Gathered:
+    def run(self, team: _Team, shards: Sequence[Shard], proof: Proof) -> _Gathered:
+        self.proof = proof
         with (self.out / "tokens.bin").open("wb") as tokens, (self.out / "mask.bin").open("wb") as mask:
-            for done in _worked(self.task, tokenizer, shards, processes):
+            for done in team.work(shards, proof):
                 if done.error is not None:
                     raise from_json(done.error)
                 if done.differs:
@@ -170,7 +172,7 @@ def _finish(
     length = block_length(lengths[chosen], data.max_length, data.pack)
     tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
     flat = Flat(length, tokens, mask, offsets_of(lengths), chosen[members], starts)
-    proof = replace(made.task.proof, texts=made.task.proof.texts + total.compared)
+    proof = replace(made.proof, texts=made.proof.texts + total.compared)
     about = _about(made, sources, tokenizer, proof)
     Blocks.of(flat, int(learned[chosen].sum()), total.truncated, total.dropped).save_layout(out, about)
     index = json.loads((out / "index.json").read_text("utf-8"))
@@ -223,31 +225,48 @@ def _told(problem: Problem) -> str:
     return f"files[{problem.file}].rows[{problem.row}]: {problem.message}"
 
 
-def _worked(task: Task, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> Iterator[Done]:
-    """What became of each shard, in order."""
-    size = sum((s.stop or s.path.stat().st_size) - s.start for s in shards)
-    cores = len(os.sched_getaffinity(0))
-    others = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards)) - 1
-    own = Worker(task, tokenizer)
-    if others < 1:
-        yield from map(own.work, shards)
-        return
-    with ProcessPoolExecutor(others, mp_context=get_context("spawn"), initializer=start, initargs=(task,)) as pool:
+class _Team:
+    """This process and, if the work is worth it, others; they start while this one does what comes first."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> None:
+        size = sum((s.stop or s.path.stat().st_size) - s.start for s in shards)
+        cores = len(os.sched_getaffinity(0))
+        self._others = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards)) - 1
+        self._own = Worker(task, tokenizer)
+        self._pool: ProcessPoolExecutor | None = None
+        if self._others > 0:
+            spawn = get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._others, mp_context=spawn, initializer=start, initargs=(task,))
+            self._pool.submit(ready)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def work(self, shards: Sequence[Shard], proof: Proof) -> Iterator[Done]:
+        """What became of each shard, in order."""
+        todo: deque[Shard] = deque(shards)
+        given: deque[Future[Done]] = deque()
         try:
-            yield from _shared(own, pool, others, deque(shards))
+            while todo or given:
+                while self._pool is not None and todo and sum(not f.done() for f in given) < 2 * self._others:
+                    given.append(self._pool.submit(work, todo.popleft(), proof))
+                if todo and not (given and given[0].done()):
+                    given.append(_done(self._own.work(todo.popleft(), proof)))
+                else:
+                    yield given.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            # Who is still at work writes files, which must not happen beside whatever is done next.
+            for future in given:
+                future.cancel()
+            wait(given)
 
 
-def _shared(own: Worker, pool: ProcessPoolExecutor, others: int, todo: deque[Shard]) -> Iterator[Done]:
-    """Keep the other processes busy, and work here while the next result is not ready."""
-    given: deque[Future[Done]] = deque()
-    while todo or given:
-        while todo and sum(not f.done() for f in given) < 2 * others:
-            given.append(pool.submit(work, todo.popleft()))
-        if todo and not given[0].done():
-            mine: Future[Done] = Future()
-            mine.set_result(own.work(todo.popleft()))
-            given.append(mine)
-        else:
-            yield given.popleft().result()
+def _done(done: Done) -> Future[Done]:
+    """Work done here, as that of others."""
+    future: Future[Done] = Future()
+    future.set_result(done)
+    return future

@@ -42,7 +42,6 @@ class Task:
     model_dir: Path
     data: DataConfig
     dtype: str
-    proof: Proof
     scratch: Path
 
 
@@ -69,10 +68,10 @@ class Worker:
     def __init__(self, task: Task, tokenizer: Tokenizer | None = None) -> None:
         self._task = task
         self._tokenizer = tokenizer or Tokenizer.from_files(task.model_dir)
-        self._tokenizer.adopt(task.proof)
         self._render = Renderer(load_template(task.template, self._tokenizer), self._tokenizer, task.data.system).runs
 
-    def work(self, shard: Shard) -> Done:
+    def work(self, shard: Shard, proof: Proof) -> Done:
+        self._tokenizer.adopt(proof)
         done = Done(shard)
         try:
             path = self._task.scratch / str(shard.number)
@@ -189,6 +188,10 @@ def start(task: Task) -> None:
     _worker = Worker(task)
 
 
-def work(shard: Shard) -> Done:
+def ready() -> None:
+    """What a pool is asked first, so that its processes start."""
+
+
+def work(shard: Shard, proof: Proof) -> Done:
     assert _worker is not None
-    return _worker.work(shard)
+    return _worker.work(shard, proof)
