@@ -124,8 +124,21 @@ class Tokenizer:
         return _joined(len(texts), parts)
 
     def _batch(self, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets]:
-        found = self._fast.encode(texts, plain) if self._fast is not None else None
-        return found or _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        if self._fast is None:
+            return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        if found := self._fast.encode(texts, plain):
+            return found
+        # It refuses one of them: halves lead to it, and the others stay quick.
+        if len(texts) == 1:
+            return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        half = len(texts) // 2
+        return _joined(
+            len(texts),
+            [
+                (range(half), *self._batch(texts[:half], plain)),
+                (range(half, len(texts)), *self._batch(texts[half:], plain)),
+            ],
+        )
 
     def accelerate(self, texts: Sequence[str] = ()) -> Proof:
         """Let fastokens encode batches if it gives the same ids as Hugging Face's tokenizers, for probes that cover all
