@@ -28,7 +28,7 @@ def prepare(run: TrainRun, attempt: Attempt, template: Template, tokenizer: Toke
             f"none of the {len(rows)} rows has an answer within data.max_length = {data.max_length} tokens",
             reason="DATASET_EMPTY",
         )
-    tokens, learned = int((blocks.segments > 0).sum()), int((blocks.labels >= 0).sum())
+    tokens, learned = blocks.tokens, blocks.learned
     attempt.emit(
         "log",
         level="info",
