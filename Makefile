@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all bench bench-upload quickstart up
+.PHONY: help install protos check test test-all bench bench-upload bench-datasets quickstart up
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ bench: install ## measure against the named peers; prints ratios and spreads
 
 bench-upload: install ## only the upload's part of it
 	$(BIN)/python -m tests.bench upload
+
+bench-datasets: install ## chat text to packed blocks, against datasets.map and TRL; installs the bench extra
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m tests.bench.datasets
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)

@@ -70,6 +70,10 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
         return self._cut(_Talk(with_system(messages, system), tools))
 
+    def whole(self, conversation: Conversation, system: str = "") -> str:
+        """A whole conversation in one rendering, as the template writes it."""
+        return self._render_plain(_Talk(with_system(conversation.messages, system)), False)
+
     def jinja(self) -> str:
         return str(self._tokenizer.chat_template)
 

@@ -1,15 +1,26 @@
 """Samples to blocks of equal length, memory-mapped. No sample is cut unless it is longer than a block.
 
-Letters in shapes: N blocks, L tokens a block.
+On disk each sample stands once, as it was read, and a block is a list of samples; what a block looks like is worked out
+when it is asked for. So a sample may be in several blocks, and nothing is copied to lay it out. All numbers are
+little-endian, equal samples make equal bytes:
+
+    tokens.bin   ids of all samples, one after another: uint16, or int32 for a vocabulary that needs it
+    mask.bin     for each token a bit, lowest first: whether it is learned
+    offsets.bin  int64: where each sample begins in the two above, and the end of the last
+    members.bin  int64: sample numbers, block by block
+    starts.bin   int64: where each block begins in members.bin, and the end of the last
+    index.json   length of a block, dtype of the ids, counts, and what its writer knows
+
+Letters in shapes: S samples, N blocks, L tokens a block, T tokens.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from services.finetune.templates import Encoded
 
@@ -18,97 +29,265 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int32]
+    Longs = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
 else:
-    Ints = Any
+    Ints = Longs = Bools = Any
 
 IGNORED = -100
 """The label of a token that is not learned."""
 
-_ARRAYS = ("ids", "labels", "positions", "segments")
+_COLUMNS = ("ids", "labels", "positions", "segments")
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """What lies on disk; see above."""
+
+    length: int
+    tokens: NDArray[Any]
+    mask: NDArray[np.uint8]
+    offsets: Longs
+    members: Longs
+    starts: Longs
+
+    def sample(self, number: int) -> tuple[NDArray[Any], Bools]:
+        """Ids and mask of one sample; its first token, which nothing predicts, is never learned."""
+        import numpy as np
+
+        places = np.arange(self.offsets[number], self.offsets[number + 1])
+        return self.tokens[places], self.learned(places)
+
+    def learned(self, places: Longs) -> Bools:
+        """Whether the tokens at `places` are learned."""
+        bits: Bools = (self.mask[places >> 3] >> (places & 7).astype("u1") & 1).astype(bool)
+        return bits
+
+    def take(self, column: str, blocks: Longs) -> Ints:
+        """A column of some blocks, int32 [len(blocks), L]."""
+        import numpy as np
+
+        firsts, counts = self.starts[blocks], self.starts[blocks + 1] - self.starts[blocks]
+        within = ranges(np.zeros_like(counts), counts)
+        members = self.members[np.repeat(firsts, counts) + within]
+        begins = self.offsets[members]
+        sizes = self.offsets[members + 1] - begins
+        # How far a sample begins from the start of the first of these blocks, were there no padding between blocks.
+        joined = np.cumsum(sizes) - sizes
+        block = np.repeat(np.arange(len(blocks)), counts)
+        at = joined - joined[np.arange(len(members)) - within] + block * self.length
+        found = np.full(len(blocks) * self.length, IGNORED if column == "labels" else 0, np.int32)
+        to = ranges(at, sizes)
+        if column == "positions":
+            found[to] = ranges(np.zeros_like(sizes), sizes)
+        elif column == "segments":
+            found[to] = np.repeat(within + 1, sizes)
+        else:
+            places = ranges(begins, sizes)
+            if column == "labels":
+                learned = self.learned(places)
+                places, to = places[learned], to[learned]
+            found[to] = self.tokens[places]
+        return found.reshape(len(blocks), self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Looks like an int32 [N, L] array to who indexes it by block number, as blocks of a mapped file do."""
+
+    flat: Flat
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.flat.starts) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.flat.length
+
+    def __getitem__(self, index: Any) -> Ints:
+        import numpy as np
+
+        blocks = np.asarray(np.arange(len(self))[index])
+        return self.flat.take(self.name, blocks.reshape(-1)).reshape(*blocks.shape, self.flat.length)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ints:
+        found = self[:]
+        return found if dtype is None else found.astype(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """`labels` are ids, or IGNORED; `positions` restart at 0 for each sample; `segments` number the samples of a block
-    from 1, 0 is padding. All are int32 [N, L]."""
+    from 1, 0 is padding. All are int32 [N, L]; of opened blocks index them, only what is asked for is read."""
 
     ids: Ints
     labels: Ints
     positions: Ints
     segments: Ints
+    flat: Flat
+    learned: int
+    """Learned tokens in all blocks."""
     truncated: int
     """Samples that were cut at L tokens."""
     dropped: int
     """Samples with nothing to learn in their first L tokens."""
 
     def __len__(self) -> int:
-        return int(self.ids.shape[0])
+        return len(self.flat.starts) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of samples in all blocks, padding not counted."""
+        return int((self.flat.offsets[self.flat.members + 1] - self.flat.offsets[self.flat.members]).sum())
 
     def save(self, directory: Path) -> None:
-        import numpy as np
-
         directory.mkdir(parents=True, exist_ok=True)
-        for name in _ARRAYS:
-            np.save(directory / f"{name}.npy", getattr(self, name))
-        np.save(directory / "counts.npy", np.array([self.truncated, self.dropped]))
+        self.flat.tokens.tofile(directory / "tokens.bin")
+        self.flat.mask.tofile(directory / "mask.bin")
+        self.save_layout(directory, {})
+
+    def save_layout(self, directory: Path, about: Mapping[str, Any]) -> None:
+        """Write all but tokens and mask, which are there; `about` goes into index.json beside the counts."""
+        flat, places = self.flat, len(self) * self.flat.length
+        for name in ("offsets", "members", "starts"):
+            getattr(flat, name).astype("<i8").tofile(directory / f"{name}.bin")
+        index = {
+            "version": 1,
+            "length": flat.length,
+            "ids": str(flat.tokens.dtype),
+            "samples": len(flat.offsets) - 1,
+            "blocks": len(self),
+            "tokens": self.tokens,
+            "learned": self.learned,
+            "fill": round(self.tokens / places, 6) if places else 1.0,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+        }
+        text = json.dumps({**index, **about}, indent=1, sort_keys=True, ensure_ascii=False)
+        (directory / "index.json").write_text(text + "\n", "utf-8")
 
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Map saved blocks into memory, read-only."""
-        import numpy as np
+        index = json.loads((directory / "index.json").read_text("utf-8"))
+        tokens, mask = _mapped(directory / "tokens.bin", index["ids"]), _mapped(directory / "mask.bin", "u1")
+        rest = (_mapped(directory / f"{name}.bin", "<i8") for name in ("offsets", "members", "starts"))
+        flat = Flat(index["length"], tokens, mask, *rest)
+        return cls.of(flat, index["learned"], index["truncated"], index["dropped"])
 
-        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        truncated, dropped = np.load(directory / "counts.npy").tolist()
-        return cls(**arrays, truncated=truncated, dropped=dropped)
+    @classmethod
+    def of(cls, flat: Flat, learned: int, truncated: int, dropped: int) -> Self:
+        """Blocks that are put together as they are asked for."""
+        columns = {name: cast("Ints", _Column(flat, name)) for name in _COLUMNS}
+        return cls(**columns, flat=flat, learned=learned, truncated=truncated, dropped=dropped)
 
 
 def pack(samples: Sequence[Encoded], max_length: int, packed: bool) -> Blocks:
-    """Lay samples into blocks of `max_length` tokens: best fit, longest first, if `packed`; else one a block.
+    """Lay samples into blocks of `max_length` tokens, best fit if `packed`, else one a block; all in memory.
 
     Without packing, blocks are only as long as the longest sample. The layout depends on nothing but the samples.
     """
     import numpy as np
 
-    # The first token of a sample is predicted by nothing of its own, so it is never learned.
     cut = [(s.ids[:max_length], s.mask[:max_length]) for s in samples]
-    kept = [(ids, mask) for ids, mask in cut if any(mask[1:])]
-    length = max_length if packed else max((len(ids) for ids, _ in kept), default=1)
-    layout = _best_fit([len(ids) for ids, _ in kept], length) if packed else [[n] for n in range(len(kept))]
-    arrays = {name: np.zeros((len(layout), length), np.int32) for name in _ARRAYS}
-    arrays["labels"][:] = IGNORED
-    for block, members in enumerate(layout):
-        at = 0
-        for segment, n in enumerate(members, 1):
-            ids, mask = np.array(kept[n][0], np.int32), np.array(kept[n][1], bool)
-            to = slice(at, at + len(ids))
-            mask[0] = False
-            arrays["ids"][block, to] = ids
-            arrays["labels"][block, to] = np.where(mask, ids, IGNORED)
-            arrays["positions"][block, to] = np.arange(len(ids))
-            arrays["segments"][block, to] = segment
-            at += len(ids)
-    truncated = sum(len(s.ids) > max_length for s in samples)
-    return Blocks(**arrays, truncated=truncated, dropped=len(samples) - len(kept))
+    # The first token of a sample is predicted by nothing of its own, so it is never learned.
+    kept = [(ids, [False, *mask[1:]]) for ids, mask in cut if any(mask[1:])]
+    lengths = np.array([len(ids) for ids, _ in kept], np.int64)
+    tokens = np.array([i for ids, _ in kept for i in ids], np.int32)
+    mask = np.array([m for _, mask in kept for m in mask], bool)
+    members, starts = lay_out(lengths, max_length, packed)
+    length = block_length(lengths, max_length, packed)
+    flat = Flat(length, tokens, np.packbits(mask, bitorder="little"), offsets_of(lengths), members, starts)
+    whole = {name: flat.take(name, np.arange(len(starts) - 1)) for name in _COLUMNS}
+    truncated, dropped = sum(len(s.ids) > max_length for s in samples), len(samples) - len(kept)
+    return Blocks(**whole, flat=flat, learned=int(mask.sum()), truncated=truncated, dropped=dropped)
 
 
-def order(n: int, epoch: int, seed: int) -> NDArray[np.int64]:
+def order(n: int, epoch: int, seed: int) -> Longs:
     """The order of `n` blocks in an epoch: a permutation that depends on these three numbers only."""
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))).permutation(n)
 
 
-def _best_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing: each sample goes where it leaves the least room; ties to the oldest block."""
-    blocks: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, block), sorted
-    for n in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(free, (lengths[n], -1))
-        if at == len(free):
-            blocks.append([])
-            left, block = room, len(blocks) - 1
-        else:
-            left, block = free.pop(at)
-        blocks[block].append(n)
-        bisect.insort(free, (left - lengths[n], block))
-    return blocks
+def offsets_of(lengths: Longs) -> Longs:
+    """Where each of the runs of these lengths begins, and the end of the last."""
+    import numpy as np
+
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
+
+
+def ranges(starts: Longs, sizes: Longs) -> Longs:
+    """start, start + 1, … of each run, one run after another."""
+    import numpy as np
+
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def block_length(lengths: Longs, max_length: int, packed: bool) -> int:
+    """Tokens in a block for samples of these lengths."""
+    return max_length if packed else int(lengths.max(initial=1))
+
+
+def lay_out(lengths: Longs, max_length: int, packed: bool, seed: int = 0) -> tuple[Longs, Longs]:
+    """(members, starts) of the blocks for samples of these lengths, each from 1 to max_length.
+
+    Packed by best-fit decreasing; `seed` decides which of several samples of one length goes where, so that blocks mix
+    what lies apart in the data.
+    """
+    import numpy as np
+
+    if not packed:
+        return np.arange(len(lengths)), np.arange(len(lengths) + 1)
+    shuffled = order(len(lengths), 0, seed)
+    longest_first = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    block = _best_fit(lengths[longest_first], max_length)
+    return longest_first[np.argsort(block, kind="stable")], offsets_of(np.bincount(block))
+
+
+def _best_fit(lengths: Longs, room: int) -> Longs:
+    """The block of each sample, longest first: that in which it leaves the least room.
+
+    Samples of one length and blocks with one room left are alike, so they are placed many at once: a block with room r
+    takes r // length such samples before another fits better.
+    """
+    import numpy as np
+
+    found = np.empty(len(lengths), np.int64)
+    with_room: dict[int, list[Longs]] = {}
+    rooms = 0  # bit r: there are blocks with room r
+    at = blocks = 0
+    sizes, counts = np.unique(lengths, return_counts=True)
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            if fitting := rooms >> size:
+                left = size + (fitting & -fitting).bit_length() - 1
+                rooms &= ~(1 << left)
+                candidates = np.concatenate(with_room.pop(left))
+            else:
+                left = room
+                candidates = np.arange(blocks, blocks - (-count // (room // size)))
+                blocks += len(candidates)
+            each = left // size
+            placed = min(count, each * len(candidates))
+            found[at : at + placed] = np.repeat(candidates[: -(-placed // each)], each)[:placed]
+            full, rest = divmod(placed, each)
+            for some, now in (
+                (candidates[:full], left - each * size),
+                (candidates[full : full + 1] if rest else candidates[:0], left - rest * size),
+                (candidates[full + bool(rest) :], left),
+            ):
+                if len(some) and now:
+                    with_room.setdefault(now, []).append(some)
+                    rooms |= 1 << now
+            at, count = at + placed, count - placed
+    return found
+
+
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    import numpy as np
+
+    # An empty file cannot be mapped. The view is a plain array, which is faster to index.
+    return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)

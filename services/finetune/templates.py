@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,34 +119,45 @@ def check_name(name: str) -> None:
 
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None = None) -> Encoded:
-    """Token ids and loss mask. Neighbours of one kind are tokenised together, as their text would be.
+    """Token ids and loss mask.
 
     `image_id` stands for an image; without one InvalidArgument (IMAGES_UNSUPPORTED) is raised where there is an image.
     """
     ids: list[int] = []
     mask: list[bool] = []
+    for image, group in groupby(pieces, key=lambda p: p.image):
+        if image and image_id is not None:
+            ids += [image_id for _ in group]
+            mask += [False] * (len(ids) - len(mask))
+            continue
+        for text, trained, special in runs(list(group)):
+            new = tokenizer.encode(text) if special else tokenizer.encode_plain(text)
+            ids += new
+            mask += [trained] * len(new)
+    return Encoded(ids, mask)
+
+
+def runs(pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
+    """(text, trained, special) of each text that is tokenised by itself: neighbours of one kind go together.
+
+    InvalidArgument (IMAGES_UNSUPPORTED) for an image, which no text stands for.
+    """
+    if any(p.image for p in pieces):
+        raise InvalidArgument(
+            "the conversation holds an image, which this model cannot see; use a model with a vision encoder",
+            reason="IMAGES_UNSUPPORTED",
+        )
+    found: list[tuple[str, bool, bool]] = []
     n = 0
     while n < len(pieces):
         first, text = pieces[n], ""
-        if first.image:
-            if image_id is None:
-                raise InvalidArgument(
-                    "the conversation holds an image, which this model cannot see; use a model with a vision encoder",
-                    reason="IMAGES_UNSUPPORTED",
-                )
-            ids.append(image_id)
-            mask.append(False)
-            n += 1
-            continue
-        while n < len(pieces) and not pieces[n].image and (not text or not pieces[n].begins):
+        while n < len(pieces) and (not text or not pieces[n].begins):
             if (pieces[n].trained, pieces[n].special) != (first.trained, first.special):
                 break
             text += pieces[n].text
             n += 1
-        new = tokenizer.encode(text) if first.special else tokenizer.encode_plain(text)
-        ids += new
-        mask += [first.trained] * len(new)
-    return Encoded(ids, mask)
+        found.append((text, first.trained, first.special))
+    return found
 
 
 def to_prompt_ids(

@@ -1,20 +1,33 @@
-"""A tokenizer from its tokenizer.json, without transformers: preview, training and chat all come here."""
+"""A tokenizer from its tokenizer.json, without transformers: preview, training and chat all come here.
+
+Single texts are read by Hugging Face's tokenizers. Many texts may be read by fastokens, some ten times faster, after
+`accelerate` has found both to give the same ids for thousands of texts.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from services.finetune.errors import FailedPrecondition
+from services.finetune.fast_tokenizer import Fast, probes
 from services.finetune.store.artifacts import Manifest, materialise
 from services.finetune.store.port import Store
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer as Backend
+
+    Ids = NDArray[np.int32]
+    Offsets = NDArray[np.int64]
 
 FILES = (
     "tokenizer.json",
@@ -25,14 +38,26 @@ FILES = (
 )
 
 
+HUGGING_FACE, FASTOKENS = "tokenizers", "fastokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Which library encodes batches, and why: `texts` were compared, `reason` says what spoke against fastokens."""
+
+    backend: str
+    texts: int
+    reason: str
+
+
 class Tokenizer:
     """Text to token ids and back. `digest` is the sha256 of tokenizer.json."""
 
     def __init__(self, data: bytes, config: dict[str, Any], template: str | None, generation: dict[str, Any]) -> None:
         self.digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        self._backend, self._plain = _backend(data), _backend(data)
-        # On this copy the texts of special tokens are only texts.
-        self._plain.encode_special_tokens = True
+        self._data = data
+        self._backend = _backend(data)
+        self._fast: Fast | None = None
         self.config = config
         self.chat_template = template
         self.bos_token = _token_text(config.get("bos_token"))
@@ -47,6 +72,10 @@ class Tokenizer:
         self.opening = "".join(added[i].content for i in first if i in added and i not in self.eos_ids)
         special = {i: t for i, t in added.items() if t.special and t.content}
         self.special_texts = tuple(t.content for t in special.values())
+        # What `harmless` looks for first: few words, however many special tokens there are.
+        self._beginnings = {s[:3] for s in self.special_texts}
+        self._first, self._last = {s[0] for s in self.special_texts}, {s[-1] for s in self.special_texts}
+        self._reach = max(map(len, self.special_texts), default=1)
         # Such tokens are found in the normalised text, where "＜s＞" may have become "<s>".
         self._normalised_ids = {i for i, t in special.items() if t.normalized and self._backend.normalizer is not None}
 
@@ -71,6 +100,13 @@ class Tokenizer:
     def backend(self) -> Backend:
         return self._backend
 
+    @functools.cached_property
+    def _plain(self) -> Backend:
+        """A copy on which the texts of special tokens are only texts."""
+        plain = _backend(self._data)
+        plain.encode_special_tokens = True
+        return plain
+
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing is added, and the texts of special tokens become those tokens."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -78,6 +114,101 @@ class Tokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Token ids; the texts of special tokens stay texts, so that what a user writes cannot steer."""
         return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], special: Sequence[bool] | None = None) -> tuple[Ids, Offsets]:
+        """The ids of all texts, one after another, and where each begins and the last ends.
+
+        The same ids as `encode`, or as `encode_plain` for texts that are not `special`.
+        """
+        if special is None or all(special):
+            return self._batch(texts, False)
+        kinds = ([n for n, s in enumerate(special) if s], [n for n, s in enumerate(special) if not s])
+        parts = [(which, *self._batch([texts[n] for n in which], bool(n))) for n, which in enumerate(kinds)]
+        return _joined(len(texts), parts)
+
+    def _batch(self, texts: Sequence[str], plain: bool) -> tuple[Ids, Offsets]:
+        if self._fast is None:
+            return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        if found := self._fast.encode(texts, plain):
+            return found
+        # It refuses one of them: halves lead to it, and the others stay quick.
+        if len(texts) == 1:
+            return _batch_of_hugging_face(self._plain if plain else self._backend, texts)
+        half = len(texts) // 2
+        return _joined(
+            len(texts),
+            [
+                (range(half), *self._batch(texts[:half], plain)),
+                (range(half, len(texts)), *self._batch(texts[half:], plain)),
+            ],
+        )
+
+    def accelerate(self, texts: Sequence[str] = ()) -> Proof:
+        """Let fastokens encode batches if it gives the same ids as Hugging Face's tokenizers, for probes that cover all
+        scripts and for `texts`, with special tokens and without; else leave all as it is."""
+        tried = [*probes(self.special_texts), *texts]
+        try:
+            fast = Fast(self._data)
+            # A plain text differs from another by special tokens only.
+            steering = [t for t in tried if any(s in t for s in self.special_texts)]
+            differs = self._differs(fast, tried, False) or self._differs(fast, [*steering, *texts], True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            why = (str(error).splitlines() or [""])[0][:200]
+            return Proof(HUGGING_FACE, 0, f"fastokens cannot read this tokenizer: {type(error).__name__}: {why}")
+        if differs:
+            return Proof(HUGGING_FACE, len(tried), differs)
+        self._fast = fast
+        return Proof(FASTOKENS, len(tried), "")
+
+    def adopt(self, proof: Proof) -> None:
+        """Encode batches as `proof`, made of the same tokenizer in another process, found right."""
+        if proof.backend != FASTOKENS:
+            self._fast = None
+        elif self._fast is None:
+            self._fast = Fast(self._data)
+
+    def compare(self, texts: Sequence[str]) -> str:
+        """The first of `texts` for which fastokens, if it is in use, gives other ids, in words; "" if it never does."""
+        return self._differs(self._fast, texts, False) if self._fast is not None else ""
+
+    def _differs(self, fast: Fast, texts: Sequence[str], plain: bool) -> str:
+        """The first text whose ids differ, in words; "" if none does."""
+        refused = 0
+        for at in range(0, len(texts), 16):
+            few = texts[at : at + 16]
+            found = fast.encode(few, plain)
+            if found is None:
+                refused += len(few)
+                continue
+            ids, places = _batch_of_hugging_face(self._plain if plain else self._backend, few)
+            for text, mine, right in zip(few, _cut(*found), _cut(ids, places), strict=True):
+                if mine != right:
+                    return f"fastokens gives other ids{' for the plain text' if plain else ''} for {text[:80]!r}"
+        return f"fastokens refuses {refused} of {len(texts)} texts" if refused * 4 > len(texts) else ""
+
+    def harmless(self, text: str) -> bool:
+        """Whether `text` can have no part in a special token, whatever stands beside it. Quick; False if in doubt."""
+        if self._normalised_ids:
+            return False
+        looks_so = any(c in text for c in self._first) and any(s in text for s in self._beginnings)
+        if looks_so and any(s in text for s in self.special_texts):
+            return False
+        heads, tails = self._halves
+        reach = self._reach
+        if len(text) < reach and any(text in s for s in self.special_texts):
+            return False
+        return not (
+            (not self._last.isdisjoint(text[:reach]) and text.startswith(tails))
+            or (not self._first.isdisjoint(text[-reach:]) and text.endswith(heads))
+        )
+
+    @functools.cached_property
+    def _halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All beginnings and all ends of the texts of special tokens."""
+        cuts = [(s[:n], s[n:]) for s in self.special_texts for n in range(1, len(s))]
+        return tuple(sorted({head for head, _ in cuts})), tuple(sorted({tail for _, tail in cuts}))
 
     def controls(self, text: str, start: int = 0, end: int | None = None) -> bool:
         """Whether `encode` would find a special token in `text` that touches the characters start to end."""
@@ -150,6 +281,33 @@ def _backend(data: bytes) -> Backend:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _batch_of_hugging_face(backend: Backend, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    import numpy as np
+
+    found = [np.array(e.ids, np.int32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    ends = np.cumsum([0, *map(len, found)], dtype=np.int64)
+    return np.concatenate(found) if found else np.zeros(0, np.int32), ends
+
+
+def _joined(count: int, parts: Sequence[tuple[Sequence[int], Ids, Offsets]]) -> tuple[Ids, Offsets]:
+    """Parts, (which of all texts, their ids, offsets) each, as one."""
+    import numpy as np
+
+    sizes = np.zeros(count, np.int64)
+    for which, _, offsets in parts:
+        sizes[which] = np.diff(offsets)
+    ends = np.cumsum([0, *sizes], dtype=np.int64)
+    found = np.empty(ends[-1], np.int32)
+    for which, ids, offsets in parts:
+        for n, begin, end in zip(which, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            found[ends[n] : ends[n + 1]] = ids[begin:end]
+    return found, ends
+
+
+def _cut(ids: Ids, offsets: Offsets) -> list[list[int]]:
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
 
 if TYPE_CHECKING:
-    from services.finetune.prepare.pipeline import Built, Source
+    from services.finetune.prepare.pipeline import Built
+    from services.finetune.prepare.shards import Source
 
 MADE = "prepared"
 """The folder below a worker's own in which blocks that it made itself lie."""
@@ -153,7 +154,7 @@ def _counts(built: Built) -> dict[str, Any]:
 
 
 def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: float, folder: Path) -> Source:
-    from services.finetune.prepare.pipeline import Source
+    from services.finetune.prepare.shards import Source
 
     if not holds_rows(manifest):
         raise InvalidArgument(f"{dataset.name} holds no rows", reason="DATASET_EMPTY")

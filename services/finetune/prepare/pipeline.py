@@ -1,44 +1,57 @@
-"""Rows of several datasets to memory-mapped blocks: read, tokenise, mask, weigh, pack."""
+"""Dataset rows to packed, memory-mapped blocks: read, render, tokenise, cut, lay out.
+
+Rows are read in shards, each by whichever process is free, and put together in order, so that the result does not
+depend on how many processes there are. No process holds more than some rows at a time; of a finished sample only its
+length stays in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from services.finetune.config import DataConfig
-from services.finetune.errors import InvalidArgument, QuartetError
-from services.finetune.formats import Row, read_rows
-from services.finetune.packing import Blocks, pack
-from services.finetune.templates import Encoded, Template, encode, load_template
-from services.finetune.tokenizer import Tokenizer
+from services.finetune.errors import InvalidArgument, from_json
+from services.finetune.formats import Problem
+from services.finetune.packing import Blocks, Flat, block_length, lay_out, offsets_of, order
+from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, ready, start, work
+from services.finetune.prepare.shards import Shard, Source, cut, lines_before
+from services.finetune.templates import load_template
+from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
 
-EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-"""Where the bars of a histogram of lengths begin, in tokens; the last has no end."""
-TOLD_ROWS = 500
-"""Rows between two calls of `on_rows`."""
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
+    Longs = NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One dataset revision on disk. `files` are (path in the artifact, path on disk); `weight` as DataConfig.weights."""
-
-    name: str
-    files: tuple[tuple[str, Path], ...]
-    format: str
-    columns: Mapping[str, str] = field(default_factory=dict)
-    weight: float = 1.0
+_BYTES_A_PROCESS = 16 << 20
+"""A process takes a second to start; less than this is not worth one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Built:
     """What `build` made."""
 
     blocks: Blocks
     index: Mapping[str, Any]
-    """rows (good ones, before weights), tokens, learned, blocks, fill, truncated, dropped, and lengths: how many rows
-    begin at each of EDGES."""
+    """What is in index.json."""
+    proof: Proof
+    """Which tokenizer library was used, and why."""
+    problems: tuple[Problem, ...]
+    """The first bad rows; index["skipped"] counts all by reason."""
+
+
+class _Differs(Exception):
+    """fastokens gave other ids for a text of the dataset's own."""
 
 
 def build(
@@ -52,72 +65,208 @@ def build(
     processes: int = 0,
     on_rows: Callable[[int], None] | None = None,
 ) -> Built:
-    """Write the blocks of all good rows below `out`; bad rows were settled when their revision was committed.
+    """Write the blocks of all sources into the folder `out`; equal arguments write equal bytes.
 
-    The same arguments give the same bytes. `on_rows` hears how many rows are done, and may raise to stop.
-    Raises InvalidArgument (DATASET_EMPTY, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING, TOKENIZER_MISSING).
+    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files. `processes` 0 is
+    one for each core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
+
+    Raises InvalidArgument (DATASET_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING,
+    TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped and told.
     """
+    _check(sources)
     tokenizer = Tokenizer.from_files(model_dir)
-    chosen = load_template(template, tokenizer)
-    samples: list[Encoded] = []
-    every: list[Encoded] = []
-    for n, source in enumerate(sources):
-        encoded = list(_encoded(source, chosen, tokenizer, data.system, len(every), on_rows))
-        every += encoded
-        samples += _weighed(encoded, source.weight, seed, n)
-    blocks = pack(samples, data.max_length, data.pack)
-    if not len(blocks):
+    load_template(template, tokenizer)
+    dtype = "<u2" if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) < 2**16 else "<i4"
+    shards = cut(sources)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        task = Task(template, model_dir, data, dtype, Path(folder))
+        with _Team(task, tokenizer, shards, processes) as team:
+            proof = tokenizer.accelerate()
+            try:
+                made = _Gathered(out, task, on_rows).run(team, shards, proof)
+            except _Differs as error:
+                proof = Proof(HUGGING_FACE, proof.texts, str(error))
+                made = _Gathered(out, task, on_rows).run(team, shards, proof)
+    return _finish(made, sources, tokenizer, data, seed, out)
+
+
+class _Gathered:
+    """The samples of all shards, put together in order."""
+
+    def __init__(self, out: Path, task: Task, on_rows: Callable[[int], None] | None) -> None:
+        self.out, self.task, self._on_rows = out, task, on_rows
+        self.sizes: list[Longs] = []
+        self.of_source: Counter[int] = Counter()
+        self.rows_of_source: Counter[int] = Counter()
+        self.total = Done(Shard(0, 0, "", Path(), "", {}))
+        self._bits: list[NDArray[np.bool_]] = []
+
+    def run(self, team: _Team, shards: Sequence[Shard], proof: Proof) -> _Gathered:
+        self.proof = proof
+        with (self.out / "tokens.bin").open("wb") as tokens, (self.out / "mask.bin").open("wb") as mask:
+            for done in team.work(shards, proof):
+                if done.error is not None:
+                    raise from_json(done.error)
+                if done.differs:
+                    raise _Differs(done.differs)
+                self._add(done, tokens, mask)
+                if self._on_rows is not None:
+                    self._on_rows(self.total.rows)
+            self._flush(mask, last=True)
+        return self
+
+    def _add(self, done: Done, tokens: Any, mask: Any) -> None:
+        import numpy as np
+
+        path = self.task.scratch / str(done.shard.number)
+        with path.with_suffix(".tokens").open("rb") as part:
+            while piece := part.read(1 << 24):
+                tokens.write(piece)
+        with path.with_suffix(".mask").open("rb") as part:
+            while piece := part.read(1 << 24):
+                self._bits.append(np.frombuffer(piece, bool))
+                self._flush(mask)
+        self.sizes.append(np.fromfile(path.with_suffix(".sizes"), "<i8").reshape(-1, 2))
+        for suffix in (".tokens", ".mask", ".sizes"):
+            path.with_suffix(suffix).unlink()
+        self._count(done)
+
+    def _count(self, done: Done) -> None:
+        total = self.total
+        told = done.problems[: MAX_PROBLEMS - len(total.problems)]
+        before = lines_before(done.shard) if told else 0
+        total.problems += [replace(problem, row=problem.row + before) for problem in told]
+        for name in ("rows", "samples", "truncated", "dropped", "compared"):
+            setattr(total, name, getattr(total, name) + getattr(done, name))
+        total.skipped.update(done.skipped)
+        total.histogram = [a + b for a, b in zip(total.histogram, done.histogram, strict=True)]
+        self.of_source[done.shard.source] += done.samples
+        self.rows_of_source[done.shard.source] += done.rows
+
+    def _flush(self, mask: Any, last: bool = False) -> None:
+        """Write the bits that make whole bytes, at the end all."""
+        import numpy as np
+
+        bits = np.concatenate(self._bits) if self._bits else np.zeros(0, bool)
+        whole = len(bits) if last else len(bits) // 8 * 8
+        mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._bits = [bits[whole:]]
+
+
+def _finish(
+    made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig, seed: int, out: Path
+) -> Built:
+    import numpy as np
+
+    total = made.total
+    lengths, learned = np.concatenate([np.zeros((0, 2), np.int64), *made.sizes]).T
+    chosen = _chosen([(s.weight, made.of_source[n]) for n, s in enumerate(sources)], seed)
+    if not len(chosen):
+        why = f"; the first bad one is {_told(total.problems[0])}" if total.problems else ""
         raise InvalidArgument(
-            f"none of the {len(every)} rows has an answer within data.max_length = {data.max_length} tokens",
+            f"none of the {total.rows} rows has an answer within data.max_length = {data.max_length} tokens{why}",
             reason="DATASET_EMPTY",
         )
-    blocks.save(out)
-    tokens = int((blocks.segments > 0).sum())
-    index = {
-        "rows": len(every),
-        "tokens": tokens,
-        "learned": int((blocks.labels >= 0).sum()),
-        "blocks": len(blocks),
-        "fill": tokens / blocks.ids.size,
-        "truncated": sum(len(s.ids) > data.max_length for s in every),
-        "dropped": sum(not any(s.mask[1 : data.max_length]) for s in every),
-        "lengths": {"edges": list(EDGES), "counts": bars([len(s.ids) for s in every])},
+    members, starts = lay_out(lengths[chosen], data.max_length, data.pack, seed)
+    length = block_length(lengths[chosen], data.max_length, data.pack)
+    tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
+    flat = Flat(length, tokens, mask, offsets_of(lengths), chosen[members], starts)
+    proof = replace(made.proof, texts=made.proof.texts + total.compared)
+    about = _about(made, sources, tokenizer, proof)
+    Blocks.of(flat, int(learned[chosen].sum()), total.truncated, total.dropped).save_layout(out, about)
+    index = json.loads((out / "index.json").read_text("utf-8"))
+    return Built(Blocks.open(out), index, proof, tuple(total.problems))
+
+
+def _about(made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, proof: Proof) -> dict[str, Any]:
+    total = made.total
+    return {
+        "rows": total.rows,
+        "skipped": dict(sorted(total.skipped.items())),
+        "lengths": {"edges": list(EDGES), "counts": total.histogram},
+        "sources": [
+            {"rows": made.rows_of_source[n], "samples": made.of_source[n], "weight": s.weight}
+            for n, s in enumerate(sources)
+        ],
+        "tokenizer": {
+            "digest": tokenizer.digest,
+            "backend": proof.backend,
+            "compared": proof.texts,
+            "reason": proof.reason,
+        },
     }
-    return Built(blocks=Blocks.open(out), index=index)
 
 
-def _encoded(
-    source: Source,
-    template: Template,
-    tokenizer: Tokenizer,
-    system: str,
-    before: int,
-    on_rows: Callable[[int], None] | None,
-) -> Iterator[Encoded]:
-    good = (r for r in read_rows(source.files, source.format) if isinstance(r, Row))
-    for n, row in enumerate(good, 1):
+def _chosen(weighted: Iterable[tuple[float, int]], seed: int) -> Longs:
+    """The numbers of the samples that are laid out: source by source, (weight, samples) each."""
+    import numpy as np
+
+    found, first = [np.zeros(0, np.int64)], 0
+    for n, (weight, samples) in enumerate(weighted):
+        own = np.arange(first, first + samples)
+        # Far from the epochs, so that no choice repeats an order of blocks.
+        some = np.sort(order(samples, 2**32 + n, seed)[: round(samples * (weight % 1))])
+        found += [own] * int(weight) + [own[some]]
+        first += samples
+    return np.concatenate(found)
+
+
+def _check(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if not 0 < source.weight <= 1000:
+            raise InvalidArgument(
+                f"the weight of {source.name} must be above 0 and at most 1000, not {source.weight}",
+                reason="WEIGHT_INVALID",
+            )
+
+
+def _told(problem: Problem) -> str:
+    return f"files[{problem.file}].rows[{problem.row}]: {problem.message}"
+
+
+class _Team:
+    """This process and, if the work is worth it, others; they start while this one does what comes first."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, shards: Sequence[Shard], processes: int) -> None:
+        size = sum((s.stop or s.path.stat().st_size) - s.start for s in shards)
+        cores = len(os.sched_getaffinity(0))
+        self._others = min(processes or min(cores, -(-size // _BYTES_A_PROCESS)), len(shards)) - 1
+        self._own = Worker(task, tokenizer)
+        self._pool: ProcessPoolExecutor | None = None
+        if self._others > 0:
+            spawn = get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._others, mp_context=spawn, initializer=start, initargs=(task,))
+            self._pool.submit(ready)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def work(self, shards: Sequence[Shard], proof: Proof) -> Iterator[Done]:
+        """What became of each shard, in order."""
+        todo: deque[Shard] = deque(shards)
+        given: deque[Future[Done]] = deque()
         try:
-            yield encode(template.pieces(row.conversation, system), tokenizer)
-        except QuartetError as error:
-            blamed = f"{source.name} files[{row.file}].rows[{row.row}]: {error.message}"
-            raise type(error)(blamed, reason=error.reason, metadata=error.metadata) from error
-        if on_rows is not None and n % TOLD_ROWS == 0:
-            on_rows(before + n)
+            while todo or given:
+                while self._pool is not None and todo and sum(not f.done() for f in given) < 2 * self._others:
+                    given.append(self._pool.submit(work, todo.popleft(), proof))
+                if todo and not (given and given[0].done()):
+                    given.append(_done(self._own.work(todo.popleft(), proof)))
+                else:
+                    yield given.popleft().result()
+        finally:
+            # Who is still at work writes files, which must not happen beside whatever is done next.
+            for future in given:
+                future.cancel()
+            wait(given)
 
 
-def _weighed(samples: list[Encoded], weight: float, seed: int, source: int) -> list[Encoded]:
-    """All samples as often as the whole part of `weight` says, and a seeded choice for the rest, in their order."""
-    import numpy as np
-
-    times, part = divmod(weight, 1)
-    draw = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, source], np.uint64)))
-    extra = np.sort(draw.permutation(len(samples))[: round(part * len(samples))])
-    return samples * int(times) + [samples[n] for n in extra]
-
-
-def bars(lengths: Sequence[int]) -> list[int]:
-    """How many lengths lie between each of EDGES and the next."""
-    import numpy as np
-
-    places = np.searchsorted(EDGES, np.asarray(lengths, np.int64), "right") - 1
-    return [int(count) for count in np.bincount(places, minlength=len(EDGES))]
+def _done(done: Done) -> Future[Done]:
+    """Work done here, as that of others."""
+    future: Future[Done] = Future()
+    future.set_result(done)
+    return future

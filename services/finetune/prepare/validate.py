@@ -19,7 +19,7 @@ from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Conversation, Problem, Row, read_rows
 from services.finetune.prepare import holds_rows, local_files, progress, row_files
 from services.finetune.prepare.images import Images
-from services.finetune.prepare.pipeline import EDGES, bars
+from services.finetune.prepare.samples import EDGES
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise, put_json_blob
 from services.finetune.templates import IMAGE_ID, Template, encode, load_template
@@ -157,7 +157,7 @@ class Tokens:
             "template": self._template.name,
             "token_count": int(lengths.sum()),
             "learned_count": self._learned,
-            "lengths": [{"least": n, "row_count": c} for n, c in zip(EDGES, bars(self._lengths), strict=True) if c],
+            "lengths": [{"least": n, "row_count": c} for n, c in zip(EDGES, _bars(lengths), strict=True) if c],
             "max_length": int(ordered[-1]),
             "median_length": int(ordered[(len(ordered) - 1) // 2]),
             "p99_length": int(ordered[(len(ordered) * 99 - 1) // 100]),
@@ -210,6 +210,13 @@ class Twins:
 def as_json(problem: Problem) -> dict[str, Any]:
     """As the message RowProblem."""
     return {k: getattr(problem, k) for k in ("file", "row", "field", "reason", "message")}
+
+
+def _bars(lengths: NDArray[np.int64]) -> list[int]:
+    """How many lengths lie between each of EDGES and the next."""
+    import numpy as np
+
+    return [int(n) for n in np.bincount(np.searchsorted(EDGES, lengths, "right") - 1, minlength=len(EDGES))]
 
 
 def _plain(text: str) -> str:
