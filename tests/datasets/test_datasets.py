@@ -67,7 +67,7 @@ def test_tables(datasets: DatasetsStub) -> None:
     names = {f.name for f in datasets.ListFormats(pb.ListFormatsRequest()).formats}
     assert names == {*FORMATS, "files"} and len(names) == 28
     templates = {t.name: t.example for t in datasets.ListTemplates(pb.ListTemplatesRequest()).templates}
-    assert set(templates) == {*TEMPLATES, "tokenizer"} and len(templates) == 29
+    assert set(templates) == {*TEMPLATES, "tokenizer"} and len(templates) == 30
     assert "tokenizer" in templates and "<|im_start|>user\nHello<|im_end|>" in templates["internlm2_chat"]
 
 

@@ -133,7 +133,7 @@ def test_preview_shows_where_images_stand(datasets: DatasetsStub, service: Servi
     artifacts.put_ref(store, "workspaces/default/models/seeing", {"digest": digest, "kind": "base"})
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     data = json.dumps({"image": "a.jpg", "conversations": turns}).encode()
-    made = commit(datasets, new(datasets), {"a.jsonl": data})
+    made = commit(datasets, new(datasets), {"a.jsonl": data, "a.jpg": b"kept as it is"})
     assert (made.format, made.format_reason) == ("llava", "the first row has conversations and image")
     wanted = pb.PreviewRowsRequest(name=made.name, model="workspaces/default/models/seeing", max_length=50)
     (shown,) = datasets.PreviewRows(wanted).rows

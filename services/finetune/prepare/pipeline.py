@@ -71,7 +71,8 @@ def build(
     one for each core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
 
     Raises InvalidArgument (DATASET_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING,
-    TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped and told.
+    TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped and told; a good row that
+    the template refuses is blamed by InvalidArgument with the template's reason.
     """
     _check(sources)
     tokenizer = Tokenizer.from_files(model_dir)
@@ -108,6 +109,8 @@ class _Gathered:
             for done in team.work(shards, proof):
                 if done.error is not None:
                     raise from_json(done.error)
+                if done.refused is not None:
+                    raise _refused(done)
                 if done.differs:
                     raise _Differs(done.differs)
                 self._add(done, tokens, mask)
@@ -219,6 +222,17 @@ def _check(sources: Sequence[Source]) -> None:
                 f"the weight of {source.name} must be above 0 and at most 1000, not {source.weight}",
                 reason="WEIGHT_INVALID",
             )
+
+
+def _refused(done: Done) -> InvalidArgument:
+    """Bad rows were settled when their revision was committed; this one is good, so it must not be left out unseen."""
+    assert done.refused is not None
+    row = replace(done.refused, row=done.refused.row + lines_before(done.shard))
+    return InvalidArgument(
+        f"{_told(row)}; validate the revision with this template to see all such rows",
+        reason=row.reason,
+        metadata={"file": row.file, "row": str(row.row)},
+    )
 
 
 def _told(problem: Problem) -> str:

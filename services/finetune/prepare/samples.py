@@ -60,6 +60,8 @@ class Done:
     problems: list[Problem] = field(default_factory=list)
     histogram: list[int] = field(default_factory=lambda: [0] * len(EDGES))
     error: dict[str, Any] | None = None
+    refused: Problem | None = None
+    """The first good row that the template has no place for."""
 
 
 class Worker:
@@ -111,6 +113,7 @@ class Worker:
                 raise  # the template fits no conversation at all
             except QuartetError as error:
                 row = Problem(row.file, row.row, "", error.reason, error.message)
+                done.refused = done.refused or row
         done.skipped[row.reason] += 1
         if len(done.problems) < MAX_PROBLEMS:
             done.problems.append(row)

@@ -146,15 +146,19 @@ def test_bad_rows_are_blamed_by_their_line_in_the_whole_file(
     assert list(built.problems) == bad and len({p.row for p in bad}) == len(bad) > 1
 
 
-def test_a_row_that_the_template_refuses_is_told_and_left_out(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_that_the_template_refuses_is_blamed(
+    model: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     with_template(
         model, tmp_path / "m", "{% if messages | length > 2 %}{{ raise_exception('two') }}{% endif %}" + CHATML
     )
     good, bad = ([{"role": r, "content": "x"} for _ in range(n) for r in ("user", "assistant")] for n in (1, 2))
     rows = [{"messages": m} for m in (good, bad, good)]
-    built = build([source(tmp_path, rows)], "", tmp_path / "m", DataConfig(), 0, tmp_path / "out")
-    assert built.index["samples"] == 2 and built.index["skipped"] == {"TEMPLATE_REFUSED": 1}
-    assert [(p.file, p.row) for p in built.problems] == [("a.jsonl", 2)] and "two" in built.problems[0].message
+    with pytest.raises(InvalidArgument, match=r"files\[a.jsonl\].rows\[2\].*two") as caught:
+        build([source(tmp_path, rows)], "", tmp_path / "m", DataConfig(), 0, tmp_path / "out", processes=processes)
+    assert caught.value.reason == "TEMPLATE_REFUSED" and caught.value.metadata["row"] == "2"
 
 
 def test_weights_repeat_rows_and_draw_parts_of_them(model: Path, tmp_path: Path) -> None:
