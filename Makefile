@@ -49,10 +49,15 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
 test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not containers'
 
-test-all: install ## all tests
-	$(BIN)/python -m pytest
+test-all: install ## all tests but those in containers
+	$(BIN)/python -m pytest -m 'not containers'
+
+# apt-get install podman buildah crun runc catatonit uidmap iptables netavark aardvark-dns mmdebstrap
+test-containers: VARIANT := cpu
+test-containers: install images ## build the CPU images and run the whole flow in containers
+	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
 
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 
+from services.common.server import Room
+from services.finetune.errors import InvalidArgument
+from services.finetune.progress import Attempt
+from services.finetune.store import Store
+from services.inference.engines.__main__ import HOST_VARIABLE, serve
 from tests.common.launchers.cluster import Cluster, cluster
 from tests.inference.conftest import READY, Service, publish, until
 from tests.inference.wire import GREEDY, endpoint, turns, whole
@@ -21,11 +27,11 @@ def k8s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = str(probe.getsockname()[1])
-    with cluster(tmp_path / "cluster", "quartet-inference") as running:
+    with cluster(tmp_path / "cluster") as running:
         blueprint = running.objects["cronjobs", "quartet-engine"]["spec"]["jobTemplate"]["spec"]
         variables = blueprint["template"]["spec"]["containers"][0]["env"]
         next(v for v in variables if v["name"] == "QUARTET_ENGINE_PORT")["value"] = free
-        monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig()))
+        monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig("quartet-inference")))
         yield running
 
 
@@ -67,3 +73,12 @@ def test_engines_outlive_a_rolling_update_and_come_back_after_an_eviction(
     service.stub.DeleteEndpoint(pb.DeleteEndpointRequest(name=NAME))
     until(lambda: not service.engines())
     assert service.stop() == 0 and "Traceback" not in service.logs()
+
+
+def test_an_engine_never_listens_where_strangers_are_without_a_token(
+    file_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOST_VARIABLE, "10.1.2.3")
+    with pytest.raises(InvalidArgument) as caught:
+        asyncio.run(serve(Room("x", lambda server: None), 8, "", Attempt(file_store, "jobs/x", 1)))
+    assert caught.value.reason == "ADDRESS_EXPOSED"

@@ -14,12 +14,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,31 +25,22 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.common.launchers.pods import Command, Json, Refused, matches, now, on_this_machine
 from tests.k8s.rendered import VERSIONS, of_kind, overlay, problems
 
-Json = dict[str, Any]
 KINDS = {"cronjobs": "CronJob", "jobs": "Job", "pods": "Pod"}
 JOB_LABEL = "batch.kubernetes.io/job-name"
 UID_LABEL = "batch.kubernetes.io/controller-uid"
 TICK_S = 0.01
 
 
-class Refused(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
 class Cluster:
-    """See the module. `account` is the service account whose token is in the kubeconfig."""
+    """See the module. `command` says what the kubelet runs for a pod: words, and variables beside its own."""
 
-    def __init__(self, folder: Path, account: str = "quartet-training", overlay_name: str = "local") -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1", command: Command | None = None) -> None:
         self.folder = folder
-        self.account = account
-        self.token = uuid.uuid4().hex
+        self.host = host
+        self.command = command or on_this_machine
         self.lock = threading.RLock()
         self.objects: dict[tuple[str, str], Json] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -65,8 +54,9 @@ class Cluster:
         self.schema_version = VERSIONS[-1]
         self._versions = itertools.count(1)
         self._ended = threading.Event()
-        manifests = overlay(overlay_name)
-        self.rules = next(m["rules"] for m in of_kind(manifests, "Role") if m["metadata"]["name"] == account)
+        manifests = overlay("local")
+        self.rules = {m["metadata"]["name"]: m["rules"] for m in of_kind(manifests, "Role")}
+        self.tokens = {account: uuid.uuid4().hex for account in self.rules}
         for cron in of_kind(manifests, "CronJob"):
             self._store("cronjobs", json.loads(json.dumps(cron)))
 
@@ -87,7 +77,7 @@ class Cluster:
 
             do_GET = do_POST = do_DELETE = answer
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((self.host, 0), Handler)
         self.server.daemon_threads = True
         self._threads = [
             threading.Thread(target=self.server.serve_forever, args=(0.02,)),
@@ -108,16 +98,17 @@ class Cluster:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def kubeconfig(self) -> Path:
-        path = self.folder / "kubeconfig"
-        host = f"http://127.0.0.1:{self.server.server_address[1]}"
+    def kubeconfig(self, account: str, name: str = "127.0.0.1") -> Path:
+        """A file that lets a service account in, by a name of this machine."""
+        path = self.folder / f"kubeconfig-{account}"
+        host = f"http://{name}:{self.server.server_address[1]}"
         content = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "here",
             "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "quartet"}}],
             "clusters": [{"name": "c", "cluster": {"server": host}}],
-            "users": [{"name": "u", "user": {"token": self.token}}],
+            "users": [{"name": "u", "user": {"token": self.tokens[account]}}],
         }
         path.write_text(yaml.safe_dump(content))
         return path
@@ -153,19 +144,21 @@ class Cluster:
     def _serve(self, http: BaseHTTPRequestHandler, body: Json) -> Json | str:
         url = urlsplit(http.path)
         query = {k: v[0] for k, v in parse_qs(url.query).items()}
-        if http.headers.get("Authorization") != f"Bearer {self.token}":
+        shown = http.headers.get("Authorization", "").removeprefix("Bearer ")
+        account = next((a for a, token in self.tokens.items() if token == shown), "")
+        if not account:
             raise Refused(401, "Unauthorized")
         parts = url.path.strip("/").split("/")
-        root, plural, rest = parts[: parts.index("namespaces")], *self._split(parts)
+        root, plural, rest = parts[: parts.index("namespaces")], *self._split(parts, account)
         name, sub = (*rest, "", "")[:2]
         if root != (["api", "v1"] if plural == "pods" else ["apis", "batch", "v1"]):
             raise Refused(404, f"the server could not find the requested resource {url.path}")
         verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[http.command]
-        self._allow(verb, f"{plural}/{sub}" if sub else plural, name)
+        self._allow(account, verb, f"{plural}/{sub}" if sub else plural, name)
         if sub == "log":
             return self._log(name, int(query["tailLines"]))
         if verb == "list":
-            return {"items": [o for (p, _), o in self.objects.items() if p == plural and _matches(o, query)]}
+            return {"items": [o for (p, _), o in self.objects.items() if p == plural and matches(o, query)]}
         if verb == "create":
             return self._create(plural, body)
         found = self._get(plural, name)
@@ -175,19 +168,19 @@ class Cluster:
             self._delete(plural, found, body)
         return found
 
-    def _split(self, parts: list[str]) -> tuple[str, list[str]]:
+    def _split(self, parts: list[str], account: str) -> tuple[str, list[str]]:
         at = parts.index("namespaces")
         if parts[at + 1] != "quartet":
-            raise Refused(403, f"{self.account} cannot do this in the namespace {parts[at + 1]}")
+            raise Refused(403, f"{account} cannot do this in the namespace {parts[at + 1]}")
         return parts[at + 2], parts[at + 3 :]
 
-    def _allow(self, verb: str, resource: str, name: str) -> None:
+    def _allow(self, account: str, verb: str, resource: str, name: str) -> None:
         self.calls.append((verb, resource))
-        for rule in self.rules:
+        for rule in self.rules[account]:
             named = not rule.get("resourceNames") or name in rule["resourceNames"]
             if resource in rule["resources"] and verb in rule["verbs"] and named:
                 return
-        raise Refused(403, f'User "system:serviceaccount:quartet:{self.account}" cannot {verb} resource "{resource}"')
+        raise Refused(403, f'User "system:serviceaccount:quartet:{account}" cannot {verb} resource "{resource}"')
 
     def _get(self, plural: str, name: str) -> Json:
         if (plural, name) not in self.objects:
@@ -203,7 +196,7 @@ class Cluster:
         return self._store(plural, {**body, "status": {}})
 
     def _store(self, plural: str, body: Json) -> Json:
-        made = {"uid": str(uuid.uuid4()), "creationTimestamp": _now(), "resourceVersion": str(next(self._versions))}
+        made = {"uid": str(uuid.uuid4()), "creationTimestamp": now(), "resourceVersion": str(next(self._versions))}
         body["metadata"].update(made)
         self.objects[plural, body["metadata"]["name"]] = body
         return body
@@ -211,7 +204,7 @@ class Cluster:
     def _delete(self, plural: str, found: Json, options: Json) -> None:
         if plural == "jobs":
             assert options["propagationPolicy"] == "Foreground"
-            found["metadata"].setdefault("deletionTimestamp", _now())
+            found["metadata"].setdefault("deletionTimestamp", now())
             return
         grace = options.get("gracePeriodSeconds", found["spec"].get("terminationGracePeriodSeconds", 30))
         self._terminate(found, grace)
@@ -221,7 +214,7 @@ class Cluster:
         due = time.monotonic() + grace_s
         first = "deletionTimestamp" not in pod["metadata"]
         if first or due < self.kill_at.get(name, due):
-            pod["metadata"]["deletionTimestamp"] = _now(grace_s)
+            pod["metadata"]["deletionTimestamp"] = now(grace_s)
             self.kill_at[name] = due
         if first and name in self.processes and name not in self.lost_nodes:
             self._signal(name, signal.SIGTERM)
@@ -278,16 +271,11 @@ class Cluster:
     out_of_memory: frozenset[str] = frozenset()
 
     def _begin(self, pod: Json) -> None:
-        container = pod["spec"]["containers"][0]
-        assert container["command"] == ["python"], "the fake kubelet knows one program"
-        given = {e["name"]: e["value"] for e in container.get("env", ()) if "value" in e}
-        fields = {e["name"]: e["valueFrom"].get("fieldRef") for e in container.get("env", ()) if "valueFrom" in e}
-        # Pods share this machine's address, and its environment where they would refer to secrets.
-        given |= {name: "127.0.0.1" for name, field in fields.items() if field == {"fieldPath": "status.podIP"}}
+        words, variables = self.command(pod)
         with (self.folder / f"{pod['metadata']['name']}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *container["args"]],
-                env={**os.environ, **given},
+                words,
+                env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -382,7 +370,7 @@ class Cluster:
         with self.lock:
             self.lost_nodes.add(pod)
             self._disrupt(pod, "DeletionByTaintManager")
-            self.objects["pods", pod]["metadata"]["deletionTimestamp"] = _now(-ago_s)
+            self.objects["pods", pod]["metadata"]["deletionTimestamp"] = now(-ago_s)
 
     def kill_for_memory(self, pod: str) -> None:
         with self.lock:
@@ -399,19 +387,10 @@ class Cluster:
         self.objects["pods", pod]["status"].setdefault("conditions", []).append(told)
 
 
-def _now(later_s: float = 0) -> str:
-    return (datetime.now(UTC) + timedelta(seconds=later_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _matches(found: Json, query: Mapping[str, str]) -> bool:
-    key, _, value = query["labelSelector"].partition("=")
-    return bool(found["metadata"].get("labels", {}).get(key) == value)
-
-
 @contextlib.contextmanager
-def cluster(folder: Path, account: str = "quartet-training") -> Iterator[Cluster]:
+def cluster(folder: Path, host: str = "127.0.0.1", command: Command | None = None) -> Iterator[Cluster]:
     folder.mkdir(parents=True, exist_ok=True)
-    running = Cluster(folder, account).start()
+    running = Cluster(folder, host, command).start()
     try:
         yield running
     finally:

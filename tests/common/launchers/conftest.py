@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def k8s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Iterator[Cluster]:
     """A running cluster, which KUBECONFIG points at."""
     with cluster(tmp_path / "cluster") as running:
-        monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig()))
+        monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig("quartet-training")))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield running
 

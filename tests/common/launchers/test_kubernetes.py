@@ -15,7 +15,7 @@ from services.common.launchers.kubernetes import MADE_BY, KubernetesLauncher, fi
 from services.common.launchers.local import LocalLauncher
 from services.common.settings import Settings
 from services.finetune.errors import FailedPrecondition, PermissionDenied, QuartetError, Unavailable
-from tests.common.launchers.cluster import Cluster, cluster
+from tests.common.launchers.cluster import Cluster
 from tests.common.launchers.programs import SLEEP, soon
 from tests.k8s.rendered import OVERLAYS, VERSIONS, of_kind, overlay, problems
 
@@ -114,18 +114,17 @@ def test_rights_end_at_the_own_blueprint_and_namespace(k8s: Cluster) -> None:
         )
 
 
-def test_the_inference_account_makes_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    with cluster(tmp_path / "c", "quartet-inference") as running:
-        monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig()))
-        launcher = KubernetesLauncher("", "quartet-engine")
-        code = "import os; print(os.environ['QUARTET_ENGINE_PORT'])"
-        handle = launcher.launch([sys.executable, "-c", code], "a", {})
-        soon(lambda: not launcher.alive(handle))
-        assert launcher.tail("a", 1) == "50060"
+def test_the_inference_account_makes_engines(k8s: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(k8s.kubeconfig("quartet-inference")))
+    launcher = KubernetesLauncher("", "quartet-engine")
+    code = "import os; print(os.environ['QUARTET_ENGINE_HOST'], os.environ['QUARTET_ENGINE_PORT'])"
+    handle = launcher.launch([sys.executable, "-c", code], "a", {})
+    soon(lambda: not launcher.alive(handle))
+    assert launcher.tail("a", 1) == "127.0.0.1 50060"
 
 
 def test_a_wrong_token_is_told(k8s: Cluster, launcher: KubernetesLauncher) -> None:
-    k8s.token = "changed"
+    k8s.tokens["quartet-training"] = "changed"
     with pytest.raises(PermissionDenied, match="Unauthorized"):
         launcher.launch(SLEEP, "a", {})
 
@@ -151,7 +150,7 @@ def test_a_cluster_out_of_reach(k8s: Cluster, launcher: KubernetesLauncher, tmp_
     k8s.down = False
     assert launcher.alive(handle)
     config = tmp_path / "elsewhere"
-    config.write_text(k8s.kubeconfig().read_text().replace(str(k8s.server.server_address[1]), "9"))
+    config.write_text(k8s.kubeconfig("quartet-training").read_text().replace(str(k8s.server.server_address[1]), "9"))
     monkeypatch.setenv("KUBECONFIG", str(config))
     with pytest.raises(Unavailable):
         KubernetesLauncher("", "quartet-worker").alive(handle)
