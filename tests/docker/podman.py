@@ -113,7 +113,7 @@ class Host:
         words += ["--memory", limits["memory"].replace("i", "").lower(), "--pull=never"]
         for variable, value in self._variables(container, address).items():
             words += ["--env", f"{variable}={value}"]
-        words += [w for mount in container["volumeMounts"] for w in self._mount(spec, mount)]
+        words += [w for mount in container["volumeMounts"] for w in self._mount(name, spec, mount)]
         words += [w for mount in self.mounts for w in ("-v", mount)]
         command: list[str] = container.get("command", [])
         words += ["--entrypoint", command[0]] if command else []
@@ -129,10 +129,13 @@ class Host:
                 found[variable["name"]] = address if "fieldRef" in source else variable["value"]
         return found
 
-    def _mount(self, spec: Json, mount: Json) -> list[str]:
+    def _mount(self, name: str, spec: Json, mount: Json) -> list[str]:
         volumes: dict[str, Any] = {v["name"]: v for v in spec["volumes"]}
         volume = volumes.get(mount["name"], {})
         if "secret" in volume:
             return ["-v", f"{self.folder / volume['secret']['secretName']}:{mount['mountPath']}:ro"]
-        # An emptyDir, or a claim, which lives as long as the test.
-        return ["--mount", f"type=tmpfs,destination={mount['mountPath']},tmpfs-mode=1777"]
+        # An emptyDir, or a claim: like these it outlives the container, for the pod may start it again.
+        path = self.folder / "volumes" / name / mount["name"]
+        path.mkdir(parents=True)
+        path.chmod(0o1777)
+        return ["-v", f"{path}:{mount['mountPath']}"]

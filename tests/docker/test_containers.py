@@ -66,8 +66,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     [settings] = of_kind(overlay("local"), "ConfigMap")
     # The command line looks for a folder where it runs before it asks a service to import it: one path for both.
     config = {**settings["data"], "QUARTET_IMPORT_ROOTS": str(folder / "tiny")}
-    for path in [folder, *folder.parents[:2]]:
-        path.chmod(0o755)
+    for path in [folder, *folder.parents[:2], *folder.rglob("*")]:
+        path.chmod(0o755)  # containers run as users of their own
     running = Host(folder, config, mounts=[f"{folder / 'tiny'}:{folder / 'tiny'}:ro"]).open()
     yield running
     running.close()
