@@ -2,10 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OVERLAY ?= local
+OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
+# Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
+BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
+VARIANT ?= cuda
+BASE ?= docker.io/library/python:3.12-slim-bookworm
+REGISTRY ?= quartet
+TAG ?= 0.1.0
+BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all bench bench-upload bench-datasets quickstart up
+.PHONY: help install protos check test test-all test-containers bench bench-upload bench-datasets quickstart up \
+  locks images manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +43,7 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking --against '.git#ref=HEAD'
@@ -40,10 +51,15 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
 test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not containers'
 
-test-all: install ## all tests
-	$(BIN)/python -m pytest
+test-all: install ## all tests but those in containers
+	$(BIN)/python -m pytest -m 'not containers'
+
+# apt-get install podman buildah crun runc catatonit uidmap iptables netavark aardvark-dns mmdebstrap
+test-containers: VARIANT := cpu
+test-containers: install images ## build the CPU images and run the whole flow in containers
+	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
 
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench
@@ -60,3 +76,29 @@ quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1
 
 up: install ## serve all four services on 127.0.0.1:50050
 	@$(BIN)/quartet up
+
+# The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
+NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
+locks: install ## pin what the images install, with hashes, from pyproject.toml
+	$(LOCK) --extra services --extra kubernetes -o docker/locks/service.txt
+	$(LOCK) --extra worker $(NO_GRPC) -o docker/locks/worker-cuda.txt
+	$(LOCK) --extra serve -o docker/locks/inference-cuda.txt
+	$(LOCK) --extra worker $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
+	$(LOCK) --extra serve -c docker/locks/cpu.in -o docker/locks/inference-cpu.txt
+
+BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
+HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")
+images: ## build the six images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
+	for s in datasets training conversion inference; do \
+	  $(BUILD) --build-arg SERVICE=$$s -f docker/service.Dockerfile -t $(REGISTRY)/$$s:$(TAG) . || exit 1; done
+	$(HEAVY) -f docker/worker.Dockerfile -t $(REGISTRY)/worker:$(TAG)-$(VARIANT) .
+	$(HEAVY) -f docker/inference.Dockerfile -t $(REGISTRY)/engine:$(TAG)-$(VARIANT) .
+
+manifests: install ## render every overlay to build/manifests/
+	@mkdir -p build/manifests
+	@for o in $(OVERLAYS); do $(BIN)/kubectl kustomize k8s/overlays/$$o > build/manifests/$$o.yaml || exit 1; \
+	  echo "build/manifests/$$o.yaml"; done
+
+deploy: install ## apply an overlay to the cluster that kubectl points at (OVERLAY=local|gpu)
+	$(BIN)/kubectl apply -k k8s/overlays/$(OVERLAY)

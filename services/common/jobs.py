@@ -230,13 +230,15 @@ class Jobs:
             self._finish(job, outcome)
             return
         attempt, key = job.body["attempt"] + 1, job.body["key"]
-        job = self._move(_with(job, attempt=attempt, cursor=-1, handle=None), "PREPARING")
+        job = self._move(_with(job, attempt=attempt, cursor=-1, handle=None, trouble=""), "PREPARING")
         order = f"{progress.attempt_key(key, attempt)}/run.json"
         self.store.put(order, progress.dump(self.work.order(job)))
         uri = progress.run_uri(self.store.uri, key, attempt)
         command = [sys.executable, "-m", "services.finetune", self.work.verb, uri]
         try:
-            handle = self.launcher.launch(command, self._log_name(job), {})
+            handle = self.launcher.launch(command, self._process_name(job), {})
+        except Unavailable:
+            raise  # perhaps it was started all the same: `_adopt` will see
         except OSError as error:
             self._lost(job, f"it could not be started: {error}")
             return
@@ -255,16 +257,18 @@ class Jobs:
             self._finish(job, outcome[1])
         elif not alive:
             self._lost(job)
-        elif job.body["cancel"] and self._log_name(job) not in self._asked:
-            self._asked.add(self._log_name(job))
+        elif job.body["cancel"] and self._process_name(job) not in self._asked:
+            self._asked.add(self._process_name(job))
             self.launcher.stop(handle, self._grace_s)
+        elif job.state == "PREPARING":
+            self._tell_trouble(job, self.launcher.trouble(handle))
 
     def _adopt(self, job: Record) -> Record:
-        """The service was cut between launching a worker and noting it. A worker that claimed its attempt is taken
-        over; otherwise the attempt is given up: if its worker should still come, the fence stops it."""
+        """The service was cut between launching a worker and noting it. A worker that is known is taken over;
+        otherwise the attempt is given up: if its worker should still come, the fence stops it."""
         claim = progress.read_claim(self.store, job.body["key"], job.body["attempt"])
-        if claim is not None:
-            handle = {"pid": claim["pid"], "start_ticks": claim["start_ticks"]}
+        handle = self.launcher.find(self._process_name(job), claim)
+        if handle is not None:
             return self.records.update(_with(job, handle=handle))
         return self._move(job, "QUEUED", "the service restarted")
 
@@ -294,24 +298,35 @@ class Jobs:
             self._end(job, "SUCCEEDED")
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
-            self._lost(job)
+            self._lost(job, taken=True)
         else:
             error = dict(outcome.error) if outcome.error else None
             self._end(_with(job, error=error), outcome.state, error["message"] if error else "")
 
-    def _lost(self, job: Record, why: str = "") -> None:
-        """The worker is gone without an outcome, or was stopped by others."""
-        attempt, lost = job.body["attempt"], job.body.get("lost", 0) + 1
+    def _lost(self, job: Record, why: str = "", taken: bool = False) -> None:
+        """The worker is gone without an outcome, or was stopped by others. One that its place took away does not count
+        against the job: on machines that come and go that may happen any number of times."""
+        attempt, handle = job.body["attempt"], job.body["handle"]
+        taken = taken or (handle is not None and self.launcher.disrupted(handle))
+        lost = job.body.get("lost", 0) + (not taken)
         if job.body["cancel"]:
             self._end(job, "CANCELLED", "the worker had to be killed")
-        elif lost >= MAX_LOST:
-            tail = why or self.launcher.tail(self._log_name(job), 5)
+        elif lost >= MAX_LOST and not taken:
+            tail = why or self.launcher.tail(self._process_name(job), 5)
             error = Internal(f"{lost} workers were lost; the last said: {tail}", reason="WORKER_LOST")
             self._end(_with(job, error=error.to_json()), "FAILED", error.message)
         else:
+            if handle is not None:
+                self.launcher.stop(handle, self._grace_s)  # what may be left of it, or be made again by its place
             self.reopen(job)
             job = _with(job, lost=lost, not_before=time.time() + 2.0**lost)
-            self._move(job, "QUEUED", f"the worker of attempt {attempt} was lost")
+            self._move(job, "QUEUED", f"the worker of attempt {attempt} was {'taken away' if taken else 'lost'}")
+
+    def _tell_trouble(self, job: Record, told: str) -> None:
+        if told == job.body.get("trouble", ""):
+            return
+        event = {"time": time.time(), "type": "log", "level": "warning", "text": told, "attempt": job.body["attempt"]}
+        self.records.update(_with(job, trouble=told), [event] if told else ())
 
     def reopen(self, job: Record) -> None:
         """Take back a CANCELLED that nobody asked for, so that another attempt may publish."""
@@ -328,8 +343,8 @@ class Jobs:
     def _end(self, job: Record, state: str, message: str = "") -> None:
         self._move(_with(job, end_time=names.now()), state, message)
 
-    def _log_name(self, job: Record) -> str:
-        return f"{job.name.replace('/', '.')}-{job.body['attempt']}"
+    def _process_name(self, job: Record) -> str:
+        return f"{job.body['key'].removeprefix('jobs/')}-{job.body['attempt']}"
 
 
 def job_key(name: str) -> str:

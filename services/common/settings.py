@@ -50,6 +50,12 @@ class Settings:
     """Workers of one service at a time."""
     worker_grace_s: float = 30.0
     """Seconds that a cancelled worker has to save and leave."""
+    launcher: str = "local"
+    """Where workers and engine servers run: local (processes of this machine) or kubernetes (Jobs of its cluster)."""
+    namespace: str = ""
+    """The cluster's namespace for Jobs; the service's own if empty."""
+    blueprint: str = "quartet-worker"
+    """The CronJob of that namespace whose jobTemplate is filled for each Job."""
 
     @classmethod
     def from_args(cls, argv: Sequence[str], prog: str) -> Self:
@@ -69,12 +75,7 @@ class Settings:
         """With the defaults that hang on HOME filled in, HOME made, and the address checked."""
         home = Path(self.home or Path.home() / ".quartet").expanduser().absolute()
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not self.loopback and not self.token_file and not self.tls_client_ca:
-            raise InvalidArgument(
-                f"{self.host} is not a loopback address: give --token-file, or mutual TLS by --tls-cert --tls-key "
-                "--tls-client-ca",
-                reason="ADDRESS_EXPOSED",
-            )
+        self.check_exposure()
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
             raise InvalidArgument("--tls-cert and --tls-key go together", reason="SETTING_INVALID")
         if self.reflection not in ("on", "off", "auto"):
@@ -82,12 +83,23 @@ class Settings:
         for name in ("hub_datasets", "direct_uploads"):
             if getattr(self, name) not in ("on", "off"):
                 raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
+        if self.launcher not in ("local", "kubernetes"):
+            raise InvalidArgument("--launcher is local or kubernetes", reason="SETTING_INVALID")
         return replace(
             self,
             home=str(home),
             store_uri=self.store_uri or (home / "store").as_uri(),
             database_url=self.database_url or f"sqlite:///{home}/quartet.db",
         )
+
+    def check_exposure(self) -> None:
+        """InvalidArgument (ADDRESS_EXPOSED) if strangers could reach the address and need show nothing."""
+        if not self.loopback and not self.token_file and not self.tls_client_ca:
+            raise InvalidArgument(
+                f"{self.host} is not a loopback address: give --token-file, or mutual TLS by --tls-cert --tls-key "
+                "--tls-client-ca",
+                reason="ADDRESS_EXPOSED",
+            )
 
     @property
     def loopback(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from quartet.conversion.v1.conversion_pb2_grpc import add_ConversionServicer_to_server
 
 from services.common.jobs import Jobs
-from services.common.launchers.local import LocalLauncher
+from services.common.launchers import open_launcher
 from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
@@ -23,7 +23,7 @@ def build(settings: Settings) -> Room:
     conversion.jobs = Jobs(
         Records(settings.database_url),
         store,
-        LocalLauncher(Path(settings.home)),
+        open_launcher(settings),
         conversion.work,
         max_workers=settings.max_workers,
         grace_s=settings.worker_grace_s,

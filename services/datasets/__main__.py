@@ -10,7 +10,7 @@ from quartet.datasets.v1 import datasets_pb2_grpc as rpc
 
 from services.common import server
 from services.common.jobs import Jobs
-from services.common.launchers.local import LocalLauncher
+from services.common.launchers import open_launcher
 from services.common.records import Records
 from services.common.settings import Settings
 from services.datasets.preparing import Preparing
@@ -33,7 +33,7 @@ def build(settings: Settings) -> server.Room:
     prefixes = [prefix for prefix in settings.import_prefixes.split(",") if prefix]
     datasets = Datasets(store, scratch, Allowed(roots, prefixes, settings.hub_datasets == "on"))
     preparing, validating = Preparing(store, datasets), Validating(store, datasets)
-    records, launcher = Records(settings.database_url), LocalLauncher(Path(settings.home))
+    records, launcher = Records(settings.database_url), open_launcher(settings)
     limits: dict[str, Any] = {"max_workers": settings.max_workers, "grace_s": settings.worker_grace_s}
     preparing.jobs = Jobs(records, store, launcher, preparing.work, **limits)
     validating.jobs = Jobs(records, store, launcher, validating.work, **limits)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quartet.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
 from services.common import auth
-from services.common.launchers.local import LocalLauncher
+from services.common.launchers import open_launcher
 from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
@@ -19,8 +17,10 @@ from services.inference.usecases import Inference
 def build(settings: Settings) -> Room:
     store, records = open_store(settings.store_uri), Records(settings.database_url)
     token = auth.read_token(settings.token_file) if settings.token_file else ""
-    launcher = LocalLauncher(Path(settings.home))
-    inference = Inference(store, records, launcher, settings.token_file, EngineCalls(token))
+    keep = settings.launcher == "kubernetes"
+    inference = Inference(
+        store, records, open_launcher(settings), settings.token_file, EngineCalls(token), keep_engines=keep
+    )
     servicer = Servicer(inference, token)
     return Room(
         "quartet.inference.v1.Inference",

@@ -65,14 +65,26 @@ STOP_GRACE_S = 5.0
 
 
 class Inference:
-    """Endpoints and their engine servers. `start` and `stop` the thread that looks after them."""
+    """Endpoints and their engine servers. `start` and `stop` the thread that looks after them.
 
-    def __init__(self, store: Store, records: Records, launcher: Launcher, token_file: str, engines: Engines) -> None:
+    An orderly end stops the engines unless `keep_engines`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        records: Records,
+        launcher: Launcher,
+        token_file: str,
+        engines: Engines,
+        keep_engines: bool = False,
+    ) -> None:
         self._store = store
         self._records = records
         self._launcher = launcher
         self._token_file = token_file
         self._engines = engines
+        self._keep_engines = keep_engines
         self._settling: set[str] = set()  # endpoints whose engine is just told of an adapter
         self._asked: set[str] = set()  # attempts that this process has asked to end
         self._stopping = threading.Event()
@@ -252,10 +264,13 @@ class Inference:
         self._thread.start()
 
     def stop(self) -> None:
-        """An orderly end stops the engines too; the next start brings them back."""
+        """An orderly end stops the engines too, and the next start brings them back; not so on a cluster, where it is
+        the end of one replica, and the next finds them serving."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._keep_engines:
+            return
         records = [r for r in self._records.find(KIND) if r.body["handle"]]
         for record in records:
             self._launcher.stop(record.body["handle"], STOP_GRACE_S)
@@ -301,7 +316,7 @@ class Inference:
             if record.body["not_before"] <= time.time():
                 self._launch(record)
         elif not self._launcher.alive(handle):
-            self._died(record)
+            self._died(record, handle)
         elif record.state == "STARTING":
             self._ready(record, handle)
         elif not settled(record) and record.name not in self._settling:
@@ -331,11 +346,11 @@ class Inference:
             self._launcher.stop(handle, STOP_GRACE_S)
 
     def _adopt(self, record: Record) -> dict[str, Any] | None:
-        """An engine that was started just before the service was cut, if it came to claim its attempt."""
+        """An engine that was started just before the service was cut, if it is known."""
         if record.body["attempt"] == 0 or record.body.get("given_up") == record.body["attempt"]:
             return None
         claim = progress.read_claim(self._store, record.body["key"], record.body["attempt"])
-        return {"pid": claim["pid"], "start_ticks": claim["start_ticks"]} if claim else None
+        return self._launcher.find(self._process_name(record), claim)
 
     def _launch(self, record: Record) -> None:
         spec, key, attempt = record.body["spec"], record.body["key"], record.body["attempt"] + 1
@@ -353,7 +368,7 @@ class Inference:
         self._store.put(f"{progress.attempt_key(key, attempt)}/run.json", progress.dump(order))
         uri = progress.run_uri(self._store.uri, key, attempt)
         command = [sys.executable, "-m", "services.inference.engines", uri]
-        handle = self._launcher.launch(command, self._log_name(record), {})
+        handle = self._launcher.launch(command, self._process_name(record), {})
         try:
             self._records.update(_with(record, handle=handle))
         except Aborted:
@@ -370,17 +385,21 @@ class Inference:
                 serving = _with(record, **ready, handle=handle, applied=record.body["ordered"])
                 self._records.update(replace(serving, state="READY"))
 
-    def _died(self, record: Record) -> None:
-        """Try again with growing pauses; give up when it says why it cannot, or keeps dying young."""
+    def _died(self, record: Record, handle: dict[str, Any]) -> None:
+        """Try again with growing pauses; give up when it says why it cannot, or keeps dying young. One that its place
+        took away is simply started again."""
         outcome = progress.read_outcome(self._store, record.body["key"])
         if outcome is not None:
             error = outcome[1].error or Internal("the engine ended", reason="ENGINE_LOST").to_json()
             self._records.update(replace(_with(record, error=error, handle=None, address=""), state="FAILED"))
             return
-        young = time.time() - record.body["launched"] < YOUNG_S
+        taken = self._launcher.disrupted(handle)
+        if taken:
+            self._launcher.stop(handle, 0)  # its place may be about to make it again
+        young = time.time() - record.body["launched"] < YOUNG_S and not taken
         failures = record.body["failures"] + 1 if young else 1
         if failures >= QUICK_FAILURES:
-            tail = self._launcher.tail(self._log_name(record), 5)
+            tail = self._launcher.tail(self._process_name(record), 5)
             said = f"; the last time it said: {tail}" if tail else " without a word"
             error = Internal(f"the engine died {failures} times in a row{said}", reason="ENGINE_LOST").to_json()
             self._records.update(replace(_with(record, error=error, handle=None, address=""), state="FAILED"))
@@ -396,8 +415,8 @@ class Inference:
         )
         self._records.update(replace(changed, state="STARTING"))
 
-    def _log_name(self, record: Record) -> str:
-        return f"{record.name.replace('/', '.')}-{record.body['attempt']}"
+    def _process_name(self, record: Record) -> str:
+        return f"{record.body['key'].removeprefix('jobs/')}-{record.body['attempt']}"
 
 
 def _with(record: Record, **changes: Any) -> Record:

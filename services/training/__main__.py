@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quartet.training.v1.training_pb2_grpc import add_TrainingServicer_to_server
 
 from services.common.jobs import Jobs
-from services.common.launchers.local import LocalLauncher
+from services.common.launchers import open_launcher
 from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
@@ -22,7 +20,7 @@ def build(settings: Settings) -> Room:
     training.jobs = Jobs(
         Records(settings.database_url),
         store,
-        LocalLauncher(Path(settings.home)),
+        open_launcher(settings),
         training.work,
         max_workers=settings.max_workers,
         grace_s=settings.worker_grace_s,

@@ -151,7 +151,7 @@ def test_late_worker_is_fenced(
     job = ended(next_jobs, NAME)
     assert (job.state, job.body["attempt"]) == ("SUCCEEDED", 2)
     (tmp_path / "go").touch()
-    late = Path(tmp_path / "logs" / f"{NAME.replace('/', '.')}-1.log")
+    late = tmp_path / "logs" / f"{job.body['key'].removeprefix('jobs/')}-1.log"
     deadline = time.monotonic() + 10
     while "fenced" not in late.read_text():
         assert time.monotonic() < deadline

@@ -49,7 +49,9 @@ def test_loopback_needs_none(host: str) -> None:
     assert Settings.from_args(["--host", host], "q").loopback
 
 
-@pytest.mark.parametrize("flags", [["--tls-cert", "/c"], ["--tls-client-ca", "/c"], ["--reflection", "maybe"]])
+@pytest.mark.parametrize(
+    "flags", [["--tls-cert", "/c"], ["--tls-client-ca", "/c"], ["--reflection", "maybe"], ["--launcher", "nomad"]]
+)
 def test_halves_are_refused(flags: list[str]) -> None:
     with pytest.raises(QuartetError) as caught:
         Settings.from_args(flags, "q")

@@ -180,5 +180,5 @@ def test_what_has_no_template_generates_but_does_not_chat(engine: InferenceStub)
 
 
 def test_the_logs_are_quiet(service: Service, engine: InferenceStub) -> None:
-    log = next(p for p in (service.home / "logs").iterdir() if ".answers-" in p.name)
+    log = next(p for p in (service.home / "logs").iterdir() if ".answers." in p.name)
     assert all("quartet.engine" in line for line in Path(log).read_text().splitlines()), log.read_text()

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from services.common.launchers import Handle
 
@@ -37,6 +38,15 @@ class LocalLauncher:
     def alive(self, handle: Handle) -> bool:
         ticks = start_ticks(int(handle["pid"]))
         return ticks is not None and ticks == handle["start_ticks"]
+
+    def find(self, name: str, claim: Mapping[str, Any] | None) -> Handle | None:
+        return {"pid": claim["pid"], "start_ticks": claim["start_ticks"]} if claim else None
+
+    def disrupted(self, handle: Handle) -> bool:
+        return False  # a machine takes no process away by itself; a shutdown's SIGTERM is told by the worker
+
+    def trouble(self, handle: Handle) -> str:
+        return ""  # what was started runs
 
     def stop(self, handle: Handle, grace_s: float) -> None:
         if self.alive(handle):

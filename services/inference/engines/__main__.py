@@ -26,6 +26,8 @@ from services.finetune.tokenizer import Tokenizer
 
 log = logging.getLogger("quartet.engine")
 
+HOST_VARIABLE, PORT_VARIABLE = "QUARTET_ENGINE_HOST", "QUARTET_ENGINE_PORT"
+"""Where to listen; a free port of loopback if they are not set. Not a service's variables, which an engine inherits."""
 FENCE_S = 3.0
 """Seconds between looks at the fence: an engine that lost its endpoint lives on so long at most."""
 
@@ -57,7 +59,10 @@ def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]
 
 async def serve(room: Room, context_length: int, token_file: str, attempt: Attempt) -> None:
     """Answer until SIGTERM, or until another attempt or nobody owns the endpoint."""
-    server = Server(Settings(port=0, token_file=token_file), [room])
+    host, port = os.environ.get(HOST_VARIABLE, "127.0.0.1"), int(os.environ.get(PORT_VARIABLE, "0"))
+    settings = Settings(host=host, port=port, token_file=token_file)
+    settings.check_exposure()
+    server = Server(settings, [room])
     await server.open()
     ready = dump({"address": server.address, "context_length": context_length})
     await asyncio.to_thread(attempt.store.put, f"{attempt.key}/ready.json", ready)

@@ -1,73 +1,21 @@
-"""Subprocesses that outlive the service."""
+"""What is special to subprocesses; what all launchers share is in test_suite.py."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from services.common.launchers.local import LocalLauncher, start_ticks
-
-SLEEP = [sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(60)"]
-DEAF = [
-    sys.executable,
-    "-S",
-    "-c",
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)",
-]
+from tests.common.launchers.programs import SLEEP, soon
 
 
 @pytest.fixture()
 def launcher(tmp_path: Path) -> LocalLauncher:
     return LocalLauncher(tmp_path)
-
-
-def soon(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_stop_asks_first(launcher: LocalLauncher) -> None:
-    handle = launcher.launch(SLEEP, "a", {})
-    assert launcher.alive(handle)
-    begun = time.monotonic()
-    launcher.stop(handle, 30)
-    soon(lambda: not launcher.alive(handle))
-    assert time.monotonic() - begun < 5
-    launcher.stop(handle, 30)  # gone already: no error
-
-
-def test_stop_kills_in_the_end(launcher: LocalLauncher) -> None:
-    handle = launcher.launch(DEAF, "a", {})
-    soon(lambda: launcher.tail("a", 1) == "up")
-    launcher.stop(handle, 0.3)
-    time.sleep(0.1)
-    assert launcher.alive(handle)
-    soon(lambda: not launcher.alive(handle))
-
-
-def test_stop_reaches_its_children(launcher: LocalLauncher) -> None:
-    code = f"import subprocess, sys; c = subprocess.Popen({SLEEP!r}); print(c.pid, flush=True); c.wait()"
-    handle = launcher.launch([sys.executable, "-S", "-c", code], "a", {})
-    soon(lambda: len(launcher.tail("a", 2).split()) == 2)
-    child = next(int(word) for word in launcher.tail("a", 2).split() if word.isdigit())
-    launcher.stop(handle, 5)
-    soon(lambda: not launcher.alive(handle) and start_ticks(child) is None)
-
-
-def test_another_launcher_finds_it(launcher: LocalLauncher, tmp_path: Path) -> None:
-    handle = launcher.launch(SLEEP, "a", {})
-    other = LocalLauncher(tmp_path)
-    assert other.alive(handle)
-    other.stop(handle, 5)
-    soon(lambda: not launcher.alive(handle))
 
 
 def test_a_later_process_with_its_pid_is_not_it(launcher: LocalLauncher) -> None:

@@ -1,0 +1,30 @@
+# The engine server: one endpoint, one process, one model. VARIANT and BASE are those of worker.Dockerfile.
+ARG BASE=docker.io/library/python:3.12-slim-bookworm
+
+FROM ${BASE} AS packages
+ARG VARIANT=cuda
+ARG PIP_EXTRA_INDEX_URL=""
+ARG PIP_FIND_LINKS=""
+COPY docker/locks/inference-${VARIANT}.txt /lock.txt
+RUN python -m venv --without-pip /opt/venv \
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt
+
+FROM ${BASE}
+ARG RUNTIME_PACKAGES=""
+# hadolint ignore=DL3008,SC2086
+RUN if [ -n "${RUNTIME_PACKAGES}" ]; then \
+      apt-get update && apt-get install -y --no-install-recommends ${RUNTIME_PACKAGES} \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/quartet PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV HOME=/tmp HF_HOME=/tmp/hf TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton OMP_WAIT_POLICY=PASSIVE
+COPY --from=packages /opt/venv /opt/venv
+COPY protos/quartet /opt/quartet/quartet
+COPY services/__init__.py /opt/quartet/services/
+COPY services/finetune /opt/quartet/services/finetune
+COPY services/common /opt/quartet/services/common
+COPY services/inference /opt/quartet/services/inference
+RUN python -m compileall -q /opt/quartet
+USER 10001:10001
+ENTRYPOINT ["python"]
+CMD ["-m", "services.inference.engines"]

@@ -1,0 +1,309 @@
+"""Jobs of a Kubernetes cluster, made from a blueprint: a suspended CronJob whose jobTemplate is filled in.
+
+A Job is one attempt. Its name follows from the attempt's, so making it twice makes it once, and a service that was cut
+finds it again. Two lists, at most every POLL_S, tell of all Jobs: no watch, so none that can break off, expire or miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from kubernetes import client, config
+
+from services.common.launchers import Handle
+from services.finetune.errors import FailedPrecondition, PermissionDenied, QuartetError, Unavailable
+
+POLL_S = 2.0
+LOST_AFTER_S = 30.0
+"""A pod so long past its own end is on a node that nobody hears of any more."""
+TIMEOUT_S = (3.0, 10.0)
+FENCED_STATUS = 75
+"""With this a worker leaves that found its attempt taken: by an earlier pod of the same Job, which was disrupted."""
+MADE_BY = "app.kubernetes.io/managed-by"
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+ROOTS = {"cronjobs": "apis/batch/v1", "jobs": "apis/batch/v1", "pods": "api/v1"}
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A Job with its pods. `job` is None if there is none of that name."""
+
+    job: Json | None
+    pods: Sequence[Json]
+
+
+class KubernetesLauncher:
+    """See Launcher. FailedPrecondition (CLUSTER_UNKNOWN) if neither a pod's account nor a kubeconfig tells of a cluster."""
+
+    def __init__(self, namespace: str, blueprint: str) -> None:
+        self._api = Api(namespace)
+        self._blueprint = blueprint
+        self._lock = threading.Lock()
+        self._seen: Mapping[str, Seen] = {}
+        self._seen_at = -POLL_S
+        self._disrupted: set[str] = set()  # uids: a pod that was taken away is forgotten soon by the cluster
+
+    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str]) -> Handle:
+        cron = self._api.get(f"cronjobs/{self._blueprint}")
+        if cron is None:
+            raise FailedPrecondition(
+                f"there is no CronJob {self._blueprint} in the namespace {self._api.namespace}: apply k8s/, or set "
+                "--blueprint",
+                reason="BLUEPRINT_MISSING",
+            )
+        job = filled(cron["spec"]["jobTemplate"], self._blueprint, job_name(name), command[1:], env)
+        made = self._api.create("jobs", job) or self._api.get(f"jobs/{job_name(name)}")
+        if made is None:
+            raise Unavailable(f"the Job {job_name(name)} ended while it was made", reason="CLUSTER_UNAVAILABLE")
+        return _handle(made)
+
+    def find(self, name: str, claim: Mapping[str, Any] | None) -> Handle | None:
+        job = self._api.get(f"jobs/{job_name(name)}")
+        return _handle(job) if job else None
+
+    def alive(self, handle: Handle) -> bool:
+        seen = self._look(handle)
+        if seen.job is None or _finished(seen.job):
+            return False
+        # A worker claims its attempt once. After a pod that ran and was taken away the Job makes another, which would
+        # only find the attempt taken: a new attempt need not wait for that.
+        return not any(_disrupted(pod) and _ran(pod) and _gone(pod) for pod in seen.pods)
+
+    def disrupted(self, handle: Handle) -> bool:
+        seen = self._look(handle)
+        if any(_exit_status(pod) == FENCED_STATUS for pod in seen.pods):
+            return True
+        return handle["uid"] in self._disrupted
+
+    def trouble(self, handle: Handle) -> str:
+        return next((told for pod in self._look(handle).pods if (told := _why_waiting(pod))), "")
+
+    def stop(self, handle: Handle, grace_s: float) -> None:
+        # Foreground: the Job is there, and counts as alive, until its pods are gone.
+        body = {"propagationPolicy": "Foreground", "preconditions": {"uid": handle["uid"]}}
+        self._api.delete(f"jobs/{handle['job']}", body)
+        for pod in self._api.list("pods", f"batch.kubernetes.io/controller-uid={handle['uid']}"):
+            # The API takes 0 for "at once, and forget it": the kubelet would not be waited for.
+            self._api.delete(f"pods/{pod['metadata']['name']}", {"gracePeriodSeconds": max(1, round(grace_s))})
+        with self._lock:
+            self._seen_at = -POLL_S
+
+    def tail(self, name: str, lines: int) -> str:
+        pods = self._api.list("pods", f"batch.kubernetes.io/job-name={job_name(name)}")
+        if not pods:
+            return ""
+        last = max(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        text = self._api.text(f"pods/{last['metadata']['name']}/log", {"tailLines": lines})
+        return "\n".join(part for part in (text.strip(), _why_ended(last) or _why_waiting(last)) if part)
+
+    def _look(self, handle: Handle) -> Seen:
+        """What the last lists told of a Job, if they are fresh; and a look of its own where they do not tell of it."""
+        with self._lock:
+            if time.monotonic() - self._seen_at >= POLL_S:
+                self._list()
+            seen = self._seen.get(handle["job"])
+        if seen is None:
+            # Lists come from a cache of the API server, which may be older than the Job.
+            seen = Seen(self._api.get(f"jobs/{handle['job']}"), ())
+        if seen.job is not None and seen.job["metadata"]["uid"] != handle["uid"]:
+            return Seen(None, ())
+        return seen
+
+    def _list(self) -> None:
+        ours = f"{MADE_BY}={self._blueprint}"
+        pods: dict[str, list[Json]] = {}
+        for pod in self._api.list("pods", ours):
+            pods.setdefault(pod["metadata"]["labels"].get("batch.kubernetes.io/job-name", ""), []).append(pod)
+        jobs = self._api.list("jobs", ours)
+        self._seen = {j["metadata"]["name"]: Seen(j, pods.get(j["metadata"]["name"], ())) for j in jobs}
+        self._seen_at = time.monotonic()
+        now = {s.job["metadata"]["uid"] for s in self._seen.values() if s.job and any(map(_disrupted, s.pods))}
+        self._disrupted = {j["metadata"]["uid"] for j in jobs} & self._disrupted | now
+
+
+class Api:
+    """The few calls that a launcher makes, as plain JSON in one namespace. The client finds the cluster and shows who asks.
+
+    Paths are ``<plural>[/<name>]``. Unavailable (CLUSTER_UNAVAILABLE), PermissionDenied
+    (CLUSTER_REFUSED), FailedPrecondition (JOB_REFUSED: the cluster finds fault with what was asked for).
+    """
+
+    def __init__(self, namespace: str) -> None:
+        settings = client.Configuration()
+        try:
+            if "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=settings)
+                own = NAMESPACE_FILE.read_text().strip()
+            else:
+                config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
+                _, context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
+                own = context["context"].get("namespace", "default")
+        except (config.ConfigException, OSError) as error:
+            raise FailedPrecondition(
+                f"no Kubernetes cluster: {error}; run in a pod with its account's token mounted, or set KUBECONFIG",
+                reason="CLUSTER_UNKNOWN",
+            ) from error
+        settings.retries = 1
+        self.namespace = namespace or own
+        self._client = client.ApiClient(settings)
+
+    def get(self, path: str) -> Json | None:
+        """None if there is none."""
+        return self._json("GET", path, absent=404)
+
+    def create(self, path: str, body: Json) -> Json | None:
+        """None if there is one of that name."""
+        return self._json("POST", path, {"fieldValidation": "Strict"}, body, absent=409)
+
+    def delete(self, path: str, options: Json) -> None:
+        """Nothing happens if there is none, or another of that name."""
+        self._json("DELETE", path, body=options, absent=404)
+
+    def list(self, path: str, labels: str) -> Sequence[Json]:
+        """Those with these labels, as the API server remembers them: cheap for it, and perhaps a moment old."""
+        found = self._json("GET", path, {"labelSelector": labels, "resourceVersion": "0"})
+        items: Sequence[Json] = found["items"] if found else ()
+        return items
+
+    def text(self, path: str, query: Json) -> str:
+        """Empty where there is none yet, or no more."""
+        status, body = self._call("GET", path, query)
+        return body if status == 200 else ""
+
+    def _json(
+        self, method: str, path: str, query: Json | None = None, body: Json | None = None, absent: int = 0
+    ) -> Json | None:
+        status, text = self._call(method, path, query, body)
+        if 200 <= status < 300:
+            found: Json = json.loads(text)
+            return found
+        # A precondition that fails is a 409 as well: what was meant is gone, and another has its name.
+        if status == absent or (method == "DELETE" and status == 409):
+            return None
+        raise _error(method, path, status, text)
+
+    def _call(self, method: str, path: str, query: Json | None = None, body: Json | None = None) -> tuple[int, str]:
+        url = f"/{ROOTS[path.partition('/')[0]]}/namespaces/{self.namespace}/{path}"
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        try:
+            request = self._client.param_serialize(
+                method,
+                url,
+                query_params=list((query or {}).items()),
+                header_params=headers,
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            answer = self._client.call_api(*request, _request_timeout=TIMEOUT_S)
+            return int(answer.status), (answer.read() or b"").decode(errors="replace")
+        except client.ApiException as error:
+            return int(error.status or 0), str(error.body or error.reason)
+        except urllib3.exceptions.HTTPError as error:
+            return 0, str(error)
+
+
+def job_name(name: str) -> str:
+    """The DNS label for an attempt's name: readable, and as unique as it."""
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+
+
+def filled(template: Json, blueprint: str, name: str, arguments: Sequence[str], env: Mapping[str, str]) -> Json:
+    """The Job that a blueprint makes. Its first container runs the arguments."""
+    job: Json = json.loads(json.dumps({"apiVersion": "batch/v1", "kind": "Job", **template}))
+    metadata, pod = job.setdefault("metadata", {}), job["spec"]["template"]
+    metadata["name"] = name
+    for labelled in (metadata, pod.setdefault("metadata", {})):
+        labelled.setdefault("labels", {})[MADE_BY] = blueprint
+    container = pod["spec"]["containers"][0]
+    container["args"] = list(arguments)
+    container["env"] = [*container.get("env", ()), *({"name": k, "value": v} for k, v in env.items())]
+    return job
+
+
+def _handle(job: Json) -> Handle:
+    return {"job": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+
+
+def _error(method: str, path: str, status: int, text: str) -> QuartetError:
+    try:
+        told = str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        told = text[:300]
+    if status in (401, 403):
+        return PermissionDenied(f"the cluster refuses {method} {path}: {told}", reason="CLUSTER_REFUSED")
+    if status in (0, 408, 429) or status >= 500:
+        return Unavailable(f"the cluster does not answer {method} {path}: {told}", reason="CLUSTER_UNAVAILABLE")
+    return FailedPrecondition(f"the cluster finds fault with {method} {path}: {told}", reason="JOB_REFUSED")
+
+
+def _conditions(thing: Json) -> Mapping[str, Json]:
+    return {c["type"]: c for c in thing.get("status", {}).get("conditions") or () if c["status"] == "True"}
+
+
+def _finished(job: Json) -> bool:
+    return not _conditions(job).keys().isdisjoint({"Complete", "Failed"})
+
+
+def _disrupted(pod: Json) -> bool:
+    return "DisruptionTarget" in _conditions(pod)
+
+
+def _state(pod: Json) -> Json:
+    """The state of the container that does the work."""
+    states = pod.get("status", {}).get("containerStatuses") or [{}]
+    found: Json = states[0].get("state") or {}
+    return found
+
+
+def _ran(pod: Json) -> bool:
+    return not {"running", "terminated"}.isdisjoint(_state(pod))
+
+
+def _gone(pod: Json) -> bool:
+    if pod["status"].get("phase") in ("Succeeded", "Failed"):
+        return True
+    due = pod["metadata"].get("deletionTimestamp")
+    return due is not None and (datetime.now(UTC) - datetime.fromisoformat(due)).total_seconds() > LOST_AFTER_S
+
+
+def _exit_status(pod: Json) -> int | None:
+    status: int | None = _state(pod).get("terminated", {}).get("exitCode")
+    return status
+
+
+def _why_waiting(pod: Json) -> str:
+    """Why a pod does not run: no node takes it, its image cannot be had, its secrets are not there."""
+    unplaced = pod.get("status", {}).get("conditions") or ()
+    for condition in unplaced:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{condition.get('reason', 'Unschedulable')}: {condition.get('message', '')}".strip(": ")
+    waiting = _state(pod).get("waiting", {})
+    if waiting.get("reason", "ContainerCreating") in ("ContainerCreating", "PodInitializing"):
+        return ""
+    return f"{waiting['reason']}: {waiting.get('message', '')}".strip(": ")
+
+
+def _why_ended(pod: Json) -> str:
+    taken = _conditions(pod).get("DisruptionTarget")
+    if taken:
+        return f"{taken.get('reason', 'disrupted')}: {taken.get('message', '')}".strip(": ")
+    ended = _state(pod).get("terminated", {})
+    if ended.get("reason") == "OOMKilled":
+        return (
+            "OOMKilled: it took more memory than its limit; raise the limit in the blueprint, or lower the batch size"
+        )
+    return pod.get("status", {}).get("message") or ""

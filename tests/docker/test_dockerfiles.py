@@ -1,0 +1,88 @@
+"""What can be told of the images without building them; make test-containers builds and runs them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+LOCKS = {
+    "service": ("services", "kubernetes"),
+    "worker-cpu": ("worker",),
+    "worker-cuda": ("worker",),
+    "inference-cpu": ("worker", "services"),
+    "inference-cuda": ("worker", "services"),
+}
+NOT_IN_WORKERS = {"grpcio", "grpcio-status"}
+Pins = dict[str, list[str]]
+
+
+def pins(lock: str) -> tuple[Pins, list[str]]:
+    """(the versions of each package, the requirements without a hash)."""
+    text = (ROOT / "docker" / "locks" / f"{lock}.txt").read_text().replace("\\\n", " ")
+    found: Pins = {}
+    bare = []
+    for line in filter(None, text.splitlines()):
+        pin = re.match(r"([\w.-]+)==([^ ;]+)", line)
+        assert pin, line
+        found.setdefault(canonicalize_name(pin[1]), []).append(pin[2])
+        if "--hash=sha256:" not in line:
+            bare.append(line)
+    return found, bare
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locks_hold_what_pyproject_asks_for(lock: str) -> None:
+    """Where this fails, pyproject changed: `make locks`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found, bare = pins(lock)
+    assert bare == []
+    for text in project["dependencies"] + [r for e in LOCKS[lock] for r in project["optional-dependencies"][e]]:
+        wanted = Requirement(text)
+        if lock.startswith("worker") and wanted.name in NOT_IN_WORKERS:
+            continue
+        versions = found.get(canonicalize_name(wanted.name), [])
+        assert versions and all(wanted.specifier.contains(v) for v in versions), (text, versions)
+
+
+def test_each_image_has_its_own_stack_only() -> None:
+    heavy = {"torch", "transformers", "peft", "bitsandbytes"}
+    assert not heavy & pins("service")[0].keys()
+    for variant in ("cpu", "cuda"):
+        worker = pins(f"worker-{variant}")[0].keys()
+        assert heavy <= worker and not worker & {*NOT_IN_WORKERS, "sqlalchemy", "kubernetes", "psycopg"}
+        assert heavy | {"grpcio"} <= pins(f"inference-{variant}")[0].keys()
+    assert pins("worker-cpu")[0]["torch"][0].endswith("+cpu")
+    assert not any(name.startswith("nvidia-") for name in pins("worker-cpu")[0])
+    assert any(name.startswith("nvidia-") for name in pins("worker-cuda")[0])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.stem)
+def test_images_are_built_in_two_steps_from_a_base_that_can_be_chosen(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert sum(line == "FROM ${BASE}" or line.startswith("FROM ${BASE} AS") for line in lines) == 2
+    assert not any(line.startswith("# syntax") for line in lines), "it would be fetched at build time"
+    last = lines[len(lines) - lines[::-1].index("FROM ${BASE}") :]
+    assert "USER 10001:10001" in last and not any("pip" in line for line in last)
+    assert not any(re.match(r"(ENV|ARG) .*(TOKEN|SECRET|PASSWORD|KEY)", line) for line in lines)
+
+
+def test_the_worker_holds_the_library_and_nothing_else() -> None:
+    text = (ROOT / "docker" / "worker.Dockerfile").read_text()
+    copied = re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE)
+    assert copied == ["docker/locks/worker-${VARIANT}.txt", "services/__init__.py", "services/finetune"]
+
+
+def test_what_the_dockerfiles_copy_is_not_ignored() -> None:
+    rules = [r for r in (ROOT / ".dockerignore").read_text().splitlines() if r and not r.startswith("#")]
+    assert rules[0] == "*"
+    kept = [r[1:] for r in rules if r.startswith("!")]
+    for path in DOCKERFILES:
+        for source in re.findall(r"^COPY (?!--from)(\S+)", path.read_text(), re.MULTILINE):
+            assert any(source == k or source.startswith(k + "/") for k in kept), (path.name, source)

@@ -1,0 +1,95 @@
+"""What `kubectl kustomize` makes of k8s/, and the Kubernetes API's own schemas to hold it against."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import yaml
+from jsonschema import Draft7Validator
+from referencing import Registry, Resource
+from referencing.jsonschema import DRAFT7
+
+K8S = Path(__file__).parents[2] / "k8s"
+OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir())
+COMPONENTS = sorted(p.name for p in (K8S / "components").iterdir())
+SCHEMAS = Path(kubernetes_validate.__file__).with_name("kubernetes-json-schema")
+VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
+
+Manifest = dict[str, Any]
+
+
+def kustomize(folder: Path) -> list[Manifest]:
+    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@functools.cache
+def overlay(name: str) -> list[Manifest]:
+    return kustomize(K8S / "overlays" / name)
+
+
+@functools.cache
+def with_components(overlay_name: str, components: Sequence[str]) -> list[Manifest]:
+    """An overlay as a site would extend it by a kustomization of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Kustomize takes relative paths only, and resolves links first.
+        up = os.path.relpath(K8S, Path(folder).resolve())
+        kustomization = {
+            "resources": [f"{up}/overlays/{overlay_name}"],
+            "components": [f"{up}/components/{name}" for name in components],
+        }
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return kustomize(Path(folder))
+
+
+@functools.cache
+def _definitions(version: str) -> Registry[Any]:
+    folder = SCHEMAS / f"v{version}.0-local-strict"
+    text = json.loads((folder / "_definitions.json").read_text())
+    registry: Registry[Any] = Registry().with_resource("_definitions.json", Resource.from_contents(text, DRAFT7))
+    return registry.crawl()
+
+
+@functools.cache
+def _validator(kind: str, api_version: str, version: str) -> Draft7Validator:
+    group, _, api = api_version.rpartition("/")
+    parts = [kind.lower(), *([group.split(".")[0]] if group else []), api]
+    path = SCHEMAS / f"v{version}.0-local-strict" / f"{'-'.join(parts)}.json"
+    schema = json.loads(path.read_text())
+    return Draft7Validator(schema, registry=_definitions(version))
+
+
+def problems(manifest: Manifest, version: str) -> list[str]:
+    """Every way in which an object breaks the strict schema of a Kubernetes version."""
+    return list(_problems(json.dumps(manifest), version))
+
+
+@functools.cache
+def _problems(text: str, version: str) -> Sequence[str]:
+    manifest = json.loads(text)
+    validator = _validator(manifest["kind"], manifest["apiVersion"], version)
+    name = manifest["metadata"].get("name")
+    return [f"{manifest['kind']}/{name} {e.json_path}: {e.message}" for e in validator.iter_errors(manifest)]
+
+
+def of_kind(manifests: Sequence[Manifest], *kinds: str) -> list[Manifest]:
+    return [m for m in manifests if m["kind"] in kinds]
+
+
+def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
+    """(name, pod template) of everything that makes pods."""
+    for m in of_kind(manifests, "Deployment", "StatefulSet", "DaemonSet", "Job"):
+        yield m["metadata"]["name"], m["spec"]["template"]
+    for m in of_kind(manifests, "CronJob"):
+        yield m["metadata"]["name"], m["spec"]["jobTemplate"]["spec"]["template"]

@@ -1,0 +1,321 @@
+"""Each overlay, alone and with each component: valid, and up to the baseline that docs/operating.md promises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from services.common.server import DRAIN_S
+from services.common.settings import Settings
+from services.finetune.errors import BY_CODE
+from services.inference.engines.__main__ import HOST_VARIABLE, PORT_VARIABLE
+from tests.k8s.rendered import (
+    COMPONENTS,
+    OVERLAYS,
+    VERSIONS,
+    Manifest,
+    of_kind,
+    overlay,
+    pods,
+    problems,
+    with_components,
+)
+
+ROOMS = ("conversion", "datasets", "inference", "training")
+LAUNCHING = {room: "quartet-engine" if room == "inference" else "quartet-worker" for room in ROOMS}
+# What a site may put together; each must be as good as the overlays.
+SETS: dict[str, tuple[str, Sequence[str]]] = {
+    **{name: (name, ()) for name in OVERLAYS},
+    **{f"gpu+{c}": ("gpu", (c,)) for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota")},
+    "gpu+all": ("gpu", tuple(c for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota"))),
+    "local+quota": ("local", ("quota",)),
+}
+
+
+@pytest.fixture(params=sorted(SETS))
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    name, components = SETS[request.param]
+    return with_components(name, components) if components else overlay(name)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_valid_for(version: str, manifests: list[Manifest]) -> None:
+    assert [p for m in manifests for p in problems(m, version)] == []
+
+
+def test_a_wrong_field_is_found() -> None:
+    """The schemas are the strict ones: what the API server would drop in silence is an error here."""
+    broken = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"bakoffLimit": 1}}
+    assert len(problems(broken, VERSIONS[-1])) == 2  # the misspelt field, and no template
+
+
+def containers(manifests: Sequence[Manifest]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, container, pod spec)."""
+    for name, pod in pods(manifests):
+        for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())]:
+            yield f"{name}/{container['name']}", container, pod["spec"]
+
+
+def test_every_pod_is_restricted(manifests: list[Manifest]) -> None:
+    for name, container, spec in containers(manifests):
+        pod, own = spec["securityContext"], container["securityContext"]
+        assert pod["runAsNonRoot"] is True and pod["runAsUser"] > 0, name
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert own["allowPrivilegeEscalation"] is False, name
+        assert own["capabilities"] == {"drop": ["ALL"]}, name
+        assert own["readOnlyRootFilesystem"] is True, name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
+        assert not {"privileged", "procMount", "runAsUser"} & own.keys(), name
+        for volume in spec.get("volumes", ()):
+            assert "hostPath" not in volume, name
+            assert volume.get("emptyDir", {"sizeLimit": 1}).get("sizeLimit"), (name, volume)
+
+
+def test_only_claims_and_scratch_can_be_written(manifests: list[Manifest]) -> None:
+    claims = {
+        c["metadata"]["name"] for m in of_kind(manifests, "StatefulSet") for c in m["spec"]["volumeClaimTemplates"]
+    }
+    for name, container, spec in containers(manifests):
+        kinds = {v["name"]: v for v in spec.get("volumes", ())}
+        for mount in container.get("volumeMounts", ()):
+            scratch = mount["name"] in claims or "emptyDir" in kinds[mount["name"]]
+            assert scratch or mount.get("readOnly"), (name, mount)
+        assert any(m["mountPath"] == "/tmp" for m in container["volumeMounts"]), (
+            f"{name} has no place for temporary files"
+        )
+
+
+def test_every_container_has_requests_and_limits(manifests: list[Manifest]) -> None:
+    for name, container, _ in containers(manifests):
+        for bound in ("requests", "limits"):
+            assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][bound].keys(), (name, bound)
+
+
+def test_images_are_pinned(manifests: list[Manifest]) -> None:
+    for name, container, _ in containers(manifests):
+        tag = re.fullmatch(r"[a-z0-9./-]+(?::([\w.-]+))?(@sha256:[0-9a-f]{64})?", container["image"])
+        assert tag and (tag[1] or tag[2]) and tag[1] != "latest", (name, container["image"])
+
+
+def test_a_token_for_the_api_goes_to_those_only_who_make_jobs(manifests: list[Manifest]) -> None:
+    asking = {name for name, pod in pods(manifests) if pod["spec"]["automountServiceAccountToken"]}
+    assert asking == {f"quartet-{room}" for room in LAUNCHING}
+    for account in of_kind(manifests, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+    names = [pod["spec"]["serviceAccountName"] for _, pod in pods(manifests)]
+    assert len(set(names)) == len(names), "an account is shared"
+
+
+def test_rights_are_the_launchers_calls(manifests: list[Manifest]) -> None:
+    roles = {m["metadata"]["name"]: m["rules"] for m in of_kind(manifests, "Role")}
+    assert not of_kind(manifests, "ClusterRole", "ClusterRoleBinding")
+    assert roles.keys() == {f"quartet-{room}" for room in LAUNCHING}
+    for room, blueprint in LAUNCHING.items():
+        rights = {
+            (r["resources"][0], v, *r.get("resourceNames", ())) for r in roles[f"quartet-{room}"] for v in r["verbs"]
+        }
+        assert rights == {
+            ("cronjobs", "get", blueprint),
+            *(("jobs", verb) for verb in ("create", "get", "list", "delete")),
+            *(("pods", verb) for verb in ("list", "delete")),
+            ("pods/log", "get"),
+        }
+
+
+def test_services_are_probed_over_grpc(manifests: list[Manifest]) -> None:
+    for name, container, spec in containers(manifests):
+        if name.startswith("quartet-worker/"):
+            continue  # it serves nothing; its life is its Job's
+        probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+        if name.split("/")[1] in (*ROOMS, "engine"):
+            room = "inference" if "engine" in name else name.split("/")[1]
+            service = f"quartet.{room}.v1.{room.capitalize()}"
+            [port] = [p["containerPort"] for p in container["ports"]]
+            assert [p["grpc"] for p in probes] == [{"port": port, "service": service}] * 2 + [{"port": port}], name
+        assert spec["terminationGracePeriodSeconds"] > DRAIN_S, name
+
+
+def test_every_service_can_be_drained(manifests: list[Manifest]) -> None:
+    served = {m["metadata"]["name"] for m in of_kind(manifests, "Deployment", "StatefulSet")}
+    assert {m["metadata"]["name"] for m in of_kind(manifests, "PodDisruptionBudget")} == served
+    for m in of_kind(manifests, "Service"):
+        assert m["spec"]["clusterIP"] == "None", "gRPC clients must see every replica"
+
+
+# ---------------------------------------------------------------------------------------------- settings and secrets
+
+
+def variables(container: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Name -> value, or where it comes from."""
+    found: dict[str, Any] = {}
+    for source in container.get("envFrom", ()):
+        [config] = [
+            m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"] == source["configMapRef"]["name"]
+        ]
+        found.update(config["data"])
+    found.update({e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", ())})
+    return found
+
+
+def test_services_start_with_what_they_are_told(
+    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Every QUARTET_ variable is a setting, and the settings hold together as the service itself checks them."""
+    known = {"QUARTET_" + f.name.upper() for f in fields(Settings)}
+    for room in ROOMS:
+        [container] = [c for name, c, _ in containers(manifests) if name == f"quartet-{room}/{room}"]
+        given = variables(container, manifests)
+        assert {name for name in given if name.startswith("QUARTET_")} <= known
+        with monkeypatch.context() as environment:
+            for name, value in given.items():
+                environment.setenv(name, value if isinstance(value, str) else "from-a-secret")
+            environment.setenv("QUARTET_HOME", str(tmp_path))
+            settings = Settings.from_args([], room)
+        assert settings.launcher == "kubernetes" and settings.store_uri.startswith("s3://")
+        assert settings.blueprint == LAUNCHING.get(room, settings.blueprint)
+        assert [settings.port] == [p["containerPort"] for p in container["ports"]]
+        mounts = [m["mountPath"] for m in container["volumeMounts"]]
+        assert given["QUARTET_HOME"] in mounts and settings.token_file.rpartition("/")[0] in mounts
+
+
+def test_the_engine_is_told_its_address(manifests: list[Manifest]) -> None:
+    [container] = [c for name, c, _ in containers(manifests) if name == "quartet-engine/engine"]
+    given = variables(container, manifests)
+    assert given[HOST_VARIABLE] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert [int(given[PORT_VARIABLE])] == [p["containerPort"] for p in container["ports"]]
+    assert {n for n in given if n.startswith("QUARTET_")} == {HOST_VARIABLE, PORT_VARIABLE}
+
+
+def test_secrets_are_referred_to_and_never_there(manifests: list[Manifest]) -> None:
+    assert not of_kind(manifests, "Secret")
+    for name, container, spec in containers(manifests):
+        assert spec["enableServiceLinks"] is False, f"{name}: a Service could set QUARTET_ variables"
+        for variable, value in variables(container, manifests).items():
+            secret = variable.startswith("AWS_") or variable == "QUARTET_DATABASE_URL"
+            assert isinstance(value, dict) and "secretKeyRef" in value if secret else True, (name, variable)
+            assert "PASSWORD" not in variable or variable.endswith("_FILE"), name
+
+
+# ---------------------------------------------------------------------------------------------- blueprints
+
+
+def test_blueprints_never_run_by_themselves(manifests: list[Manifest]) -> None:
+    found = of_kind(manifests, "CronJob")
+    assert {m["metadata"]["name"] for m in found} == set(LAUNCHING.values())
+    for m in found:
+        assert m["spec"]["suspend"] is True and m["spec"]["schedule"] == "0 0 31 2 *"
+
+
+def test_a_job_is_one_attempt(manifests: list[Manifest]) -> None:
+    for m in of_kind(manifests, "CronJob"):
+        job = m["spec"]["jobTemplate"]["spec"]
+        assert (job["backoffLimit"], job["parallelism"], job["completions"]) == (0, 1, 1)
+        assert job["podReplacementPolicy"] == "Failed" and job["ttlSecondsAfterFinished"] >= 600
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
+        users, places = job["podFailurePolicy"]["rules"]
+        assert users["action"] == "FailJob" and places["action"] == "Ignore"
+        assert users["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+        assert users["onExitCodes"]["values"] == list(range(64, 79))
+        final = {e.exit_status for e in BY_CODE.values() if not e.retryable and e.code != "CANCELLED"}
+        assert final <= set(users["onExitCodes"]["values"])
+        assert places["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+
+
+def test_a_worker_has_the_grace_that_the_service_gives(manifests: list[Manifest]) -> None:
+    [config] = of_kind(manifests, "ConfigMap")
+    [worker] = [pod for name, pod in pods(manifests) if name == "quartet-worker"]
+    assert float(config["data"]["QUARTET_WORKER_GRACE_S"]) <= worker["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_gpu_overlay_asks_for_gpus_and_shared_memory() -> None:
+    for name, container, spec in containers(overlay("gpu")):
+        heavy = name.startswith(("quartet-worker/", "quartet-engine/"))
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == heavy
+        if heavy:
+            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
+            [shm] = [v["emptyDir"] for v in spec["volumes"] if v["name"] == "shm"]
+            assert shm["medium"] == "Memory" and container["image"].endswith("-cuda")
+    assert all("nvidia.com/gpu" not in c["resources"]["limits"] for _, c, _ in containers(overlay("local")))
+
+
+def test_kueue_gets_suspended_jobs_with_a_queue() -> None:
+    jobs = {
+        m["metadata"]["name"]: m["spec"]["jobTemplate"] for m in of_kind(with_components("gpu", ("kueue",)), "CronJob")
+    }
+    assert jobs["quartet-worker"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "quartet"
+    assert jobs["quartet-worker"]["spec"]["suspend"] is True
+    assert "suspend" not in jobs["quartet-engine"]["spec"]
+
+
+def test_spot_adds_to_the_tolerations_that_are_there() -> None:
+    specs = {name: pod["spec"] for name, pod in pods(with_components("gpu", ("spot",)))}
+    assert len(specs["quartet-worker"]["tolerations"]) == 3
+    assert {"nodeAffinity", "podAffinity"} == specs["quartet-worker"]["affinity"].keys()
+    assert len(specs["quartet-engine"]["tolerations"]) == 1
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    wanted = selector.get("matchLabels", {}).items()
+    among = selector.get("matchExpressions", ())
+    assert all(e["operator"] == "In" for e in among)
+    return all(labels.get(k) == v for k, v in wanted) and all(labels.get(e["key"]) in e["values"] for e in among)
+
+
+def reaches(manifests: Sequence[Manifest], source: dict[str, str], target: dict[str, str]) -> bool:
+    """Whether policies let pods with one set of labels open a connection to pods with another."""
+
+    def allowed(way: str, own: dict[str, str], other: dict[str, str]) -> bool:
+        rules = [
+            peer
+            for policy in of_kind(manifests, "NetworkPolicy")
+            if selects(policy["spec"]["podSelector"], own)
+            for rule in policy["spec"].get(way, ())
+            for peer in rule["from" if way == "ingress" else "to"]
+        ]
+        return any(
+            "namespaceSelector" not in p and "podSelector" in p and selects(p["podSelector"], other) for p in rules
+        )
+
+    return allowed("egress", source, target) and allowed("ingress", target, source)
+
+
+def test_everything_is_denied_but_what_must_be(manifests: list[Manifest]) -> None:
+    policies = {m["metadata"]["name"]: m["spec"] for m in of_kind(manifests, "NetworkPolicy")}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    labels = {name.removeprefix("quartet-"): pod["metadata"]["labels"] for name, pod in pods(manifests)}
+    open_ways = {(a, b) for a in labels for b in labels if a != b and reaches(manifests, labels[a], labels[b])}
+    assert open_ways == {
+        *((a, "store") for a in (*ROOMS, "worker", "engine")),
+        *((room, "postgres") for room in ROOMS),
+        ("inference", "engine"),
+    }
+
+
+def test_workers_and_engines_reach_no_address_by_default() -> None:
+    for name in OVERLAYS:
+        labels = {n: pod["metadata"]["labels"] for n, pod in pods(overlay(name))}
+        for policy in of_kind(overlay(name), "NetworkPolicy"):
+            by_address = any("ipBlock" in to for rule in policy["spec"].get("egress", ()) for to in rule["to"])
+            for pod in ("quartet-worker", "quartet-engine", "quartet-datasets"):
+                assert not (by_address and selects(policy["spec"]["podSelector"], labels[pod])), policy["metadata"]
+
+
+def test_no_way_leads_to_the_metadata_of_a_cloud(manifests: list[Manifest]) -> None:
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        for rule in policy["spec"].get("egress", ()):
+            for to in rule["to"]:
+                assert "169.254.0.0/16" in to.get("ipBlock", {"except": ["169.254.0.0/16"]})["except"]
+
+
+def test_the_namespace_refuses_what_is_not_restricted(manifests: list[Manifest]) -> None:
+    [namespace] = of_kind(manifests, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for m in manifests:
+        assert m is namespace or m["metadata"]["namespace"] == "quartet", m["metadata"]
