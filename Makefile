@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all bench quickstart up
+.PHONY: help install protos check test test-all bench bench-train quickstart up
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test-all: install ## all tests
 
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench
+
+bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
+	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)
