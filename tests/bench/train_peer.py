@@ -19,7 +19,6 @@ BEST: dict[str, Any] = {
     "per_device_train_batch_size": 4,
 }
 """The fastest of those measured, with flex attention in the model; see docs/benchmarks.md."""
-DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 1}
 
 
 def trainer(

@@ -98,6 +98,18 @@ def test_loss_and_gradients_are_autograds(family: str) -> None:
     check_same(by_autograd(model, blocks), theirs)
 
 
+def test_restored_weights_are_the_ones_that_train() -> None:
+    model = adapted(LlamaConfig(**SMALL))
+    blocks = packing.pack(samples(), 64, True)
+    fused = Fused(model, ops_torch, 64)
+    state = {name: t.clone() for name, t in peft.get_peft_model_state_dict(model).items()}
+    before = by_hand(fused, model, blocks)
+    fused.adapters.master.mul_(0.5)
+    assert by_hand(fused, model, blocks)[0] != before[0]
+    peft.set_peft_model_state_dict(model, state)
+    check_same(by_hand(fused, model, blocks), before)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], ["k_proj", "gate_proj"]])
 def test_some_layers_adapted_and_blocks_unpacked(targets: list[str]) -> None:
     model = adapted(Qwen2Config(**SMALL), targets=targets)

@@ -164,8 +164,8 @@ def test_accumulation_is_exact(tmp_path: Path) -> None:
     assert len(whole) == len(trainable(load_model(folder, config_for(), torch.float32)))
     for name, gradient in whole.items():
         assert gradient.abs().max() > 0
-        torch.testing.assert_close(halves[name], gradient, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(single[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(halves[name], gradient, rtol=1e-4, atol=5e-6)
+        torch.testing.assert_close(single[name], gradient, rtol=1e-4, atol=5e-6)
 
 
 def test_qlora_keeps_the_base_in_four_bits_and_lora_in_float32(tmp_path: Path) -> None:
