@@ -98,6 +98,8 @@ def main() -> int:
         print(f"usage: python -m services.finetune {{{'|'.join(VERBS)}}} <run.json URI>", file=sys.stderr)
         return 64
     os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    # On a GPU, steps of changing size would leave holes between fixed segments; read when torch starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if sys.argv[1] != "convert":
         os.environ["HF_HUB_OFFLINE"] = "1"  # the store has all that training needs
     # It tells every worker on a CPU of a package for faster kernels that would be fetched from a hub.

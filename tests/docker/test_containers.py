@@ -95,7 +95,14 @@ def addresses(host: Host, k8s: Cluster) -> dict[str, str]:
     for room, port in ROOMS.items():
         config = k8s.kubeconfig(f"quartet-{room}", host.gateway)
         config.chmod(0o644)
-        flags = ["-p", f"127.0.0.1::{port}", "-v", f"{config}:/etc/kubeconfig:ro", "--env", "KUBECONFIG=/etc/kubeconfig"]
+        flags = [
+            "-p",
+            f"127.0.0.1::{port}",
+            "-v",
+            f"{config}:/etc/kubeconfig:ro",
+            "--env",
+            "KUBECONFIG=/etc/kubeconfig",
+        ]
         begun = time.monotonic()
         start(host, f"quartet-{room}", *flags)
         address = podman("port", f"quartet-{room}", f"{port}/tcp")

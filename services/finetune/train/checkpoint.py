@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +24,97 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run's state in host memory, or on its way there until `ready` (a CUDA event). It shares nothing with the model."""
+
+    config: Mapping[str, Any]
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+    rng: Mapping[str, Tensor]
+    ready: Any
+
+
+def snapshot(model: Any, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Begin to copy the state. On a GPU weights must not change before `ready`; reading them is free to go on."""
+    from peft import get_peft_model_state_dict
+
+    if hasattr(optimizer, "init_state"):
+        torch.cuda.synchronize()  # pages are read by the host itself
+    with _Copies() as copies:
+        adapter = {k: copies.take(v) for k, v in get_peft_model_state_dict(model).items()}
+        tensors, numbers = _split(optimizer, parameters, copies)
+    config = model.peft_config["default"].to_dict()
+    return Snapshot(config, adapter, tensors, numbers, _rng(), copies.ready)
+
+
+class _Copies:
+    """Copies to host memory: beside the GPU's work, on a stream of their own."""
+
+    def __init__(self) -> None:
+        self.ready: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> _Copies:
+        if torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self.ready = self._stream.record_event()
+
+    def take(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        if not value.is_cuda:
+            return value.contiguous().clone()
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            return host.copy_(value, non_blocking=True)
+
+
 def save(
-    store: Store,
-    run: TrainRun,
-    model: Any,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    folder: Path,
+    store: Store, run: TrainRun, taken: Snapshot, state: Mapping[str, Any], meta: Mapping[str, Any], folder: Path
 ) -> str:
     """Write a checkpoint below `folder`, store it, and return its digest. It is complete or absent."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
+    if taken.ready is not None:
+        taken.ready.synchronize()
     folder.mkdir(parents=True)
-    adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
-    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"].to_dict()
-    config.update(base_model_name_or_path=run.base.name, inference_mode=True)
+    write_tensors(taken.adapter, folder / "adapter_model.safetensors")
+    config = {**taken.config, "base_model_name_or_path": run.base.name, "inference_mode": True}
     (folder / "adapter_config.json").write_text(_dump({k: _plain(v) for k, v in config.items()}))
-    tensors, numbers = _split(optimizer, parameters)
-    save_file(tensors, folder / "optimizer.safetensors")
-    save_file(_rng(), folder / "rng.safetensors")
-    (folder / "state.json").write_text(_dump({**state, "optimizer": numbers}))
+    write_tensors(taken.optimizer, folder / "optimizer.safetensors")
+    write_tensors(taken.rng, folder / "rng.safetensors")
+    (folder / "state.json").write_text(_dump({**state, "optimizer": taken.numbers}))
     (folder / "run_config.json").write_text(_dump(to_json(run.config)))
     parents = [Parent("base", run.base.digest, run.base.name)]
     parents += [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "checkpoint", folder, parents, meta)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. The package's own writer copies each tensor and keeps Python from running meanwhile,
+    which a training step beside it cannot bear."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    # Wide types first keeps every tensor aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in names:
+        value = tensors[name]
+        end = at + value.numel() * value.element_size()
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 
 
 def restore(
@@ -106,7 +170,7 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
 
 
 def _split(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], copies: _Copies
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -114,7 +178,7 @@ def _split(
         # Not by state_dict(): bitsandbytes' hides its tensors in it under a key of its own.
         for slot, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{slot}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{name}|{slot}"] = copies.take(value)
             else:
                 numbers[f"{name}|{slot}"] = value
     return tensors, numbers

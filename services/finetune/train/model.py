@@ -31,7 +31,6 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
 
 def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
     """The base with fresh LoRA weights (float32, trainable). FailedPrecondition (MODEL_NOT_TRAINABLE)."""
-    import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     check_no_code(directory)
@@ -62,6 +61,13 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
         ) from error
     check_packable(model, config)
     keep_layout(model, every=True)
+    return adapt(model, config)
+
+
+def adapt(model: Any, config: RunConfig) -> Any:
+    """A causal model with fresh LoRA weights. InvalidArgument (CONFIG_VALUE_INVALID) for targets that it has not."""
+    import peft
+
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)

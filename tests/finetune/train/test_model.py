@@ -34,8 +34,8 @@ from services.finetune.progress import attempt_key, dump, raise_fence, read_outc
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory
 from services.finetune.templates import Encoded
-from services.finetune.train.loop import make_optimizer, rate
 from services.finetune.train.model import check_packable, load_model, summed_loss, trainable
+from services.finetune.train.step import make_optimizer, rate
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {

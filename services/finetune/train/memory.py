@@ -1,0 +1,57 @@
+"""How many layers keep what their backward pass needs, and how many run forward twice: a plan from the free memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SPARE = 0.06
+"""Part of the free memory that is left to what the plan does not see: kernels' workspaces, holes between tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes in bytes, for one micro-step."""
+
+    layers: int
+    recomputed: int
+    per_layer: int
+    """Kept by a layer that is not recomputed, beside its input."""
+    working: int
+    """Held for a moment by the layer or the head at work."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers - self.recomputed} of {self.layers} layers keep {self.per_layer / 2**20:,.0f} MiB each, "
+            f"{self.recomputed} run forward twice"
+        )
+
+
+def plan(fused: Any, tokens: int, free: int) -> Plan:
+    """The plan for micro-steps of up to `tokens` tokens in `free` bytes. Lengths in elements of the computing dtype."""
+    item = fused.head.element_size()
+    layer = fused.layers[0]
+    hidden, vocabulary = fused.embedding.shape[1], fused.head.shape[0]
+    qkv, gate_up = layer.qkv.shape[0], layer.gate_up.shape[0]
+    ranks = sum(g.a_copy.shape[0] if g.adapted else 0 for g in layer.groups)
+    mixed = layer.out.shape[1]
+    raw = qkv if layer.heads.q_weight is not None else 0
+    small = 8 + 4 * layer.heads.queries
+    per_layer = tokens * (item * (hidden + qkv + raw + mixed + gate_up + ranks) + small)
+    weights = 0 if layer.qkv.weight is not None else item * max(g.shape[0] * g.shape[1] for g in layer.groups)
+    backward = tokens * item * max(3 * hidden + gate_up // 2, 2 * hidden + 3 * qkv)
+    head = tokens * item * 4 * hidden + fused.head_rows * vocabulary * item
+    # A layer that runs forward again holds its own share once more while it does.
+    working = max(weights + backward + per_layer, head) + tokens * item * 2 * hidden
+    inputs = tokens * item * hidden * len(fused.layers)
+    room = int(free * (1 - SPARE)) - working - inputs
+    kept = max(0, min(len(fused.layers), room // per_layer))
+    return Plan(len(fused.layers), len(fused.layers) - kept, per_layer, working)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that torch can still hand out on a GPU: free on it, or held by torch's allocator and unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
