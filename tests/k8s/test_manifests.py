@@ -303,7 +303,7 @@ def test_workers_and_engines_reach_no_address_by_default() -> None:
         labels = {n: pod["metadata"]["labels"] for n, pod in pods(overlay(name))}
         for policy in of_kind(overlay(name), "NetworkPolicy"):
             by_address = any("ipBlock" in to for rule in policy["spec"].get("egress", ()) for to in rule["to"])
-            for pod in ("quartet-worker", "quartet-engine", "quartet-datasets"):
+            for pod in ("quartet-worker", "quartet-engine"):
                 assert not (by_address and selects(policy["spec"]["podSelector"], labels[pod])), policy["metadata"]
 
 

@@ -133,10 +133,7 @@ def test_dropout_is_the_same_forward_and_backward_and_each_projections_own() -> 
     model = adapted(LlamaConfig(**SMALL), dropout=0.25)
     model.train()
     draw = np.random.default_rng(1)
-    ids = draw.integers(3, 64, (1, 64)).astype(np.int32)
-    labels = np.where(np.arange(64) > 0, ids, -100).astype(np.int32)
-    positions, segments = np.arange(64, dtype=np.int32)[None], np.ones((1, 64), np.int32)
-    blocks = packing.Blocks(ids, labels, positions, segments, 0, 0)
+    blocks = packing.pack([Encoded(draw.integers(3, 64, 64).tolist(), [True] * 64)], 64, True)
     fused = Fused(model, ops_torch, 64)
     loss, grads = by_hand(fused, model, blocks, seed=7)
     assert by_hand(fused, model, blocks, seed=7)[0] == loss != by_hand(fused, model, blocks, seed=8)[0]
