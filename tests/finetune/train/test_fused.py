@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from services.finetune import packing
 from services.finetune.config import RunConfig, override
+from services.finetune.templates import Encoded
 from services.finetune.train import ops_torch
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.batch import flatten
