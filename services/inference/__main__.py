@@ -10,6 +10,7 @@ from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
 from services.finetune.store import open_store
+from services.inference.keeper import Keeper
 from services.inference.servicer import EngineCalls, Servicer
 from services.inference.usecases import Inference
 
@@ -18,15 +19,13 @@ def build(settings: Settings) -> Room:
     store, records = open_store(settings.store_uri), Records(settings.database_url)
     token = auth.read_token(settings.token_file) if settings.token_file else ""
     keep = settings.launcher == "kubernetes"
-    inference = Inference(
-        store, records, open_launcher(settings), settings.token_file, EngineCalls(token), keep_engines=keep
-    )
-    servicer = Servicer(inference, token)
+    keeper = Keeper(store, records, open_launcher(settings), settings.token_file, EngineCalls(token), keep_engines=keep)
+    servicer = Servicer(Inference(store, records), token)
     return Room(
         "quartet.inference.v1.Inference",
         lambda server: add_InferenceServicer_to_server(servicer, server),
-        inference.start,
-        inference.stop,
+        keeper.start,
+        keeper.stop,
     )
 
 
