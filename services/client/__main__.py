@@ -133,6 +133,7 @@ def _arrivals(p: argparse.ArgumentParser) -> None:
     source.add_argument("--s3", default="", metavar="s3://BUCKET/PREFIX", help="files that the service can read there")
     p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="of a reference, only these paths")
     p.add_argument("--format", default="", help="one of list-dataset-format, or 'files'; detected if left out")
+    p.add_argument("--column", action="append", default=[], metavar="FIELD=COLUMN", help="the column for a field")
     p.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out and report them")
 
 

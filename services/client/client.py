@@ -27,6 +27,7 @@ from services.common import auth
 from services.common.settings import Settings
 from services.common.status import CHANNEL_OPTIONS, from_status
 from services.finetune.errors import Aborted, DataLoss, Internal, QuartetError, Unavailable
+from services.finetune.formats import DETECTED, Reading
 
 T = TypeVar("T")
 
@@ -127,8 +128,7 @@ class Client:
         self,
         dataset: str,
         files: Sequence[Path],
-        format: str = "",
-        skip_bad_rows: bool = False,
+        reading: Reading = DETECTED,
         told: Progress = lambda done, total: None,
     ) -> datasets_pb2.Revision:
         """Make the dataset if need be, send what the store lacks of these files and folders, and commit a revision.
@@ -139,15 +139,14 @@ class Client:
 
         listed = files_of(files)
         name = self._ensure_dataset(dataset)
-        return self.commit_files(name, upload_all(self, name, listed, told), format, skip_bad_rows)
+        return self.commit_files(name, upload_all(self, name, listed, told), reading)
 
     def import_dataset(
         self,
         dataset: str,
         source: Mapping[str, str],
         include: Sequence[str] = (),
-        format: str = "",
-        skip_bad_rows: bool = False,
+        reading: Reading = DETECTED,
         told: Progress = lambda done, total: None,
     ) -> datasets_pb2.Revision:
         """A revision of files that the service fetches itself: {"hub_id": …}, {"s3_uri": …} or {"directory": …}."""
@@ -157,18 +156,19 @@ class Client:
         for step in self.datasets.ImportFiles(request):
             entries += [datasets_pb2.RevisionFile(path=f.path, digest=f.digest) for f in step.files]
             told(step.done_bytes, step.total_bytes)
-        return self.commit_files(name, entries, format, skip_bad_rows)
+        return self.commit_files(name, entries, reading)
 
     def commit_files(
-        self, dataset: str, files: Sequence[datasets_pb2.RevisionFile], format: str, skip_bad_rows: bool
+        self, dataset: str, files: Sequence[datasets_pb2.RevisionFile], reading: Reading
     ) -> datasets_pb2.Revision:
         """Make the dataset if need be, and a revision of files that the store has already."""
         bad = datasets_pb2.CommitRevisionRequest
         request = datasets_pb2.CommitRevisionRequest(
             parent=self._ensure_dataset(dataset),
             files=files,
-            format=format,
-            bad_rows=bad.BAD_ROWS_SKIP if skip_bad_rows else bad.BAD_ROWS_REJECT,
+            format=reading.format,
+            columns=reading.columns,
+            bad_rows=bad.BAD_ROWS_SKIP if reading.skip_bad_rows else bad.BAD_ROWS_REJECT,
             request_id=str(uuid.uuid4()),
         )
         revision: datasets_pb2.Revision = self.datasets.CommitRevision(request)

@@ -16,6 +16,7 @@ from services.client.commands.models import import_name, start_import
 from services.common.status import from_status
 from services.finetune.config import DataSource, RunConfig
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError
+from services.finetune.formats import Reading
 
 Say = Callable[[str], None]
 Rows = tuple[DataSource, list[Path]]
@@ -73,7 +74,7 @@ def bring_rows(client: Client, rows: Rows, say: Say, told: Progress) -> str:
     place = source.files[0] if source.files else source.hub_id
     name = short_name(Path(place).resolve().name.partition(".")[0]) or "data"
     say(f"uploading {place} as dataset {name}")
-    return str(client.upload_dataset(name, files, source.format, told=told).name)
+    return str(client.upload_dataset(name, files, Reading(source.format), told).name)
 
 
 def _files(source: DataSource) -> list[Path]:

@@ -17,11 +17,13 @@ from services.common.records import Record
 from services.datasets import messages, usecases
 from services.datasets.diff import SHOWN, Diff
 from services.datasets.preparing import Preparing
+from services.datasets.preview import Shown
 from services.datasets.uploads import Uploads, UploadStatus, Writing
 from services.datasets.usecases import Datasets
 from services.datasets.validating import Validating
 from services.finetune import formats, templates
 from services.finetune.errors import InvalidArgument
+from services.finetune.formats import Reading
 from services.finetune.store.artifacts import File, Ref
 
 LISTED_FILES_BYTES = 2 << 20
@@ -97,7 +99,8 @@ class Servicer(rpc.DatasetsServicer):
     def CommitRevision(self, request: pb.CommitRevisionRequest, context: Any) -> pb.Revision:
         files = [(f.path, f.digest) for f in request.files]
         skip = request.bad_rows == pb.CommitRevisionRequest.BAD_ROWS_SKIP
-        return _revision(self._datasets.commit(request.parent, files, request.format, skip, request.validate_only))
+        reading = Reading(request.format, dict(request.columns), skip)
+        return _revision(self._datasets.commit(request.parent, files, reading, request.validate_only))
 
     def GetRevision(self, request: pb.GetRevisionRequest, context: Any) -> pb.Revision:
         return _revision(self._datasets.revision(request.name))
@@ -281,6 +284,7 @@ def _revision(r: usecases.Revision) -> pb.Revision:
         skipped_row_count=meta["skipped_rows"],
         skipped_rows=[pb.RowProblem(**p) for p in meta["skipped"]],
         create_time=_time(r.create_time),
+        columns=meta.get("columns"),
     )
 
 
@@ -311,7 +315,7 @@ def _diff(name: str, base: str, d: Diff) -> pb.DiffRevisionsResponse:
     )
 
 
-def _row(s: usecases.Shown) -> pb.PreviewRow:
+def _row(s: Shown) -> pb.PreviewRow:
     return pb.PreviewRow(
         file=s.row.file,
         row=s.row.row,

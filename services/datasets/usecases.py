@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from services.common.names import choose_id, now, parse
 from services.datasets import arrivals
 from services.datasets.arrivals import local
 from services.datasets.diff import Diff, diff
+from services.datasets.preview import Shown, show
 from services.datasets.references import Allowed, Imported, import_files
 from services.finetune import formats
 from services.finetune.errors import (
@@ -24,13 +24,12 @@ from services.finetune.errors import (
     OutOfRange,
     Violation,
 )
-from services.finetune.formats import Problem, Row
+from services.finetune.formats import Problem, Reading, Row
 from services.finetune.store import Store, artifacts
 from services.finetune.store.artifacts import File, Manifest, Ref
 from services.finetune.store.delta import Signature
 
 if TYPE_CHECKING:
-    from services.finetune.templates import Template
     from services.finetune.tokenizer import Tokenizer
 
 WORKSPACE = "workspaces/{workspace}"
@@ -66,17 +65,6 @@ class Revision:
     create_time: str
     format_reason: str
     manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A row as training sees it: text in (piece, learned), token ids, and for each whether it is learned."""
-
-    row: Row
-    pieces: list[tuple[str, bool]]
-    ids: list[int]
-    mask: list[bool]
-    truncated: int
 
 
 class Datasets:
@@ -137,15 +125,15 @@ class Datasets:
 
     # ------------------------------------------------------------------------------------------ revisions
 
-    def commit(self, parent: str, files: Sequence[tuple[str, str]], format: str, skip: bool, dry: bool) -> Revision:
-        """CommitRevision of (path, digest) pairs; `skip` leaves bad rows out, `dry` writes nothing."""
+    def commit(self, parent: str, files: Sequence[tuple[str, str]], reading: Reading, dry: bool) -> Revision:
+        """CommitRevision of (path, digest) pairs; `dry` writes nothing."""
         self._dataset_ref(parent, "parent")
         found = self._files(files)
-        if format == FILES_FORMAT:
-            reason, meta = "given by the caller", {"format": format, "rows": 0, "skipped_rows": 0, "skipped": []}
+        if reading.format == FILES_FORMAT:
+            reason, meta = "given by the caller", {"format": FILES_FORMAT, "rows": 0, "skipped_rows": 0, "skipped": []}
         else:
             found = arrivals.unpacked(self._store, found, self._scratch)
-            reason, meta = self._read(found, format, skip)
+            reason, meta = self._read(found, reading)
         manifest = Manifest("dataset", tuple(found), meta=meta)
         if dry:
             return Revision("", "", "", reason, manifest)
@@ -226,10 +214,12 @@ class Datasets:
         shown = []
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             files = local(self._store, arrivals.row_files(revision.manifest.files), Path(folder))
-            good = (r for r in formats.read_rows(files, revision.manifest.meta["format"]) if isinstance(r, Row))
+            meta = revision.manifest.meta
+            rows_of = formats.read_rows(files, meta["format"], meta.get("columns", {}))
+            good = (r for r in rows_of if isinstance(r, Row))
             for n, row in enumerate(good):
                 if n >= start:
-                    shown.append(_show(row, chosen, tokenizer, system, max_length))
+                    shown.append(show(row, chosen, tokenizer, system, max_length))
                 if len(shown) == min(count or 5, 100):
                     break
         return shown, chosen.name
@@ -317,21 +307,21 @@ class Datasets:
             )
         return found
 
-    def _read(self, files: Sequence[File], format: str, skip: bool) -> tuple[str, dict[str, Any]]:
+    def _read(self, files: Sequence[File], reading: Reading) -> tuple[str, dict[str, Any]]:
         """Read every row: (why this format, the manifest's meta)."""
         good, bad, problems = 0, 0, list[Problem]()
         rows, carried = arrivals.row_files(files), {f.path for f in files}
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            reason = "given by the caller"
+            format, reason = reading.format, "given by the caller"
             if not format:
-                format, reason = formats.sniff(local(self._store, rows, Path(folder)))
-            for row in formats.read_rows(local(self._store, rows, Path(folder)), format, carried=carried):
+                format, reason = formats.sniff(local(self._store, rows, Path(folder)), reading.columns)
+            for row in formats.read_rows(local(self._store, rows, Path(folder)), format, reading.columns, carried):
                 if isinstance(row, Row):
                     good += 1
                 else:
                     bad += 1
                     problems += [row] if bad <= SHOWN_PROBLEMS else []
-        if bad and (not skip or not good):
+        if bad and (not reading.skip_bad_rows or not good):
             raise _rows_invalid(problems, bad, good)
         if not good:
             raise InvalidArgument("the files hold no row", reason="DATASET_EMPTY")
@@ -340,6 +330,7 @@ class Datasets:
             "rows": good,
             "skipped_rows": bad,
             "skipped": [asdict(p) for p in problems],
+            **({"columns": dict(reading.columns)} if reading.columns else {}),
         }
 
     def model(self, name: str) -> tuple[str, Manifest]:
@@ -383,21 +374,3 @@ def _rows_invalid(problems: Sequence[Problem], bad: int, good: int) -> InvalidAr
         metadata={"bad_rows": str(bad), "good_rows": str(good)},
         violations=violations,
     )
-
-
-def _show(row: Row, template: Template, tokenizer: Tokenizer, system: str, max_length: int) -> Shown:
-    from services.finetune.templates import IMAGE_ID, encode
-
-    pieces = template.pieces(row.conversation, system)
-    encoded = encode(pieces, tokenizer, IMAGE_ID)
-    cut = max(len(encoded.ids) - max_length, 0) if max_length else 0
-    ids, mask = encoded.ids[: len(encoded.ids) - cut], encoded.mask[: len(encoded.ids) - cut]
-    texts: list[tuple[str, bool]] = []
-    if not cut:
-        for trained, run in groupby(pieces, key=lambda p: p.trained):
-            texts.append(("".join(p.text for p in run), trained))
-    else:
-        # What is left may end within a word or a character: the tokens tell, not the template.
-        for trained, tokens in groupby(zip(ids, mask, strict=True), key=lambda t: t[1]):
-            texts.append((tokenizer.decode([i for i, _ in tokens if i != IMAGE_ID], skip_special=False), trained))
-    return Shown(row, texts, ids, mask, cut)

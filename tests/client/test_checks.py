@@ -11,6 +11,7 @@ import pytest
 from services.client import Client
 from services.client.commands.checks import read_weights
 from services.finetune.errors import InvalidArgument
+from services.finetune.formats import Reading
 from services.finetune.store import open_store
 from tests.client.conftest import Done, Quartet
 from tests.datasets.conftest import Service
@@ -33,7 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for name, data in rows.items():
             path = folder / f"{name}.jsonl"
             path.write_bytes(data)
-            client.upload_dataset(name, [path], "openai", skip_bad_rows=True)
+            client.upload_dataset(name, [path], Reading("openai", skip_bad_rows=True))
     yield service.address
     assert service.stop() == 0
     assert "Traceback" not in (folder / "log").read_text()

@@ -170,3 +170,25 @@ def test_preview_shows_what_training_sees(datasets: DatasetsStub, service: Servi
         preview(template="vicunia")
     with refused(NotFound, "MODEL_NOT_FOUND"):
         datasets.PreviewRows(pb.PreviewRowsRequest(name=made.name, model=model + "x"))
+
+
+def test_columns_stand_for_fields_in_every_reading(datasets: DatasetsStub, service: Service, tmp_path: Path) -> None:
+    store = open_store((service.home / "store").as_uri())
+    digest = artifacts.publish_directory(store, "base", tiny_tokenizer(tmp_path), meta={"template": "tokenizer"})
+    artifacts.put_ref(store, "workspaces/default/models/mapped", {"digest": digest, "kind": "base"})
+    rows = b"".join(json.dumps({"ask": f"q{n}", "say": f"a{n}", "id": n}).encode() + b"\n" for n in range(3))
+    name = new(datasets)
+    with refused(InvalidArgument, "FORMAT_UNDETECTED"):
+        commit(datasets, name, {"a.jsonl": rows})
+    mapping = {"instruction": "ask", "output": "say"}
+    made = commit(datasets, name, {"a.jsonl": rows}, columns=mapping)
+    assert (made.format, made.row_count, dict(made.columns)) == ("alpaca", 3, mapping)
+    assert made == datasets.GetRevision(pb.GetRevisionRequest(name=made.name))
+    wanted = pb.PreviewRowsRequest(name=made.name, model="workspaces/default/models/mapped", row_count=1)
+    (shown,) = datasets.PreviewRows(wanted).rows
+    assert [p.text.count("q0") + p.text.count("a0") for p in shown.pieces if p.trained] == [1]
+    with refused(InvalidArgument, "ROWS_INVALID") as error:
+        commit(datasets, name, {"a.jsonl": rows}, format="alpaca", columns={"instruction": "asks", "output": "say"})
+    assert error[0].violations[0].reason == "COLUMN_MISSING" and "did you mean 'ask'" in error[0].violations[0].message
+    with refused(InvalidArgument, "COLUMN_UNKNOWN"):
+        commit(datasets, name, {"a.jsonl": rows}, format="alpaca", columns={"instructions": "ask"})

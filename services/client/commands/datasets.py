@@ -17,6 +17,7 @@ from services.client.commands import connect, readable, short_name
 from services.client.retry import pages
 from services.client.show import bar, out, plain, table
 from services.finetune.errors import InvalidArgument, QuartetError
+from services.finetune.formats import Reading
 
 
 def create(a: Namespace) -> None:
@@ -26,7 +27,7 @@ def create(a: Namespace) -> None:
         raise InvalidArgument("--include goes with --hub or --s3", reason="ARGUMENT_INVALID")
     with connect(a) as client, bar("fetching" if references else "uploading", a.json) as told:
         if references:
-            revision = client.import_dataset(a.dataset, references, a.include, a.format, a.skip_bad_rows, told)
+            revision = client.import_dataset(a.dataset, references, a.include, _reading(a), told)
         else:
             revision = _create_of_files(client, a, told)
     _show_revision(revision, a.json)
@@ -38,12 +39,19 @@ def _create_of_files(client: Client, a: Namespace, told: Progress) -> datasets_p
     if len(paths) == 1 and paths[0].is_dir() and client.is_local("datasets"):
         here = {"directory": str(paths[0].resolve())}
         try:
-            return client.import_dataset(a.dataset, here, (), a.format, a.skip_bad_rows, told)
+            return client.import_dataset(a.dataset, here, (), _reading(a), told)
         except QuartetError as error:
             # On loopback, yet it may not or cannot see our files, as in a container: bring them.
             if error.reason not in ("LOCAL_PATH_FORBIDDEN", "SOURCE_NOT_FOUND"):
                 raise
-    return client.upload_dataset(a.dataset, paths, a.format, a.skip_bad_rows, told)
+    return client.upload_dataset(a.dataset, paths, _reading(a), told)
+
+
+def _reading(a: Namespace) -> Reading:
+    columns = dict(pair.partition("=")[::2] for pair in a.column)
+    if not all(columns) or not all(columns.values()):
+        raise InvalidArgument("--column: write FIELD=COLUMN, as instruction=question", reason="ARGUMENT_INVALID")
+    return Reading(a.format, columns, a.skip_bad_rows)
 
 
 def diff(a: Namespace) -> None:
@@ -164,7 +172,8 @@ def _repeat_revision(client: Client, name: str, target: str, times: int) -> data
         for file in source.files
     ]
     # Rows that the source left out are left out of each repetition.
-    return client.commit_files(target, files, source.format, skip_bad_rows=source.skipped_row_count > 0)
+    reading = Reading(source.format, dict(source.columns), skip_bad_rows=source.skipped_row_count > 0)
+    return client.commit_files(target, files, reading)
 
 
 def formats(a: Namespace) -> None:
@@ -191,7 +200,7 @@ def assistant(a: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, connect(a) as client:
         path = Path(folder) / "assistant.jsonl"
         path.write_text(text, "utf-8")
-        revision = client.upload_dataset(a.dataset or short_name(a.name) or "assistant", [path], "openai")
+        revision = client.upload_dataset(a.dataset or short_name(a.name) or "assistant", [path], Reading("openai"))
     _show_revision(revision, a.json)
 
 

@@ -16,6 +16,7 @@ from services.client.download import download_model
 from services.client.retry import pages
 from services.client.show import bar, out, plain, table
 from services.finetune.errors import InvalidArgument, NotFound, PermissionDenied
+from services.finetune.formats import Reading
 
 
 def import_model(a: Namespace) -> int:
@@ -48,7 +49,7 @@ def start_import(
     if not files:
         raise NotFound(f"{source} is an empty folder", reason="MODEL_UNKNOWN")
     dataset = f"import-{target.rpartition('/')[2]}"[:63].rstrip("-")
-    task.revision = client.upload_dataset(dataset, files, "files", told=told).name
+    task.revision = client.upload_dataset(dataset, files, Reading("files"), told).name
     return client.convert(target, import_model=task)
 
 
@@ -129,7 +130,7 @@ def _bring_checkpoint(
     elif a.config and not task.lora_alpha:
         task.lora_alpha = _recipe_alpha(client, a.config)
     dataset = f"checkpoint-{client.name('models', a.target).rpartition('/')[2]}"[:63].rstrip("-")
-    task.revision = client.upload_dataset(dataset, files, "files", told=told).name
+    task.revision = client.upload_dataset(dataset, files, Reading("files"), told).name
 
 
 def _recipe_alpha(client: Client, recipe: str) -> float:

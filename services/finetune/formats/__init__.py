@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -104,6 +104,19 @@ class Format:
     convert: Callable[[Mapping[str, Any]], Conversation]
     optional: tuple[str, ...] = ()
     fits: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a data set's rows are read: their format ("" to detect it), the columns of the files that stand for the
+    format's fields, and whether bad rows may be left out."""
+
+    format: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_rows: bool = False
+
+
+DETECTED = Reading()
 
 
 def _table() -> dict[str, Format]:

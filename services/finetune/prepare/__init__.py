@@ -149,8 +149,9 @@ def _make(
 
 
 def _counts(built: Built) -> dict[str, Any]:
-    names = ("rows", "tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
-    return {name: built.index[name] for name in names}
+    names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
+    good = built.index["rows"] - sum(built.index["skipped"].values())
+    return {"rows": good, **{name: built.index[name] for name in names}}
 
 
 def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: float, folder: Path) -> Source:

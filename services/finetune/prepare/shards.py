@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from services.finetune.formats import Problem, Row, read_rows
 from services.finetune.formats.containers import BOM
@@ -58,15 +58,13 @@ def cut(sources: Sequence[Source]) -> list[Shard]:
 
 def read(shard: Shard, scratch: Path) -> Iterator[Row | Problem]:
     """The rows of a shard, good or bad; `row` counts lines from the shard's first, see `lines_before`."""
-    # Keyword arguments only where there are some: most formats need no columns.
-    more: dict[str, Any] = {"columns": shard.columns} if shard.columns else {}
     if not shard.stop:
-        yield from read_rows([(shard.file, shard.path)], shard.format, **more)
+        yield from read_rows([(shard.file, shard.path)], shard.format, shard.columns)
         return
     part = scratch / f"{shard.number}.jsonl"
     try:
         _copy(shard, part)
-        for row in read_rows([(shard.file, part)], shard.format, **more):
+        for row in read_rows([(shard.file, part)], shard.format, shard.columns):
             yield replace(row, row=row.row - 1)
     finally:
         part.unlink(missing_ok=True)

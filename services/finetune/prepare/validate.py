@@ -51,7 +51,8 @@ def validate(run: ValidateRun, attempt: Attempt, stop: threading.Event, workdir:
     tell = progress(attempt, stop, int(manifest.meta["rows"]) + int(manifest.meta.get("skipped_rows", 0)))
     look, done = Look(tokens, Images(dict(files))), 0
     tell(0)
-    for done, row in enumerate(read_rows(row_files(files), manifest.meta["format"]), 1):
+    meta = manifest.meta
+    for done, row in enumerate(read_rows(row_files(files), meta["format"], meta.get("columns", {})), 1):
         look.take(row)
         if done % TOLD_ROWS == 0:
             tell(done)

@@ -295,7 +295,7 @@ class DatasetsServicer:
         Archives (.zip .tar .tar.gz .tar.zst) are unpacked beside themselves. Files that hold no rows, as images, are carried;
         an image that a row names must be one of them. With the format "files" nothing is unpacked or read.
         Errors: NOT_FOUND (DATASET_NOT_FOUND), FAILED_PRECONDITION (BLOB_MISSING), INVALID_ARGUMENT (FORMAT_UNKNOWN,
-        FORMAT_UNDETECTED, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
+        FORMAT_UNDETECTED, COLUMN_UNKNOWN, COLUMN_MISSING, PATH_UNSAFE, TOO_MANY_FILES, ARCHIVE_INVALID, ARCHIVE_UNSAFE, ARCHIVE_TOO_LARGE,
         ARCHIVE_UNSUPPORTED, DATASET_EMPTY, ROWS_INVALID: one field violation a bad row, named "files[path].rows[k].field",
         the first 100 in full and `bad_rows` counting all).
         """
