@@ -193,7 +193,7 @@ def text_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece
     """The pieces of a running text, which no template frames; None of a conversation."""
     if not messages or messages[0].role != "text":
         return None
-    found = [Piece(tokenizer.bos_token, False, True)] if tokenizer.adds_bos else []
+    found = [Piece(tokenizer.opening, False, True)] if tokenizer.opening else []
     for message in messages:
         parts = _split(message.content, message.marks)
         run = [Piece(text, message.trained, True, authored=not mark) for text, mark in parts]

@@ -221,10 +221,10 @@ def read_rows(
 
 def _check_columns(format: Format, columns: Mapping[str, str]) -> None:
     known = [*format.fields, *format.optional]
-    for field in columns:
-        if field not in known:
+    for name in columns:
+        if name not in known:
             raise InvalidArgument(
-                f"columns: the format {format.name} has no field {field[:40]!r}{nearest(field, known)}; it has "
+                f"columns: the format {format.name} has no field {name[:40]!r}{nearest(name, known)}; it has "
                 + ", ".join(known),
                 reason="COLUMN_UNKNOWN",
             )

@@ -159,6 +159,12 @@ def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: floa
 
     if not holds_rows(manifest):
         raise InvalidArgument(f"{dataset.name} holds no rows", reason="DATASET_EMPTY")
+    if manifest.meta["format"] == "preference":
+        raise InvalidArgument(
+            f"{dataset.name} holds preference pairs, from which no method learns yet; to learn the chosen answers commit "
+            "its files with the format preference_chosen",
+            reason="DATASET_EMPTY",
+        )
     files = row_files(local_files(store, manifest, folder))
     columns = manifest.meta.get("columns") or {}
     return Source(name=dataset.name, files=files, format=manifest.meta["format"], columns=columns, weight=weight)

@@ -152,8 +152,9 @@ class EngineServicer(InferenceServicer):
                     f"{field}: {why}", reason="PROMPT_EMPTY", violations=[Violation(field, why, "PROMPT_EMPTY")]
                 )
         else:
-            bos = [self._tokenizer.bos_id] if self._tokenizer.adds_bos and self._tokenizer.bos_id is not None else []
-            ids = [*bos, *self._tokenizer.encode(request.text)] if request.text else []
+            # Apart: what stands first in a text may get a space before it, as the text does in training.
+            opening = self._tokenizer.encode(self._tokenizer.opening)
+            ids = [*opening, *self._tokenizer.encode(request.text)] if request.text else []
         if not ids:
             raise InvalidArgument("the prompt is empty; give text or token_ids", reason="PROMPT_EMPTY")
         return ids
