@@ -51,7 +51,8 @@ def _start(folder: Path, keys: Mapping[str, str]) -> tuple[subprocess.Popen[byte
     command += ["-ip.bind=127.0.0.1", f"-s3.config={folder / 's3.json'}", "-admin.ui=false", "-webdav=false"]
     command += [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
     command += [f"-{name}={port}" for name, port in ports.items()]
-    env = {**os.environ, "TMPDIR": str(folder)}
+    # It takes credentials from the environment too: of a server that runs already, they would be another's.
+    env = {**os.environ, **keys, "TMPDIR": str(folder)}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env)
     return process, f"http://127.0.0.1:{ports['s3.port']}"

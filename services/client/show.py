@@ -103,5 +103,6 @@ def event_line(event: Any) -> str:
         return f"step {event.sample.step}  {event.sample.prompt!r} -> {event.sample.answer!r}"
     if kind == "checkpoint":
         return f"checkpoint {event.checkpoint.step}"
-    what = "rows" if "done_rows" in event.progress.DESCRIPTOR.fields_by_name else "bytes"
-    return f"{getattr(event.progress, f'done_{what}')} of {getattr(event.progress, f'total_{what}')} {what}"
+    told = getattr(event, kind)
+    what = "rows" if "done_rows" in told.DESCRIPTOR.fields_by_name else "bytes"
+    return f"{getattr(told, f'done_{what}')} of {getattr(told, f'total_{what}')} {what}"

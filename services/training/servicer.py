@@ -138,4 +138,6 @@ def _event(sequence: int, event: dict[str, Any]) -> pb.TrainingEvent:
         told.sample.CopyFrom(pb.Sample(step=event["step"], prompt=event["prompt"], answer=event["answer"]))
     elif kind == "checkpoint":
         told.checkpoint.CopyFrom(pb.CheckpointSaved(name=event["name"], step=event["step"], digest=event["digest"]))
+    elif kind == "progress":
+        told.prepared.CopyFrom(pb.Prepared(done_rows=event["done_rows"], total_rows=event["total_rows"]))
     return told

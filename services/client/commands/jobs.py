@@ -77,7 +77,7 @@ def follow(client: Client, name: str, as_json: bool, after: int = 0, stream: boo
         for event in client.watch(name, after):
             if as_json and stream:
                 out(plain(event))
-            elif event.WhichOneof("event") != "progress" and not as_json:
+            elif event.WhichOneof("event") not in ("progress", "prepared") and not as_json:
                 print(event_line(event), flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job goes on; come back with: quartet job watch {name}", file=sys.stderr)

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quartet/training/v1/training.proto\x12\x13quartet.training.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa2\x01\n\x06Recipe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\x12\x0e\n\x06tested\x18\x06 \x01(\x08\x12\'\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05since\x18\x08 \x01(\t\"\x85\x06\n\x0bTrainingJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x10\n\x08\x64\x61tasets\x18\x05 \x03(\t\x12*\n\toverrides\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x13\n\x0bresume_from\x18\x07 \x01(\t\x12<\n\x06labels\x18\x08 \x03(\x0b\x32,.quartet.training.v1.TrainingJob.LabelsEntry\x12\x35\n\x05state\x18\t \x01(\x0e\x32&.quartet.training.v1.TrainingJob.State\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x12\'\n\x06\x63onfig\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x08progress\x18\x0c \x01(\x0b\x32\x1d.quartet.training.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\r \x01(\x05\x12\x0e\n\x06result\x18\x0e \x01(\t\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x12 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\r\n\tSUCCEEDED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06\x12\r\n\tCANCELLED\x10\x07\"J\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x04 \x01(\x01\"w\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xdf\x02\n\rTrainingEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x31\n\x05state\x18\x04 \x01(\x0b\x32 .quartet.training.v1.StateChangeH\x00\x12-\n\x06metric\x18\x05 \x01(\x0b\x32\x1b.quartet.training.v1.MetricH\x00\x12+\n\x03log\x18\x06 \x01(\x0b\x32\x1c.quartet.training.v1.LogLineH\x00\x12-\n\x06sample\x18\x07 \x01(\x0b\x32\x1b.quartet.training.v1.SampleH\x00\x12:\n\ncheckpoint\x18\x08 \x01(\x0b\x32$.quartet.training.v1.CheckpointSavedH\x00\x42\x07\n\x05\x65vent\"U\n\x0bStateChange\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32&.quartet.training.v1.TrainingJob.State\x12\x0f\n\x07message\x18\x02 \x01(\t\"~\n\x06Metric\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x37\n\x06values\x18\x02 \x03(\x0b\x32\'.quartet.training.v1.Metric.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8c\x01\n\x07LogLine\x12\x31\n\x05level\x18\x01 \x01(\x0e\x32\".quartet.training.v1.LogLine.Level\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x08\n\x04INFO\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\t\n\x05\x45RROR\x10\x03\"6\n\x06Sample\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\"=\n\x0f\x43heckpointSaved\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"]\n\x12ListRecipesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\"\\\n\x13ListRecipesResponse\x12,\n\x07recipes\x18\x01 \x03(\x0b\x32\x1b.quartet.training.v1.Recipe\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetRecipeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa6\x01\n\x18\x43reateTrainingJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\x0ftraining_job_id\x18\x02 \x01(\t\x12\x36\n\x0ctraining_job\x18\x03 \x01(\x0b\x32 .quartet.training.v1.TrainingJob\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"%\n\x15GetTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"r\n\x17ListTrainingJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"l\n\x18ListTrainingJobsResponse\x12\x37\n\rtraining_jobs\x18\x01 \x03(\x0b\x32 .quartet.training.v1.TrainingJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x18\x43\x61ncelTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"6\n\x18\x44\x65leteTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"?\n\x17WatchTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"q\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"h\n\x17ListCheckpointsResponse\x12\x34\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x1f.quartet.training.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x8c\x07\n\x08Training\x12`\n\x0bListRecipes\x12\'.quartet.training.v1.ListRecipesRequest\x1a(.quartet.training.v1.ListRecipesResponse\x12O\n\tGetRecipe\x12%.quartet.training.v1.GetRecipeRequest\x1a\x1b.quartet.training.v1.Recipe\x12\x64\n\x11\x43reateTrainingJob\x12-.quartet.training.v1.CreateTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12^\n\x0eGetTrainingJob\x12*.quartet.training.v1.GetTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12o\n\x10ListTrainingJobs\x12,.quartet.training.v1.ListTrainingJobsRequest\x1a-.quartet.training.v1.ListTrainingJobsResponse\x12\x64\n\x11\x43\x61ncelTrainingJob\x12-.quartet.training.v1.CancelTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12Z\n\x11\x44\x65leteTrainingJob\x12-.quartet.training.v1.DeleteTrainingJobRequest\x1a\x16.google.protobuf.Empty\x12\x66\n\x10WatchTrainingJob\x12,.quartet.training.v1.WatchTrainingJobRequest\x1a\".quartet.training.v1.TrainingEvent0\x01\x12l\n\x0fListCheckpoints\x12+.quartet.training.v1.ListCheckpointsRequest\x1a,.quartet.training.v1.ListCheckpointsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"quartet/training/v1/training.proto\x12\x13quartet.training.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa2\x01\n\x06Recipe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\x12\x0e\n\x06tested\x18\x06 \x01(\x08\x12\'\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05since\x18\x08 \x01(\t\"\x85\x06\n\x0bTrainingJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x10\n\x08\x64\x61tasets\x18\x05 \x03(\t\x12*\n\toverrides\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x13\n\x0bresume_from\x18\x07 \x01(\t\x12<\n\x06labels\x18\x08 \x03(\x0b\x32,.quartet.training.v1.TrainingJob.LabelsEntry\x12\x35\n\x05state\x18\t \x01(\x0e\x32&.quartet.training.v1.TrainingJob.State\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x12\'\n\x06\x63onfig\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x08progress\x18\x0c \x01(\x0b\x32\x1d.quartet.training.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\r \x01(\x05\x12\x0e\n\x06result\x18\x0e \x01(\t\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x12 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\r\n\tSUCCEEDED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06\x12\r\n\tCANCELLED\x10\x07\"J\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x04 \x01(\x01\"w\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x92\x03\n\rTrainingEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x31\n\x05state\x18\x04 \x01(\x0b\x32 .quartet.training.v1.StateChangeH\x00\x12-\n\x06metric\x18\x05 \x01(\x0b\x32\x1b.quartet.training.v1.MetricH\x00\x12+\n\x03log\x18\x06 \x01(\x0b\x32\x1c.quartet.training.v1.LogLineH\x00\x12-\n\x06sample\x18\x07 \x01(\x0b\x32\x1b.quartet.training.v1.SampleH\x00\x12:\n\ncheckpoint\x18\x08 \x01(\x0b\x32$.quartet.training.v1.CheckpointSavedH\x00\x12\x31\n\x08prepared\x18\t \x01(\x0b\x32\x1d.quartet.training.v1.PreparedH\x00\x42\x07\n\x05\x65vent\"1\n\x08Prepared\x12\x11\n\tdone_rows\x18\x01 \x01(\x03\x12\x12\n\ntotal_rows\x18\x02 \x01(\x03\"U\n\x0bStateChange\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32&.quartet.training.v1.TrainingJob.State\x12\x0f\n\x07message\x18\x02 \x01(\t\"~\n\x06Metric\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x37\n\x06values\x18\x02 \x03(\x0b\x32\'.quartet.training.v1.Metric.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8c\x01\n\x07LogLine\x12\x31\n\x05level\x18\x01 \x01(\x0e\x32\".quartet.training.v1.LogLine.Level\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x08\n\x04INFO\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\t\n\x05\x45RROR\x10\x03\"6\n\x06Sample\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\"=\n\x0f\x43heckpointSaved\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"]\n\x12ListRecipesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\"\\\n\x13ListRecipesResponse\x12,\n\x07recipes\x18\x01 \x03(\x0b\x32\x1b.quartet.training.v1.Recipe\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetRecipeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa6\x01\n\x18\x43reateTrainingJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\x0ftraining_job_id\x18\x02 \x01(\t\x12\x36\n\x0ctraining_job\x18\x03 \x01(\x0b\x32 .quartet.training.v1.TrainingJob\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"%\n\x15GetTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"r\n\x17ListTrainingJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"l\n\x18ListTrainingJobsResponse\x12\x37\n\rtraining_jobs\x18\x01 \x03(\x0b\x32 .quartet.training.v1.TrainingJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x18\x43\x61ncelTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"6\n\x18\x44\x65leteTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"?\n\x17WatchTrainingJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"q\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"h\n\x17ListCheckpointsResponse\x12\x34\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x1f.quartet.training.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x8c\x07\n\x08Training\x12`\n\x0bListRecipes\x12\'.quartet.training.v1.ListRecipesRequest\x1a(.quartet.training.v1.ListRecipesResponse\x12O\n\tGetRecipe\x12%.quartet.training.v1.GetRecipeRequest\x1a\x1b.quartet.training.v1.Recipe\x12\x64\n\x11\x43reateTrainingJob\x12-.quartet.training.v1.CreateTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12^\n\x0eGetTrainingJob\x12*.quartet.training.v1.GetTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12o\n\x10ListTrainingJobs\x12,.quartet.training.v1.ListTrainingJobsRequest\x1a-.quartet.training.v1.ListTrainingJobsResponse\x12\x64\n\x11\x43\x61ncelTrainingJob\x12-.quartet.training.v1.CancelTrainingJobRequest\x1a .quartet.training.v1.TrainingJob\x12Z\n\x11\x44\x65leteTrainingJob\x12-.quartet.training.v1.DeleteTrainingJobRequest\x1a\x16.google.protobuf.Empty\x12\x66\n\x10WatchTrainingJob\x12,.quartet.training.v1.WatchTrainingJobRequest\x1a\".quartet.training.v1.TrainingEvent0\x01\x12l\n\x0fListCheckpoints\x12+.quartet.training.v1.ListCheckpointsRequest\x1a,.quartet.training.v1.ListCheckpointsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,45 +52,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINT']._serialized_start=1193
   _globals['_CHECKPOINT']._serialized_end=1312
   _globals['_TRAININGEVENT']._serialized_start=1315
-  _globals['_TRAININGEVENT']._serialized_end=1666
-  _globals['_STATECHANGE']._serialized_start=1668
-  _globals['_STATECHANGE']._serialized_end=1753
-  _globals['_METRIC']._serialized_start=1755
-  _globals['_METRIC']._serialized_end=1881
-  _globals['_METRIC_VALUESENTRY']._serialized_start=1836
-  _globals['_METRIC_VALUESENTRY']._serialized_end=1881
-  _globals['_LOGLINE']._serialized_start=1884
-  _globals['_LOGLINE']._serialized_end=2024
-  _globals['_LOGLINE_LEVEL']._serialized_start=1960
-  _globals['_LOGLINE_LEVEL']._serialized_end=2024
-  _globals['_SAMPLE']._serialized_start=2026
-  _globals['_SAMPLE']._serialized_end=2080
-  _globals['_CHECKPOINTSAVED']._serialized_start=2082
-  _globals['_CHECKPOINTSAVED']._serialized_end=2143
-  _globals['_LISTRECIPESREQUEST']._serialized_start=2145
-  _globals['_LISTRECIPESREQUEST']._serialized_end=2238
-  _globals['_LISTRECIPESRESPONSE']._serialized_start=2240
-  _globals['_LISTRECIPESRESPONSE']._serialized_end=2332
-  _globals['_GETRECIPEREQUEST']._serialized_start=2334
-  _globals['_GETRECIPEREQUEST']._serialized_end=2366
-  _globals['_CREATETRAININGJOBREQUEST']._serialized_start=2369
-  _globals['_CREATETRAININGJOBREQUEST']._serialized_end=2535
-  _globals['_GETTRAININGJOBREQUEST']._serialized_start=2537
-  _globals['_GETTRAININGJOBREQUEST']._serialized_end=2574
-  _globals['_LISTTRAININGJOBSREQUEST']._serialized_start=2576
-  _globals['_LISTTRAININGJOBSREQUEST']._serialized_end=2690
-  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_start=2692
-  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_end=2800
-  _globals['_CANCELTRAININGJOBREQUEST']._serialized_start=2802
-  _globals['_CANCELTRAININGJOBREQUEST']._serialized_end=2862
-  _globals['_DELETETRAININGJOBREQUEST']._serialized_start=2864
-  _globals['_DELETETRAININGJOBREQUEST']._serialized_end=2918
-  _globals['_WATCHTRAININGJOBREQUEST']._serialized_start=2920
-  _globals['_WATCHTRAININGJOBREQUEST']._serialized_end=2983
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2985
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3098
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3100
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3204
-  _globals['_TRAINING']._serialized_start=3207
-  _globals['_TRAINING']._serialized_end=4115
+  _globals['_TRAININGEVENT']._serialized_end=1717
+  _globals['_PREPARED']._serialized_start=1719
+  _globals['_PREPARED']._serialized_end=1768
+  _globals['_STATECHANGE']._serialized_start=1770
+  _globals['_STATECHANGE']._serialized_end=1855
+  _globals['_METRIC']._serialized_start=1857
+  _globals['_METRIC']._serialized_end=1983
+  _globals['_METRIC_VALUESENTRY']._serialized_start=1938
+  _globals['_METRIC_VALUESENTRY']._serialized_end=1983
+  _globals['_LOGLINE']._serialized_start=1986
+  _globals['_LOGLINE']._serialized_end=2126
+  _globals['_LOGLINE_LEVEL']._serialized_start=2062
+  _globals['_LOGLINE_LEVEL']._serialized_end=2126
+  _globals['_SAMPLE']._serialized_start=2128
+  _globals['_SAMPLE']._serialized_end=2182
+  _globals['_CHECKPOINTSAVED']._serialized_start=2184
+  _globals['_CHECKPOINTSAVED']._serialized_end=2245
+  _globals['_LISTRECIPESREQUEST']._serialized_start=2247
+  _globals['_LISTRECIPESREQUEST']._serialized_end=2340
+  _globals['_LISTRECIPESRESPONSE']._serialized_start=2342
+  _globals['_LISTRECIPESRESPONSE']._serialized_end=2434
+  _globals['_GETRECIPEREQUEST']._serialized_start=2436
+  _globals['_GETRECIPEREQUEST']._serialized_end=2468
+  _globals['_CREATETRAININGJOBREQUEST']._serialized_start=2471
+  _globals['_CREATETRAININGJOBREQUEST']._serialized_end=2637
+  _globals['_GETTRAININGJOBREQUEST']._serialized_start=2639
+  _globals['_GETTRAININGJOBREQUEST']._serialized_end=2676
+  _globals['_LISTTRAININGJOBSREQUEST']._serialized_start=2678
+  _globals['_LISTTRAININGJOBSREQUEST']._serialized_end=2792
+  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_start=2794
+  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_end=2902
+  _globals['_CANCELTRAININGJOBREQUEST']._serialized_start=2904
+  _globals['_CANCELTRAININGJOBREQUEST']._serialized_end=2964
+  _globals['_DELETETRAININGJOBREQUEST']._serialized_start=2966
+  _globals['_DELETETRAININGJOBREQUEST']._serialized_end=3020
+  _globals['_WATCHTRAININGJOBREQUEST']._serialized_start=3022
+  _globals['_WATCHTRAININGJOBREQUEST']._serialized_end=3085
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3087
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3200
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3202
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3306
+  _globals['_TRAINING']._serialized_start=3309
+  _globals['_TRAINING']._serialized_end=4217
 # @@protoc_insertion_point(module_scope)

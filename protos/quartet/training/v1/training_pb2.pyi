@@ -333,6 +333,7 @@ class TrainingEvent(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """From 1, without gaps, over all attempts."""
     attempt: _builtins.int
@@ -349,6 +350,8 @@ class TrainingEvent(_message.Message):
     def sample(self) -> Global___Sample: ...
     @_builtins.property
     def checkpoint(self) -> Global___CheckpointSaved: ...
+    @_builtins.property
+    def prepared(self) -> Global___Prepared: ...
     def __init__(
         self,
         *,
@@ -360,16 +363,43 @@ class TrainingEvent(_message.Message):
         log: Global___LogLine | None = ...,
         sample: Global___Sample | None = ...,
         checkpoint: Global___CheckpointSaved | None = ...,
+        prepared: Global___Prepared | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "sample", b"sample", "state", b"state", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "state", b"state", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "sample", b"sample", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "metric", "log", "sample", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "metric", "log", "sample", "checkpoint", "prepared"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___TrainingEvent: _TypeAlias = TrainingEvent  # noqa: Y015
+
+@_typing.final
+class Prepared(_message.Message):
+    """How far rows have become tokens, before the first step of a job whose data nobody had prepared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_ROWS_FIELD_NUMBER: _builtins.int
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    done_rows: _builtins.int
+    """Rows done."""
+    total_rows: _builtins.int
+    """Rows in all datasets."""
+    def __init__(
+        self,
+        *,
+        done_rows: _builtins.int = ...,
+        total_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_rows", b"done_rows", "total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prepared: _TypeAlias = Prepared  # noqa: Y015
 
 @_typing.final
 class StateChange(_message.Message):
