@@ -16,12 +16,13 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common import names
 from services.common.launchers import Launcher
+from services.common.paging import page
 from services.common.records import Record, Records
 from services.finetune import progress
 from services.finetune.errors import (
@@ -104,6 +105,21 @@ class Jobs:
         if record is None or record.kind != self.work.kind:
             raise NotFound(f"there is no job {name}", reason="JOB_NOT_FOUND", metadata={"name": name})
         return record
+
+    def page(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
+        """Some of a workspace's jobs, newest first, and the token of the rest; see services.common.paging."""
+        names.parse("workspaces/{workspace}", parent, "parent")
+
+        def fields(r: Record) -> Mapping[str, Any]:
+            return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
+
+        return page(
+            self.records.find(self.work.kind, parent + "/"),
+            fields=fields,
+            orders=["create_time"],
+            default_order="create_time desc",
+            **paging,
+        )
 
     def cancel(self, name: str) -> Record:
         """Ask a job to end; the supervisor sees to it."""

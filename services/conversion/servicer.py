@@ -43,7 +43,7 @@ class Servicer(ConversionServicer):
         return _job(self._conversion.jobs.get(request.name))
 
     def ListConversionJobs(self, request: pb.ListConversionJobsRequest, context: Any) -> pb.ListConversionJobsResponse:
-        found, token = self._conversion.list(request.parent, **_paging(request))
+        found, token = self._conversion.jobs.page(request.parent, **_paging(request))
         return pb.ListConversionJobsResponse(conversion_jobs=[_job(r) for r in found], next_page_token=token)
 
     def CancelConversionJob(self, request: pb.CancelConversionJobRequest, context: Any) -> pb.ConversionJob:

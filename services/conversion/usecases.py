@@ -78,20 +78,6 @@ class Conversion:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
         return self.jobs.create(name, spec, *request)
 
-    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
-        names.parse("workspaces/{workspace}", parent, "parent")
-
-        def fields(r: Record) -> Mapping[str, Any]:
-            return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
-
-        return page(
-            self.jobs.records.find(self.work.kind, parent + "/"),
-            fields=fields,
-            orders=["create_time"],
-            default_order="create_time desc",
-            **paging,
-        )
-
     def order(self, job: Record) -> Mapping[str, Any]:
         run: Mapping[str, Any] = job.body["spec"]["run"]
         return run

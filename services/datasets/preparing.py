@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from services.common import names
 from services.common.jobs import Jobs, Work
 from services.common.records import Record
 from services.datasets.usecases import Datasets
-from services.datasets.validating import check_length, list_jobs
+from services.datasets.validating import check_length
 from services.finetune.config import ArtifactRef, DataConfig, PrepareRun, to_json
 from services.finetune.errors import Aborted, AlreadyExists, InvalidArgument, Violation
 from services.finetune.prepare import check_weights, holds_rows
@@ -59,9 +59,6 @@ class Preparing:
     def get(self, name: str) -> Record:
         names.parse(PREPARED, name)
         return self.jobs.get(name)
-
-    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
-        return list_jobs(self.jobs, parent, **paging)
 
     def cancel(self, name: str) -> Record:
         names.parse(PREPARED, name)

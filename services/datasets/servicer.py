@@ -146,7 +146,7 @@ class Servicer(rpc.DatasetsServicer):
         return self._validation(self._validating.get(request.name))
 
     def ListValidations(self, request: pb.ListValidationsRequest, context: Any) -> pb.ListValidationsResponse:
-        found, token = self._validating.list(request.parent, **_paging(request))
+        found, token = self._validating.jobs.page(request.parent, **_paging(request))
         return pb.ListValidationsResponse(
             validations=[messages.validation(r, None) for r in found], next_page_token=token
         )
@@ -174,7 +174,7 @@ class Servicer(rpc.DatasetsServicer):
     def ListPreparedDatasets(
         self, request: pb.ListPreparedDatasetsRequest, context: Any
     ) -> pb.ListPreparedDatasetsResponse:
-        found, token = self._preparing.list(request.parent, **_paging(request))
+        found, token = self._preparing.jobs.page(request.parent, **_paging(request))
         return pb.ListPreparedDatasetsResponse(
             prepared_datasets=[messages.prepared(r) for r in found], next_page_token=token
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from services.common import names
 from services.common.jobs import Jobs, Work
-from services.common.paging import page
 from services.common.records import Record
 from services.datasets.usecases import Datasets
 from services.finetune.config import ArtifactRef, ValidateRun, to_json
@@ -55,9 +54,6 @@ class Validating:
         names.parse(VALIDATION, name)
         return self.jobs.get(name)
 
-    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
-        return list_jobs(self.jobs, parent, **paging)
-
     def cancel(self, name: str) -> Record:
         names.parse(VALIDATION, name)
         return self.jobs.cancel(name)
@@ -93,19 +89,3 @@ def check_length(max_length: int, least: int) -> None:
     """InvalidArgument (MAX_LENGTH_INVALID)."""
     if max_length < least:
         raise InvalidArgument(f"max_length must be at least {least}, not {max_length}", reason="MAX_LENGTH_INVALID")
-
-
-def list_jobs(jobs: Jobs, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
-    """A page of a workspace's jobs, newest first."""
-    names.parse("workspaces/{workspace}", parent, "parent")
-
-    def fields(r: Record) -> Mapping[str, Any]:
-        return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
-
-    return page(
-        jobs.records.find(jobs.work.kind, parent + "/"),
-        fields=fields,
-        orders=["create_time"],
-        default_order="create_time desc",
-        **paging,
-    )

@@ -49,7 +49,7 @@ class Servicer(TrainingServicer):
         return _job(self._training.jobs.get(request.name))
 
     def ListTrainingJobs(self, request: pb.ListTrainingJobsRequest, context: Any) -> pb.ListTrainingJobsResponse:
-        found, token = self._training.list(request.parent, **_paging(request))
+        found, token = self._training.jobs.page(request.parent, **_paging(request))
         return pb.ListTrainingJobsResponse(training_jobs=[_job(r) for r in found], next_page_token=token)
 
     def CancelTrainingJob(self, request: pb.CancelTrainingJobRequest, context: Any) -> pb.TrainingJob:

@@ -80,20 +80,6 @@ class Training:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
         return self.jobs.create(name, spec, *request)
 
-    def list(self, parent: str, **paging: Any) -> tuple[Sequence[Record], str]:
-        names.parse("workspaces/{workspace}", parent, "parent")
-
-        def fields(r: Record) -> Mapping[str, Any]:
-            return {**r.body["spec"], "name": r.name, "state": r.state, "create_time": r.create_time}
-
-        return page(
-            self.jobs.records.find(self.work.kind, parent + "/"),
-            fields=fields,
-            orders=["create_time"],
-            default_order="create_time desc",
-            **paging,
-        )
-
     def delete(self, name: str, etag: str) -> None:
         def forget() -> None:
             for ref in list(list_refs(self._store, f"{name}/checkpoints/")):

@@ -15,10 +15,11 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 
 from services.common.status import STATUS_METADATA
 from services.finetune.errors import InvalidArgument
+from tests.common.serving import refused
 from tests.datasets import crafted
 from tests.datasets.conftest import Service
 from tests.datasets.crafted import ROWS, linked, named, tarred, zipped
-from tests.datasets.wire import commit, new, refused, row, upload
+from tests.datasets.wire import commit, new, row, upload
 
 MOST_S, MOST_MIB = 20.0, 160
 

@@ -12,8 +12,9 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 from services.finetune.errors import Aborted, AlreadyExists, InvalidArgument, NotFound, Unavailable
 from services.finetune.formats import FORMATS
 from services.finetune.templates import TEMPLATES
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
-from tests.datasets.wire import commit, new, refused, row
+from tests.datasets.wire import commit, new, row
 
 
 def test_the_same_request_gives_the_first_answer(datasets: DatasetsStub) -> None:

@@ -16,7 +16,8 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 from services.datasets.diff import _compare, _Side
 from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.finetune.store import delta
-from tests.datasets.wire import begin, commit, new, refused, row, sha256, upload
+from tests.common.serving import refused
+from tests.datasets.wire import begin, commit, new, row, sha256, upload
 
 
 def rows(*questions: object) -> bytes:

@@ -21,8 +21,9 @@ from services.finetune.errors import (
 )
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import load, publish_directory, put_ref
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
-from tests.datasets.wire import commit, new, refused, row
+from tests.datasets.wire import commit, new, row
 from tests.tiny import tiny_tokenizer
 
 W = "workspaces/default"

@@ -16,8 +16,9 @@ from minio import Minio
 from quartet.datasets.v1 import datasets_pb2 as pb
 
 from services.finetune.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
-from tests.datasets.wire import new, refused, row, sha256
+from tests.datasets.wire import new, row, sha256
 from tests.seaweed import seaweed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,8 +10,9 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 from services.common.status import STATUS_METADATA, from_rpc_error
 from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from services.finetune.store import artifacts, open_store
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
-from tests.datasets.wire import commit, new, refused, row, sha256, upload
+from tests.datasets.wire import commit, new, row, sha256, upload
 from tests.tiny import tiny_tokenizer
 
 SKIP = pb.CommitRevisionRequest.BAD_ROWS_SKIP

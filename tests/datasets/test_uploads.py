@@ -12,8 +12,9 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 
 from services.client import Client
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
-from tests.datasets.wire import MIB, begin, chunks, new, refused, sha256, upload
+from tests.datasets.wire import MIB, begin, chunks, new, sha256, upload
 from tests.seaweed import seaweed
 
 

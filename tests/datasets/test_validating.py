@@ -11,9 +11,10 @@ from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
 
 from services.finetune.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, QuartetError
 from services.finetune.store import Store, open_store
+from tests.common.serving import refused
 from tests.datasets.conftest import Service
 from tests.datasets.test_preparing import put_model
-from tests.datasets.wire import commit, new, refused, row
+from tests.datasets.wire import commit, new, row
 
 SKIP = pb.CommitRevisionRequest.BAD_ROWS_SKIP
 BAD = b'{"messages": [{"role": "user", "content": "hi"}]}\n'

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import uuid
 from collections.abc import Iterator
 
 import google_crc32c
-import grpc
-import pytest
 from quartet.datasets.v1 import datasets_pb2 as pb
 from quartet.datasets.v1.datasets_pb2_grpc import DatasetsStub
-
-from services.common.status import from_rpc_error
-from services.finetune.errors import QuartetError
 
 MIB = 1 << 20
 
@@ -60,13 +54,3 @@ def row(question: str = "hi", answer: str = "Hello.") -> bytes:
 def commit(datasets: DatasetsStub, parent: str, files: dict[str, bytes], **given: object) -> pb.Revision:
     listed = [pb.RevisionFile(path=path, digest=upload(datasets, parent, data)) for path, data in files.items()]
     return datasets.CommitRevision(pb.CommitRevisionRequest(parent=parent, files=listed, **given))  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def refused(cls: type[QuartetError], reason: str) -> Iterator[list[QuartetError]]:
-    """The block fails with this error; it is in the list afterwards."""
-    found: list[QuartetError] = []
-    with pytest.raises(grpc.RpcError) as caught:
-        yield found
-    found.append(from_rpc_error(caught.value))
-    assert (type(found[0]), found[0].reason) == (cls, reason), found[0].to_json()

@@ -11,9 +11,10 @@ from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.finetune.store.artifacts import load, materialise
+from tests.common.serving import refused
 from tests.inference.conftest import READY, Models, Service, until
 from tests.inference.published import WORKSPACE, adapter, tiny_adapter
-from tests.inference.wire import GREEDY, endpoint, refused, turns, whole
+from tests.inference.wire import GREEDY, endpoint, turns, whole
 
 LONG = pb.Sampling(temperature=0, max_tokens=200)
 

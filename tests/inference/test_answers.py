@@ -15,8 +15,9 @@ from services.finetune.formats import Message
 from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.servicer import StopText
+from tests.common.serving import refused
 from tests.inference.conftest import READY, Models, Service
-from tests.inference.wire import ASSISTANT, GREEDY, SYSTEM, endpoint, refused, turns, whole
+from tests.inference.wire import ASSISTANT, GREEDY, SYSTEM, endpoint, turns, whole
 from tests.tiny import tiny_tokenizer
 
 STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH

@@ -24,9 +24,10 @@ from services.finetune.errors import (
     Unauthenticated,
     Unavailable,
 )
+from tests.common.serving import refused
 from tests.inference.conftest import FAILED, READY, Models, Service, publish, until
 from tests.inference.published import WORKSPACE
-from tests.inference.wire import GREEDY, endpoint, refused, turns, whole
+from tests.inference.wire import GREEDY, endpoint, turns, whole
 
 
 def delete(service: Service, name: str, etag: str = "") -> None:

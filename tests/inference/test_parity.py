@@ -40,11 +40,11 @@ from services.finetune.progress import (
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory
 from services.inference.engines.__main__ import build
-from tests.common.serving import serve
+from tests.common.serving import refused, serve
 from tests.finetune.prepare.test_certificate import another_template, swapped
 from tests.inference import published
 from tests.inference.conftest import Service
-from tests.inference.wire import GREEDY, endpoint, refused, turns
+from tests.inference.wire import GREEDY, endpoint, turns
 from tests.tiny import tiny_model
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import grpc
-import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
-from services.common.status import from_rpc_error
-from services.finetune.errors import QuartetError
 from tests.inference.published import WORKSPACE
 
 SYSTEM, USER, ASSISTANT = pb.Message.SYSTEM, pb.Message.USER, pb.Message.ASSISTANT
@@ -40,13 +35,3 @@ def whole(answers: Iterable[pb.ChatResponse | pb.GenerateResponse]) -> tuple[str
     found = list(answers)
     assert all(a.finish_reason == pb.FINISH_REASON_UNSPECIFIED for a in found[:-1])
     return "".join(a.text for a in found), [i for a in found for i in a.token_ids], found[-1]
-
-
-@contextlib.contextmanager
-def refused(cls: type[QuartetError], reason: str) -> Iterator[list[QuartetError]]:
-    """The block fails with this error; it is in the list afterwards."""
-    found: list[QuartetError] = []
-    with pytest.raises(grpc.RpcError) as caught:
-        yield found
-    found.append(from_rpc_error(caught.value))
-    assert (type(found[0]), found[0].reason) == (cls, reason), found[0].to_json()
