@@ -325,8 +325,11 @@ class Jobs:
         attempt, handle = job.body["attempt"], job.body["handle"]
         taken = taken or (handle is not None and self.launcher.disrupted(handle))
         lost = job.body.get("lost", 0) + (not taken)
+        fault = progress.read_fault(self.store, job.body["key"], attempt)
         if job.body["cancel"]:
             self._end(job, "CANCELLED", "the worker had to be killed")
+        elif lost >= MAX_LOST and not taken and fault is not None:
+            self._end(_with(job, error=fault), "FAILED", fault["message"])
         elif lost >= MAX_LOST and not taken:
             tail = why or self.launcher.tail(self._process_name(job), 5)
             error = Internal(f"{lost} workers were lost; the last said: {tail}", reason="WORKER_LOST")
@@ -336,7 +339,8 @@ class Jobs:
                 self.launcher.stop(handle, self._grace_s)  # what may be left of it, or be made again by its place
             self.reopen(job)
             job = _with(job, lost=lost, not_before=time.time() + 2.0**lost)
-            self._move(job, "QUEUED", f"the worker of attempt {attempt} was {'taken away' if taken else 'lost'}")
+            gone = f"the worker of attempt {attempt} was {'taken away' if taken else 'lost'}"
+            self._move(job, "QUEUED", f"attempt {attempt} ended: {fault['message']}" if fault else gone)
 
     def _tell_trouble(self, job: Record, told: str) -> None:
         if told == job.body.get("trouble", ""):

@@ -59,6 +59,7 @@ def work(kind: str, uri: str, stop: threading.Event) -> int:
         except QuartetError as error:
             # More memory will not come by itself; a full disk may be cleared.
             if error.retryable and error.reason != "OUT_OF_MEMORY":
+                attempt.complain(error)
                 raise
             attempt.publish(Outcome("FAILED", {}, error.to_json()))
             return error.exit_status

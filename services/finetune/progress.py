@@ -7,6 +7,7 @@ Under ``jobs/<id>/`` in the store:
     attempts/<n>/claim.json          who runs it: {"host", "pid", "start_ticks", "address"?}; written once
     attempts/<n>/events/<seq>.jsonl  what happened, in numbered segments, each written once and whole
     attempts/<n>/checkpoints/<step>.json  {"step", "digest", "loss"}
+    attempts/<n>/fault.json          the error that ended an attempt, if another attempt may do better
 
 The fence: the service raises `attempt` in the lease by a conditional put before it starts an attempt; a worker
 publishes its outcome by a conditional put on the lease it saw. Of a zombie and its successor exactly one can win.
@@ -15,6 +16,7 @@ Everything else a worker writes lies under its own attempt, where a zombie distu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -140,6 +142,11 @@ class Attempt:
         self.store.put(f"{self.key}/checkpoints/{step:08d}.json", dump({"step": step, "digest": digest, "loss": loss}))
         self.emit("checkpoint", step=step, digest=digest, loss=loss)
 
+    def complain(self, error: QuartetError) -> None:
+        """Say why this attempt ends without an outcome, as far as the store still listens."""
+        with contextlib.suppress(QuartetError):
+            self.store.put(f"{self.key}/fault.json", dump(error.to_json()))
+
     def publish(self, outcome: Outcome) -> None:
         """Write all events, then the outcome. Fenced if another attempt owns the job by now."""
         self.flush()
@@ -213,6 +220,12 @@ def read_claim(store: Store, job_key: str, attempt: int) -> dict[str, Any] | Non
     """Who runs an attempt, once somebody does."""
     claim = store.get(f"{attempt_key(job_key, attempt)}/claim.json")
     return json.loads(claim.data) if claim else None
+
+
+def read_fault(store: Store, job_key: str, attempt: int) -> dict[str, Any] | None:
+    """What an attempt complained of, as QuartetError.to_json wrote it."""
+    fault = store.get(f"{attempt_key(job_key, attempt)}/fault.json")
+    return json.loads(fault.data) if fault else None
 
 
 def read_segments(store: Store, job_key: str, attempt: int, after: int) -> Iterator[tuple[int, list[Event]]]:

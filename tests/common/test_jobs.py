@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -184,6 +185,16 @@ def test_lost_worker_is_replaced(jobs: Jobs) -> None:
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"]) == ("SUCCEEDED", 2)
     check_history(jobs, NAME, 4)
+
+
+def test_what_every_attempt_complained_of_is_the_jobs_error(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(jobs, [["events", 1], ["complain"]])
+    monkeypatch.setattr("services.common.jobs.time.time", itertools.count(time.time(), 60).__next__)
+    job = ended(jobs, NAME)
+    assert (job.state, job.body["attempt"]) == ("FAILED", 3)
+    assert (job.body["error"]["code"], job.body["error"]["reason"]) == ("UNAVAILABLE", "HUB_UNREACHABLE")
+    told = [e["message"] for _, e in jobs.records.events(NAME, 0) if e["type"] == "state"]
+    assert "attempt 1 ended: nobody answers there" in told
 
 
 def test_lost_too_often(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

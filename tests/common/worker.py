@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.__main__ import who_am_i
-from services.finetune.errors import InvalidArgument
+from services.finetune.errors import InvalidArgument, Unavailable
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, Parent, publish
@@ -89,6 +89,9 @@ class Worker:
         elif what == "die":
             print("a last word", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "complain":
+            self.attempt.complain(Unavailable("nobody answers there", reason="HUB_UNREACHABLE"))
+            os._exit(1)
         elif what == "fail":
             error = InvalidArgument("the user's fault", reason=given[0])
             self.attempt.publish(Outcome("FAILED", {}, error.to_json()))
