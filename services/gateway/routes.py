@@ -8,13 +8,15 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from services.client.client import Client
 from services.client.live import LiveInference
@@ -32,7 +34,17 @@ GONE_S = 0.5
 
 T = TypeVar("T")
 
-Handler = Callable[[Request], Awaitable[Response]]
+
+class Sends(Protocol):
+    """What a route gives back: a Response, or what stands for one."""
+
+    @property
+    def headers(self) -> MutableHeaders: ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+Handler = Callable[[Request], Awaitable[Sends]]
 
 
 def application(client: Client, token: str) -> Starlette:
@@ -75,27 +87,47 @@ class Gateway:
                 return JSONResponse(served)
         raise NotFound(f"the model {wanted!r} is not served; /v1/models lists what is", reason="ENDPOINT_NOT_FOUND")
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> Sends:
         asked = wire.read_chat(await _body(request))
         return await self._answer(request, asked, Answer(asked, chat=True), self._live.chat)
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: Request) -> Sends:
         asked = wire.read_completion(await _body(request))
         return await self._answer(request, asked, Answer(asked, chat=False), self._live.generate)
 
     async def _answer(
         self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any], AsyncIterator[Any]]
-    ) -> Response:
+    ) -> Sends:
         choices = [ask(wanted) for wanted in asked.requests(self._live.parent)]
         if asked.stream:
             pieces = _merged(choices)
             # The first piece is waited for, so that what is wrong with the request still gets a status of its own.
             first = await anext(pieces)
-            return StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
+            events = StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
+            return _Closing(events, pieces)
         done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
         texts = [(text, finish) for text, finish, _ in done]
         counts = done[0][2].prompt_tokens, sum(used.completion_tokens for _, _, used in done)
         return JSONResponse(answer.whole(texts, *counts))
+
+
+class _Closing:
+    """A stream whose source is closed however its sending ends: a caller may be gone before the first piece is taken, and a
+    generator that never began closes nothing."""
+
+    def __init__(self, response: Response, source: AsyncIterator[Any]) -> None:
+        self._response = response
+        self._source = source
+
+    @property
+    def headers(self) -> MutableHeaders:
+        return self._response.headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            await self._source.aclose()  # type: ignore[attr-defined]  # it is a generator
 
 
 async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
@@ -199,12 +231,12 @@ async def _body(request: Request) -> Any:
 def _guarded(handler: Handler, token: str) -> Handler:
     """`handler` behind the API key, with errors in OpenAI's shape and an id for every request."""
 
-    async def guarded(request: Request) -> Response:
+    async def guarded(request: Request) -> Sends:
         number = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
         try:
             if token:
                 auth.check(token, [("authorization", request.headers.get("authorization", ""))])
-            response = await handler(request)
+            response: Sends = await handler(request)
         except QuartetError as error:
             response = _told(error)
         except Exception as error:

@@ -34,12 +34,13 @@ class Engine(rpc.InferenceServicer):
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         gone = threading.Event()
         context.add_callback(gone.set)
+        # Not after the wait: a call that is cancelled at its first word is never asked for a second.
+        context.add_callback(self.ended.release)
         self.begun.release()
         yield pb.GenerateResponse(text="one")
         if request.text == "die":
             context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is lost")
         gone.wait(60)
-        self.ended.release()
 
 
 @pytest.fixture()
