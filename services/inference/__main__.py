@@ -19,8 +19,16 @@ def build(settings: Settings) -> Room:
     store, records = open_store(settings.store_uri), Records(settings.database_url)
     token = auth.read_token(settings.token_file) if settings.token_file else ""
     keep = settings.launcher == "kubernetes"
-    keeper = Keeper(store, records, open_launcher(settings), settings.token_file, EngineCalls(token), keep_engines=keep)
-    servicer = Servicer(Inference(store, records), token)
+    keeper = Keeper(
+        store,
+        records,
+        open_launcher(settings),
+        settings.token_file,
+        EngineCalls(token),
+        keep_engines=keep,
+        vllm_python=settings.vllm_python,
+    )
+    servicer = Servicer(Inference(store, records, settings.engine), token)
     return Room(
         "quartet.inference.v1.Inference",
         lambda server: add_InferenceServicer_to_server(servicer, server),

@@ -45,6 +45,7 @@ class Keeper:
         token_file: str,
         engines: Engines,
         keep_engines: bool = False,
+        vllm_python: str = "",
     ) -> None:
         self._store = store
         self._records = records
@@ -52,6 +53,7 @@ class Keeper:
         self._token_file = token_file
         self._engines = engines
         self._keep_engines = keep_engines
+        self._vllm_python = vllm_python
         self._settling: set[str] = set()  # endpoints whose engine is just told of an adapter
         self._asked: set[str] = set()  # attempts that this process has asked to end
         self._stopping = threading.Event()
@@ -158,13 +160,15 @@ class Keeper:
             "endpoint": record.name,
             "model": {"name": spec["model"], "digest": spec["digest"]},
             "adapters": spec["adapters"],
+            "engine": spec["engine"],
             "dtype": spec["dtype"],
             "bits": spec["bits"],
             "token_file": self._token_file,
         }
         self._store.put(f"{progress.attempt_key(key, attempt)}/run.json", progress.dump(order))
         uri = progress.run_uri(self._store.uri, key, attempt)
-        command = [sys.executable, "-m", "services.inference.engines", uri]
+        python = self._vllm_python if spec["engine"] == "vllm" and self._vllm_python else sys.executable
+        command = [python, "-m", "services.inference.engines", uri]
         handle = self._launcher.launch(command, self._process_name(record), {})
         try:
             self._records.update(_with(record, handle=handle))

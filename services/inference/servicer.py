@@ -170,7 +170,7 @@ def _endpoint(record: Record) -> pb.Endpoint:
         display_name=spec["display_name"],
         model=spec["model"],
         adapters=[pb.ServedAdapter(alias=a["alias"], model=a["name"], digest=a["digest"]) for a in spec["adapters"]],
-        engine=spec["engine"] or "transformers",
+        engine=spec["engine"],
         dtype=spec["dtype"],
         bits=spec["bits"],
         labels=spec["labels"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from services.finetune.errors import (
     from_json,
 )
 from services.finetune.store import Store
-from services.finetune.store.artifacts import get_ref, load
+from services.finetune.store.artifacts import get_ref, load, read_file
 from services.inference.adapters import (
     Adapter,
     changed,
@@ -34,6 +35,7 @@ from services.inference.adapters import (
 )
 from services.inference.keeper import KIND, STOP_GRACE_S, TICK_S
 from services.inference.parity import check_parity
+from services.inference.servable import ENGINES, check_hot
 
 ENDPOINT = "workspaces/{workspace}/endpoints/{endpoint}"
 MODEL = "workspaces/{workspace}/models/{model}"
@@ -44,9 +46,10 @@ CHANGE_S = 60.0
 class Inference:
     """Endpoints as their callers see them; keeper.py brings the engine servers to what is decided here."""
 
-    def __init__(self, store: Store, records: Records) -> None:
+    def __init__(self, store: Store, records: Records, engine: str = "transformers") -> None:
         self._store = store
         self._records = records
+        self._engine = engine  # of endpoints that name none
 
     # ------------------------------------------------------------------------------------------ endpoints
 
@@ -122,7 +125,7 @@ class Inference:
 
         def adapters(record: Record) -> Sequence[Adapter]:
             spec = record.body["spec"]
-            new = self._adapter("adapter", {"alias": alias, "model": model}, spec["model"], spec["digest"])
+            new = self._adapter("adapter", {"alias": alias, "model": model}, spec, spec["digest"])
             return with_adapter(spec["adapters"], new)
 
         return self._change(name, etag, adapters)
@@ -162,7 +165,8 @@ class Inference:
 
     def _resolved(self, spec: dict[str, Any]) -> dict[str, Any]:
         """`spec` with the digests that its names stand for now, checked as far as can be without loading anything."""
-        _one_of("engine", spec["engine"], ("", "transformers"))
+        _one_of("engine", spec["engine"], ("", *ENGINES))
+        spec = {**spec, "engine": spec["engine"] or self._engine}
         _one_of("dtype", spec["dtype"], ("", "bfloat16", "float16", "float32"))
         _one_of("bits", spec["bits"], (0, 4, 8))
         digest, kind = self._model(spec["model"], "endpoint.model")
@@ -173,9 +177,7 @@ class Inference:
                 reason="MODEL_NOT_SERVABLE",
                 metadata={"model": spec["model"], "kind": kind.upper()},
             )
-        adapters = [
-            self._adapter(f"endpoint.adapters[{n}]", a, spec["model"], digest) for n, a in enumerate(spec["adapters"])
-        ]
+        adapters = [self._adapter(f"endpoint.adapters[{n}]", a, spec, digest) for n, a in enumerate(spec["adapters"])]
         aliases = [a["alias"] for a in adapters]
         for n, alias in enumerate(aliases):
             if alias in aliases[:n]:
@@ -184,7 +186,8 @@ class Inference:
         template = load(self._store, digest).meta["template"]
         return {**spec, "digest": digest, "adapters": adapters, "template": template}
 
-    def _adapter(self, where: str, adapter: Mapping[str, str], model: str, base: str) -> dict[str, str]:
+    def _adapter(self, where: str, adapter: Mapping[str, str], spec: Mapping[str, Any], base: str) -> dict[str, str]:
+        """`adapter` with its digest, if the endpoint `spec` on the artifact `base` can serve it."""
         try:
             names.parse("{id}", adapter["alias"])
         except InvalidArgument as error:
@@ -197,7 +200,8 @@ class Inference:
                 reason="MODEL_NOT_SERVABLE",
                 metadata={"model": adapter["model"], "kind": kind.upper()},
             )
-        own = next((p for p in load(self._store, digest).parents if p.role == "base"), None)
+        manifest, model = load(self._store, digest), spec["model"]
+        own = next((p for p in manifest.parents if p.role == "base"), None)
         if own is None or own.digest != base:
             trained_on = (own.name or own.digest) if own else "an unknown base"
             raise FailedPrecondition(
@@ -205,6 +209,8 @@ class Inference:
                 reason="BASE_MISMATCH",
                 metadata={"adapter": adapter["model"], "base": own.digest if own else "", "model": base},
             )
+        config = json.loads(read_file(self._store, manifest, "adapter_config.json"))
+        check_hot(config, spec["engine"], adapter["model"])
         check_parity(self._store, adapter["model"], digest, base)
         return {"alias": adapter["alias"], "name": adapter["model"], "digest": digest}
 

@@ -152,7 +152,8 @@ def test_an_engine_that_is_killed_is_missed_and_comes_back(service: Service, sha
     sent = len(next(stream).token_ids)
     os.kill(pid, signal.SIGKILL)
     with refused(Unavailable, "ENGINE_LOST") as error:
-        sent += sum(len(answer.token_ids) for answer in stream)
+        for answer in stream:
+            sent += len(answer.token_ids)
     assert error[0].metadata == {"tokens_sent": str(sent)}
     # By its process, not its address: a new engine may be given the port of the old one.
     until(lambda: len(found := service.engines()) == 1 and pid not in found, 40, service.logs)

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from quartet.inference.v1 import inference_pb2 as pb
@@ -79,6 +80,7 @@ def test_an_engine_never_listens_where_strangers_are_without_a_token(
     file_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOST_VARIABLE, "10.1.2.3")
+    unasked: Any = None
     with pytest.raises(InvalidArgument) as caught:
-        asyncio.run(serve(Room("x", lambda server: None), 8, "", Attempt(file_store, "jobs/x", 1)))
+        asyncio.run(serve(Room("x", lambda server: None), unasked, "", Attempt(file_store, "jobs/x", 1)))
     assert caught.value.reason == "ADDRESS_EXPOSED"

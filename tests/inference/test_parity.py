@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -124,12 +125,13 @@ def engine(made: Made, tmp_path: Path) -> Iterator[Callable[..., InferenceStub]]
                 "model": {"name": "workspaces/default/models/m", "digest": model},
                 "adapters": [{"alias": f"a{n}", "name": "workspaces/default/models/a", "digest": d}
                              for n, d in enumerate(adapters)],
+                "engine": "transformers",
                 "dtype": "float32",
                 "bits": 0,
             }  # fmt: skip
             home = tmp_path / f"e{len(list(tmp_path.iterdir()))}"
             home.mkdir()
-            room, _ = build(made.store, order, home)
+            room, _ = asyncio.run(build(made.store, order, home))
             return InferenceStub(stack.enter_context(serve(room, home)))
 
         yield start

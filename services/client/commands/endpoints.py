@@ -15,7 +15,7 @@ from services.client.show import out, plain, table
 def create(a: Namespace) -> None:
     adapters = _pairs(a.adapter)
     with connect(a) as client:
-        endpoint = client.serve(a.model, adapters, endpoint_id=a.name, bits=a.bits, dtype=a.dtype)
+        endpoint = client.serve(a.model, adapters, endpoint_id=a.name, bits=a.bits, dtype=a.dtype, engine=a.engine)
     out(plain(endpoint)) if a.json else print(f"{endpoint.name} answers at {endpoint.address}")
 
 

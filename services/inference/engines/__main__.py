@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, du
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.tokenizer import Tokenizer
+from services.inference.engines.port import Engine
 
 log = logging.getLogger("quartet.engine")
 
@@ -32,15 +34,14 @@ FENCE_S = 3.0
 """Seconds between looks at the fence: an engine that lost its endpoint lives on so long at most."""
 
 
-def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]:
-    """Load what the order names; the room, and its context length. FailedPrecondition if it cannot be served.
+async def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, Engine]:
+    """Load what the order names. FailedPrecondition if it cannot be served.
 
-    Nothing in `folder` is needed afterwards.
+    Of what is put in `folder` the engine may need anything but the base's weights as long as it lives.
     """
     from services.finetune.train.model import check_no_code, choose_dtype
     from services.inference.engines.adapters import Served
     from services.inference.engines.servicer import EngineServicer
-    from services.inference.engines.transformers import TransformersEngine
 
     model = order["model"]
     served = [Served("", model["name"], model["digest"], load(store, model["digest"]))]
@@ -51,33 +52,56 @@ def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room, int]
         served.append(Served(adapter["alias"], adapter["name"], adapter["digest"], load(store, adapter["digest"])))
         adapters[served[-1].key] = materialise(store, served[-1].manifest, folder / f"adapter-{n}")
     dtype = order["dtype"] or str(choose_dtype("auto")[0]).removeprefix("torch.")
-    engine = TransformersEngine(base, adapters, dtype, order["bits"])
+    engine = await _open(order["engine"], base, adapters, dtype, order["bits"])
+    for weights in base.glob("*.safetensors"):
+        weights.unlink()
     servicer = EngineServicer(order["endpoint"], engine, Tokenizer.from_files(base), served, store)
     room = Room("quartet.inference.v1.Inference", lambda server: add_InferenceServicer_to_server(servicer, server))
-    return room, engine.context_length
+    return room, engine
 
 
-async def serve(room: Room, context_length: int, token_file: str, attempt: Attempt) -> None:
+async def _open(name: str, base: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> Engine:
+    if name == "vllm":
+        from services.inference.engines.vllm import VllmEngine
+
+        return await VllmEngine.open(base, adapters, dtype, bits)
+    from services.inference.engines.transformers import TransformersEngine
+
+    return TransformersEngine(base, adapters, dtype, bits)
+
+
+async def start(store: Store, order: dict[str, Any], attempt: Attempt) -> int:
+    """Load, then answer to the end; the exit status."""
+    with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
+        room, engine = await build(store, order, Path(folder))
+        await serve(room, engine, order["token_file"], attempt)
+        died = not engine.alive()
+        engine.close()
+    return int(died)
+
+
+async def serve(room: Room, engine: Engine, token_file: str, attempt: Attempt) -> None:
     """Answer until SIGTERM, or until another attempt or nobody owns the endpoint."""
     host, port = os.environ.get(HOST_VARIABLE, "127.0.0.1"), int(os.environ.get(PORT_VARIABLE, "0"))
     settings = Settings(host=host, port=port, token_file=token_file)
     settings.check_exposure()
     server = Server(settings, [room])
     await server.open()
-    ready = dump({"address": server.address, "context_length": context_length})
+    ready = dump({"address": server.address, "context_length": engine.context_length})
     await asyncio.to_thread(attempt.store.put, f"{attempt.key}/ready.json", ready)
     log.info("ready on %s", server.address)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    watch = asyncio.create_task(_watch_fence(attempt, ended))
+    watch = asyncio.create_task(_watch(attempt, engine, ended))
     await ended.wait()
     watch.cancel()
     await server.close()
 
 
-async def _watch_fence(attempt: Attempt, ended: asyncio.Event) -> None:
-    """The service that started this engine may be gone, and the next one may not know of it."""
+async def _watch(attempt: Attempt, engine: Engine, ended: asyncio.Event) -> None:
+    """The service that started this engine may be gone, and the next one may not know of it; so may the process
+    that runs the model be."""
     while not ended.is_set():
         try:
             await asyncio.to_thread(attempt.check)
@@ -86,6 +110,9 @@ async def _watch_fence(attempt: Attempt, ended: asyncio.Event) -> None:
             ended.set()
         except QuartetError:
             pass  # the store is away: answers need none
+        if not engine.alive():
+            log.error("the process that runs the model died")
+            ended.set()
         await asyncio.sleep(FENCE_S)
 
 
@@ -100,9 +127,7 @@ def run(store: Store, key: str, number: int) -> int:
             if found is None:
                 raise NotFound(f"there is no order at {key}", reason="ARTIFACT_NOT_FOUND")
             order = json.loads(found.data)
-            with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
-                room, context_length = build(store, order, Path(folder))
-            asyncio.run(serve(room, context_length, order["token_file"], attempt))
+            return asyncio.run(start(store, order, attempt))
         except QuartetError as error:
             log.error("%s", error.message)
             if error.retryable:
@@ -110,7 +135,6 @@ def run(store: Store, key: str, number: int) -> int:
             with contextlib.suppress(Fenced):
                 attempt.publish(Outcome("FAILED", {}, error.to_json()))
             return error.exit_status
-    return 0
 
 
 def main() -> int:

@@ -48,3 +48,9 @@ class Engine(Protocol):
 
     def unload(self, key: str) -> None:
         """Forget a loaded adapter, which no answer uses."""
+
+    def alive(self) -> bool:
+        """Whether it can still answer; if not, nothing brings it back."""
+
+    def close(self) -> None:
+        """Free what it holds beside this process's own memory. Nothing is asked of it afterwards."""

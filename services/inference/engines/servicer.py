@@ -13,7 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
-from services.finetune.errors import FailedPrecondition, InvalidArgument, Unimplemented, Violation
+from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
 from services.finetune.formats import Message
 from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
@@ -186,6 +186,9 @@ class EngineServicer(InferenceServicer):
                 if time.monotonic() - last >= COALESCE_S:
                     yield make(text=pending_text, token_ids=pending_ids)
                     pending_text, pending_ids, last = "", [], time.monotonic()
+        except Unavailable as error:
+            yield make(text=pending_text, token_ids=pending_ids)
+            raise Unavailable(error.message, reason=error.reason, metadata={"tokens_sent": str(count)}) from error
         finally:
             await steps.aclose()  # type: ignore[attr-defined]  # an async generator, by the port's contract
         usage = pb.Usage(prompt_tokens=len(ids), completion_tokens=count)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 from transformers.utils.logging import disable_progress_bar
@@ -54,8 +55,16 @@ class TransformersEngine:
                 # PEFT cannot answer without any adapter: take its layers out again.
                 self._model, self._adapted = self._model.unload(), False
             else:
+                other = next(name for name in self._model.peft_config if name != _inner(key))
+                self._model.set_adapter(other, inference_mode=True)  # PEFT warns of deleting the active one
                 self._model.delete_adapter(_inner(key))
             self._adapter = None
+
+    def alive(self) -> bool:
+        return True  # it has no life beside this process
+
+    def close(self) -> None:
+        pass
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
         loop = asyncio.get_running_loop()
@@ -200,7 +209,7 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
             local_files_only=True,
             use_safetensors=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise FailedPrecondition(
             f"transformers cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
         ) from error
@@ -227,7 +236,7 @@ def _with_adapter(model: Any, adapted: bool, key: str, folder: Path) -> Any:
         model.load_adapter(folder, adapter_name=name)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if adapted and name in model.peft_config:
             model.delete_adapter(name)
         raise FailedPrecondition(

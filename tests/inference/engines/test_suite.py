@@ -1,0 +1,204 @@
+"""What every engine must do: the port's suite. The answers are compared with transformers' and PEFT's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.finetune.errors import FailedPrecondition
+from services.inference.engines.port import Engine, Sampling
+from tests.inference import published
+from tests.inference.engines.asking import GREEDY, PROMPT, WARM, collect, reference
+
+Open = Callable[[Path, Mapping[str, Path]], Coroutine[Any, Any, Engine]]
+
+
+async def transformers(folder: Path, adapters: Mapping[str, Path]) -> Engine:
+    from services.inference.engines.transformers import TransformersEngine
+
+    return TransformersEngine(folder, adapters, "float32", 0)
+
+
+async def vllm(folder: Path, adapters: Mapping[str, Path]) -> Engine:
+    from services.inference.engines.vllm import VllmEngine
+
+    return await VllmEngine.open(folder, adapters, "float32", 0)
+
+
+class Running:
+    """An engine in an event loop of its own, which is where it must be asked from."""
+
+    def __init__(self, open_engine: Open) -> None:
+        self.open = open_engine
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.engine: Engine
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def answer(self, sampling: Sampling, adapter: str = "", ids: Sequence[int] = PROMPT) -> tuple[list[int], str]:
+        found: tuple[list[int], str] = self.do(collect(self.engine, ids, sampling, adapter))
+        return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Heads of 32: vLLM's kernels for processors know no smaller ones."""
+    root = tmp_path_factory.mktemp("models")
+    base = published.wide_model(root / "base")
+    return base, published.tiny_adapter(base, root / "one", 1), published.tiny_adapter(base, root / "two", 2)
+
+
+@pytest.fixture(
+    scope="module", params=[transformers, pytest.param(vllm, marks=pytest.mark.vllm)], ids=lambda f: f.__name__
+)
+def running(
+    request: pytest.FixtureRequest, folders: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    made = Running(request.param)
+    base = tmp_path_factory.mktemp("engine") / "base"
+    shutil.copytree(folders[0], base)
+    # Names that are already something else inside of modules and of PEFT.
+    made.engine = made.do(made.open(base, {"train": folders[1], "lora": folders[2]}))
+    for weights in base.glob("*.safetensors"):
+        weights.unlink()
+    yield made
+    assert made.engine.alive()
+    made.engine.close()
+    made.loop.call_soon_threadsafe(made.loop.stop)
+    made.thread.join()
+    made.loop.close()
+
+
+def test_greedy_is_what_transformers_generates(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    assert running.answer(GREEDY) == (reference(folders[0], None), "length")
+
+
+def test_a_long_prompt_is_what_transformers_reads(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    ids = [(7 * n) % 250 + 3 for n in range(1100)]
+    assert running.answer(GREEDY, ids=ids)[0] == reference(folders[0], None, ids)
+
+
+def test_the_repetition_penalty_is_transformers(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    wanted = reference(folders[0], None, repetition_penalty=1.5)
+    assert wanted != reference(folders[0], None)
+    assert running.answer(replace(GREEDY, repetition_penalty=1.5))[0] == wanted
+
+
+def test_adapters_are_pefts_and_do_not_mix(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    base, one, two = (reference(folders[0], adapter) for adapter in (None, folders[1], folders[2]))
+    assert len({tuple(base), tuple(one), tuple(two)}) == 3
+
+    async def together() -> list[list[int]]:
+        asked = [collect(running.engine, PROMPT, GREEDY, alias) for alias in ("train", "", "lora", "train")]
+        return [ids for ids, _ in await asyncio.gather(*asked)]
+
+    assert running.do(together()) == [one, base, two, one]
+
+
+def test_eos_ends_the_answer_and_is_not_part_of_it(running: Running) -> None:
+    whole, _ = running.answer(GREEDY)
+    end = whole[5]
+    assert running.answer(replace(GREEDY, eos_ids=(end,))) == (whole[: whole.index(end)], "stop")
+
+
+def test_only_the_ends_that_are_named_end_an_answer(running: Running) -> None:
+    # The model's own config names token 2, which a request may leave out.
+    found, finish = running.answer(replace(WARM, max_tokens=400, top_k=0))
+    assert (len(found), finish) == (400, "length")
+
+
+def test_max_tokens_and_the_context(running: Running) -> None:
+    ids, finish = running.answer(replace(GREEDY, max_tokens=3))
+    assert (len(ids), finish) == (3, "length")
+    assert running.engine.context_length == 2048
+    assert running.engine.vocabulary == 259
+
+
+def test_a_seed_decides(running: Running) -> None:
+    first = running.answer(WARM)
+    assert running.answer(WARM) == first
+    assert running.answer(replace(WARM, seed=8)) != first
+    assert running.answer(replace(WARM, seed=None)) != running.answer(replace(WARM, seed=None))
+
+
+def test_top_k_of_one_is_greedy(running: Running) -> None:
+    assert running.answer(replace(WARM, top_k=1)) == running.answer(GREEDY)
+    assert running.answer(replace(WARM, top_p=1e-6)) == running.answer(GREEDY)
+
+
+def test_a_closed_iterator_leaves_the_engine_free(running: Running) -> None:
+    async def leave() -> None:
+        for _ in range(30):
+            steps: Any = running.engine.generate(PROMPT, replace(GREEDY, max_tokens=2000), "")
+            assert (await anext(steps)).ids
+            await steps.aclose()
+
+    running.do(leave())
+    # Thirty answers of 2000 tokens would stand in the way of this one.
+    assert running.answer(replace(GREEDY, max_tokens=3))[1] == "length"
+
+
+def test_a_long_answer_does_not_hold_up_a_short_one(running: Running) -> None:
+    order: list[str] = []
+
+    async def listen(name: str, count: int) -> None:
+        async for step in running.engine.generate(PROMPT, replace(GREEDY, max_tokens=count), ""):
+            order.extend([name] * len(step.ids))
+
+    async def both() -> None:
+        await asyncio.gather(listen("long", 120), listen("short", 10))
+
+    running.do(both())
+    # Step by step in turn: when the short one is done, the long one is about as far.
+    assert order[: len(order) - order[::-1].index("short")].count("long") < 40
+
+
+def test_adapters_come_and_go(running: Running, folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, one, two = folders
+    engine = running.engine
+    shutil.copytree(one, tmp_path / "brief")
+    engine.load("new", tmp_path / "brief")
+    shutil.rmtree(tmp_path / "brief")
+    assert running.answer(GREEDY, "new")[0] == reference(base, one)
+    engine.unload("new")
+    engine.load("new", two)
+    assert running.answer(GREEDY, "new")[0] == reference(base, two)
+    assert running.answer(GREEDY)[0] == reference(base, None)
+    engine.unload("new")
+
+
+def test_a_refused_adapter_leaves_the_others_as_they_were(
+    running: Running, folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    one = folders[1]
+    before = running.answer(GREEDY, "train")
+    shutil.copytree(one, tmp_path / "other")
+    config = json.loads((one / "adapter_config.json").read_text())
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
+    (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "empty").mkdir()
+    for name in ("other", "empty"):
+        with pytest.raises(FailedPrecondition, match=name) as caught:
+            running.engine.load(name, tmp_path / name)
+        assert caught.value.reason == "MODEL_NOT_SERVABLE"
+    assert running.answer(GREEDY, "train") == before
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(running: Running, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(FailedPrecondition) as caught:
+        running.do(running.open(bad, {}))
+    assert caught.value.reason == "MODEL_NOT_SERVABLE"
