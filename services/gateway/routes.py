@@ -23,7 +23,7 @@ from services.client.live import LiveInference
 from services.common import auth
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
-from services.gateway.wire import Answer, Asked
+from services.gateway.wire import Answer, Asked, Choice
 
 log = logging.getLogger("quartet.gateway")
 
@@ -106,9 +106,7 @@ class Gateway:
             events = StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
             return _Closing(events, pieces)
         done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
-        texts = [(text, finish) for text, finish, _ in done]
-        counts = done[0][2].prompt_tokens, sum(used.completion_tokens for _, _, used in done)
-        return JSONResponse(answer.whole(texts, *counts))
+        return JSONResponse(answer.whole([choice for choice, _ in done], done[0][1]))
 
 
 class _Closing:
@@ -141,14 +139,16 @@ async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
     return work.result()
 
 
-async def _collect(choice: AsyncIterator[Any]) -> tuple[str, str, Any]:
-    """(text, finish reason, usage) of one answer."""
-    text, last = "", None
+async def _collect(choice: AsyncIterator[Any]) -> tuple[Choice, int]:
+    """One answer, and the tokens of its prompt."""
+    text, logprobs, last = "", [], None
     async for last in choice:
         text += last.text
+        logprobs += last.logprobs
     if last is None:
         raise EOFError("the answer ended before it began")
-    return text, wire.FINISH[last.finish_reason], last.usage
+    made = Choice(text, wire.FINISH[last.finish_reason], last.usage.completion_tokens, logprobs)
+    return made, last.usage.prompt_tokens
 
 
 async def _merged(choices: list[AsyncIterator[Any]]) -> AsyncIterator[tuple[int, Any]]:
@@ -188,8 +188,8 @@ async def _events(asked: Asked, answer: Answer, first: Any, rest: AsyncIterator[
         async with aclosing(_joined(first, rest)) as pieces:  # type: ignore[type-var]  # it is a generator
             async for index, piece in pieces:
                 finish = wire.FINISH.get(piece.finish_reason)
-                if piece.text or index not in begun:
-                    yield _event(answer.chunk(index, piece.text, None, index not in begun))
+                if piece.text or piece.logprobs or index not in begun:
+                    yield _event(answer.chunk(index, piece.text, None, index not in begun, piece.logprobs))
                     begun.add(index)
                 if finish:
                     prompt, completion = piece.usage.prompt_tokens, completion + piece.usage.completion_tokens

@@ -5,6 +5,7 @@ Source of the shapes: OpenAI's API reference, "Chat completions", "Completions",
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -54,14 +55,11 @@ SAMPLING = {
     "max_completion_tokens": int,
     "seed": int,
 }
-COMMON = {"model", "stream", "stream_options", "n", "stop", "user", "metadata", "store", *SAMPLING}
+COMMON = {"model", "stream", "stream_options", "n", "stop", "user", "metadata", "store", "logprobs", *SAMPLING}
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -111,7 +109,7 @@ class Asked:
 
 def read_chat(body: Any) -> Asked:
     """A body of /v1/chat/completions. InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED)."""
-    body = _checked(body, {"messages"})
+    body = _checked(body, {"messages", "top_logprobs", "response_format"})
     turns = body.get("messages")
     if not isinstance(turns, list) or not turns:
         raise _bad("messages", "must be a list of at least one message")
@@ -159,7 +157,7 @@ def _asked(body: Mapping[str, Any], **own: Any) -> Asked:
         n=n,
         stream=body.get("stream", False),
         usage=bool(options.get("include_usage")),
-        sampling=_sampling(body),
+        sampling={**_sampling(body), **_logprobs(body, "messages" in own), **_form(body.get("response_format"))},
         stop=_stop(body.get("stop", [])),
         **own,
     )
@@ -175,6 +173,34 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
                 raise _bad(name, "must be a whole number" if kind is int else "must be a number")
             found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
     return found
+
+
+def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, int]:
+    """A chat asks by `logprobs` true and their number beside it, a completion by the number alone."""
+    asked, count = (body.get("logprobs", False), body.get("top_logprobs", 0)) if chat else (True, body.get("logprobs"))
+    if not isinstance(asked, bool):
+        raise _bad("logprobs", "must be true or false")
+    if count is None or not (asked or count):
+        return {}
+    name = "top_logprobs" if chat else "logprobs"
+    if not asked:
+        raise _bad("top_logprobs", "goes with logprobs true")
+    if type(count) is not int or not 0 <= count <= 20:
+        raise _bad(name, "must be a whole number from 0 to 20")
+    return {"logprobs": count}
+
+
+def _form(given: Any) -> dict[str, str]:
+    """The schema of response_format; its keys' order is kept."""
+    if given is None or given == {"type": "text"}:
+        return {}
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "json_object":
+        return {"json_schema": json.dumps({"type": "object"})}
+    wrapped = given.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(wrapped, dict) or not isinstance(wrapped.get("schema"), dict):
+        raise _bad("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
+    return {"json_schema": json.dumps(wrapped["schema"], ensure_ascii=False)}
 
 
 def _stop(value: Any) -> list[str]:
@@ -215,6 +241,16 @@ def _bad(name: str, why: str, reason: str = "FIELD_INVALID") -> InvalidArgument:
 # ---------------------------------------------------------------------------------------------- answers
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer."""
+
+    text: str
+    finish: str
+    tokens: int
+    logprobs: Sequence[pb.TokenLogprobs] = ()
+
+
 class Answer:
     """The objects of one answer: `chunk` for a stream, `whole` at once. `chat` tells the two kinds of request apart."""
 
@@ -226,9 +262,16 @@ class Answer:
             "model": asked.model,
         }
 
-    def chunk(self, index: int, text: str | None, finish: str | None, first: bool = False) -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        text: str | None,
+        finish: str | None,
+        first: bool = False,
+        logprobs: Sequence[pb.TokenLogprobs] = (),
+    ) -> dict[str, Any]:
         """A piece of choice `index`; `text` None only ends it."""
-        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": None}
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self._likely(logprobs)}
         if self._chat:
             role = {"role": "assistant"} if first else {}
             choice["delta"] = {**role, **({"content": text} if text is not None else {})}
@@ -240,19 +283,41 @@ class Answer:
         """The last object of a stream that was asked for its counts."""
         return {**self._object([], ".chunk"), "usage": usage(prompt, completion)}
 
-    def whole(self, texts: Sequence[tuple[str, str]], prompt: int, completion: int) -> dict[str, Any]:
-        """All choices, (text, finish reason) each."""
+    def whole(self, made: Sequence[Choice], prompt: int) -> dict[str, Any]:
+        """All choices."""
         choices: list[dict[str, Any]] = []
-        for index, (text, finish) in enumerate(texts):
-            said: dict[str, Any] = {"text": text}
+        for index, one in enumerate(made):
+            said: dict[str, Any] = {"text": one.text}
             if self._chat:
-                said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
-        return {**self._object(choices), "usage": usage(prompt, completion)}
+                said = {"message": {"role": "assistant", "content": one.text, "refusal": None}}
+            choices.append(
+                {"index": index, **said, "finish_reason": one.finish, "logprobs": self._likely(one.logprobs)}
+            )
+        return {**self._object(choices), "usage": usage(prompt, sum(one.tokens for one in made))}
+
+    def _likely(self, given: Sequence[pb.TokenLogprobs]) -> dict[str, Any] | None:
+        if not given:
+            return None
+        if self._chat:
+            content = [{**_candidate(g.chosen), "top_logprobs": [_candidate(c) for c in g.top]} for g in given]
+            return {"content": content, "refusal": None}
+        texts = [g.chosen.text for g in given]
+        return {
+            "tokens": texts,
+            "token_logprobs": [g.chosen.logprob for g in given],
+            "top_logprobs": [{c.text: c.logprob for c in (*g.top, g.chosen)} for g in given],
+            "text_offset": [sum(map(len, texts[:n])) for n in range(len(texts))],
+        }
 
     def _object(self, choices: list[dict[str, Any]], chunk: str = "") -> dict[str, Any]:
         kind = "chat.completion" + chunk if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices}
+
+
+def _candidate(given: pb.Candidate) -> dict[str, Any]:
+    # A part of a character has no bytes that could be told from its text.
+    told = None if "\ufffd" in given.text else list(given.text.encode())
+    return {"token": given.text, "logprob": given.logprob, "bytes": told}
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

@@ -10,8 +10,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
@@ -83,6 +85,30 @@ def test_many_choices_and_stops(client: openai.OpenAI) -> None:
     assert cut.choices[0].message.content is not None and "Paris" not in cut.choices[0].message.content
 
 
+def test_an_answer_has_the_schema_that_is_asked_for(client: openai.OpenAI) -> None:
+    class City(pydantic.BaseModel):
+        name: str
+        country: Literal["France", "Spain"]
+
+    made = client.chat.completions.parse(
+        model="paris", messages=[FRANCE], response_format=City, temperature=0, max_tokens=64
+    )
+    city = made.choices[0].message.parsed
+    assert city is not None and city.country in ("France", "Spain")
+
+
+def test_tokens_tell_how_likely_they_were(client: openai.OpenAI) -> None:
+    made = client.chat.completions.create(
+        model="paris", messages=[FRANCE], temperature=0, max_tokens=4, logprobs=True, top_logprobs=2
+    )
+    told = made.choices[0].logprobs
+    assert told is not None and told.content is not None and len(told.content) == 4
+    assert "".join(t.token for t in told.content) == made.choices[0].message.content
+    assert all(t.logprob == t.top_logprobs[0].logprob >= t.top_logprobs[1].logprob for t in told.content)
+    bare = client.completions.create(model="paris", prompt="1, 2, 3, 4,", temperature=0, max_tokens=4, logprobs=1)
+    assert bare.choices[0].logprobs is not None and len(bare.choices[0].logprobs.tokens or ()) == 4
+
+
 def test_a_bare_prompt_is_continued(client: openai.OpenAI) -> None:
     made = client.completions.create(model="paris", prompt="1, 2, 3, 4,", temperature=0, max_tokens=4)
     assert "5" in made.choices[0].text and made.choices[0].finish_reason == "length"
@@ -98,8 +124,8 @@ def test_errors_are_the_sdks_own_classes(client: openai.OpenAI, base_url: str) -
         client.completions.create(model="paris", prompt="word " * 9000)
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as wrong:
-        client.chat.completions.create(model="paris", messages=[FRANCE], logprobs=True)
-    assert wrong.value.param == "logprobs"
+        client.chat.completions.create(model="paris", messages=[FRANCE], frequency_penalty=0.5)
+    assert wrong.value.param == "frequency_penalty"
     stranger = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()

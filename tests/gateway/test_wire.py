@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
-from services.gateway.wire import Answer, error_object, model_object, read_chat, read_completion
+from services.gateway.wire import Answer, Choice, error_object, model_object, read_chat, read_completion
 
 HI = {"role": "user", "content": "hi"}
 CHAT: dict[str, Any] = {"model": "e", "messages": [HI]}
@@ -59,8 +60,11 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"messages": [HI, {"role": "assistant"}]}, "messages[1].content", "FIELD_INVALID"),
         ({"messages": [{**HI, "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "FIELD_UNSUPPORTED"),
         ({"tools": [{"type": "function"}]}, "tools", "FIELD_UNSUPPORTED"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "FIELD_UNSUPPORTED"),
-        ({"logprobs": True}, "logprobs", "FIELD_UNSUPPORTED"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "FIELD_INVALID"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "FIELD_INVALID"),
+        ({"logprobs": 3}, "logprobs", "FIELD_INVALID"),
+        ({"top_logprobs": 3}, "top_logprobs", "FIELD_INVALID"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "FIELD_INVALID"),
         ({"presence_penalty": 0.5}, "presence_penalty", "FIELD_UNSUPPORTED"),
     ],
 )  # fmt: skip
@@ -76,6 +80,31 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
     assert read_chat({**CHAT, **neutral}).sampling == {}
 
 
+def test_forms_and_logprobs_are_passed_on() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    named = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
+    (request,) = read_chat({**CHAT, "response_format": named, "logprobs": True, "top_logprobs": 2}).requests("w")
+    assert request.sampling.json_schema == json.dumps(schema)
+    assert request.sampling.logprobs == 2
+    (request,) = read_chat({**CHAT, "response_format": {"type": "json_object"}, "logprobs": True}).requests("w")
+    assert json.loads(request.sampling.json_schema) == {"type": "object"}
+    assert request.sampling.HasField("logprobs") and request.sampling.logprobs == 0
+    (request,) = read_completion({"model": "e", "prompt": "x", "logprobs": 0}).requests("w")
+    assert request.sampling.HasField("logprobs")
+
+
+def test_logprobs_have_openais_shapes() -> None:
+    a, b = pb.Candidate(text="é", logprob=-0.5), pb.Candidate(text="\ufffd", logprob=-1.5)
+    told = [pb.TokenLogprobs(chosen=a, top=[a, b]), pb.TokenLogprobs(chosen=b, top=[a])]
+    chat = Answer(read_chat(CHAT), chat=True).whole([Choice("é", "stop", 2, told)], 1)["choices"][0]["logprobs"]
+    assert [c["bytes"] for c in chat["content"]] == [[0xC3, 0xA9], None]
+    assert [len(c["top_logprobs"]) for c in chat["content"]] == [2, 1]
+    asked = read_completion({"model": "e", "prompt": "x"})
+    bare = Answer(asked, chat=False).whole([Choice("é", "stop", 2, told)], 1)["choices"][0]["logprobs"]
+    assert bare["tokens"] == ["é", "\ufffd"] and bare["text_offset"] == [0, 1]
+    assert bare["top_logprobs"][1] == {"é": -0.5, "\ufffd": -1.5}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -84,7 +113,12 @@ JSON = st.recursive(
 
 
 @given(
-    st.dictionaries(st.sampled_from([*CHAT, "prompt", "n", "stop", "stream", "stream_options", "top_p", "seed"]), JSON)
+    st.dictionaries(
+        st.sampled_from(
+            [*CHAT, "prompt", "n", "stop", "stream", "stream_options", "top_p", "seed", "logprobs", "response_format"]
+        ),
+        JSON,
+    )
 )
 def test_any_body_is_read_or_refused(body: dict[str, Any]) -> None:
     for read in (read_chat, read_completion):

@@ -129,6 +129,17 @@ def test_wrong_requests_are_blamed(engine: InferenceStub) -> None:
         generate(engine, temperature=-1, top_p=0, top_k=-1, max_tokens=0, repetition_penalty=0)
     blamed = ["temperature", "top_p", "top_k", "max_tokens", "repetition_penalty"]
     assert [v.field for v in error[0].violations] == [f"sampling.{name}" for name in blamed]
+    for wrong in (
+        {"json_schema": "{"},
+        {"json_schema": '{"type": "no such type"}'},
+        {"regex": "("},
+        {"grammar": "a: b"},
+    ):
+        with refused(InvalidArgument, "FORM_INVALID") as error:
+            generate(engine, **wrong)
+        assert [v.field for v in error[0].violations] == [f"sampling.{next(iter(wrong))}"]
+    with refused(InvalidArgument, "FORM_INVALID"):
+        generate(engine, regex="a" * 70_000)
     with refused(InvalidArgument, "MESSAGES_EMPTY"):
         tokens(engine)
     with refused(FailedPrecondition, "TEMPLATE_MISMATCH"):

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an answer must be: `text` is a JSON schema, a regular expression or a grammar, by `kind`."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +27,25 @@ class Sampling:
     repetition_penalty: float
     seed: int | None
     eos_ids: tuple[int, ...]
+    logprobs: int | None = None
+    form: Form | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Likely:
+    """Of a token of an answer: its logarithmic probability, and the likeliest (id, logarithmic probability) in its place."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """New tokens. `finish` is "", "stop" or "length"; set on the last step."""
+    """New tokens. `finish` is "", "stop" or "length"; set on the last step. `likely` is as long as `ids` if asked for."""
 
     ids: list[int]
     finish: str = ""
+    likely: list[Likely] = field(default_factory=list)
 
 
 class Engine(Protocol):

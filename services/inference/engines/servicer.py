@@ -21,7 +21,8 @@ from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.adapters import Adapters, Served
-from services.inference.engines.port import Engine, Sampling
+from services.inference.engines.forms import check_form
+from services.inference.engines.port import Engine, Form, Likely, Sampling
 
 COALESCE_S = 0.04
 DEFAULT_TOKENS = 512
@@ -173,26 +174,38 @@ class EngineServicer(InferenceServicer):
         sampling = self._sampling(wanted, served, len(ids), (*stops, *wanted.stop))
         text = StopText(self._tokenizer, (*stops, *wanted.stop))
         pending_text, pending_ids, count, finish = "", [], 0, ""
+        likely: list[pb.TokenLogprobs] = []
         last = 0.0  # the first token goes out at once
         steps = self._engine.generate(ids, sampling, served.key)
         try:
             async for step in steps:
                 count += len(step.ids)
                 pending_ids += step.ids
+                likely += map(self._likely, step.ids, step.likely)
                 pending_text += text.push(step.ids, bool(step.finish))
                 finish = "stop" if text.stopped else step.finish
                 if finish:
                     break
                 if time.monotonic() - last >= COALESCE_S:
-                    yield make(text=pending_text, token_ids=pending_ids)
-                    pending_text, pending_ids, last = "", [], time.monotonic()
+                    yield make(text=pending_text, token_ids=pending_ids, logprobs=likely)
+                    pending_text, pending_ids, likely, last = "", [], [], time.monotonic()
         except Unavailable as error:
-            yield make(text=pending_text, token_ids=pending_ids)
+            yield make(text=pending_text, token_ids=pending_ids, logprobs=likely)
             raise Unavailable(error.message, reason=error.reason, metadata={"tokens_sent": str(count)}) from error
         finally:
             await steps.aclose()  # type: ignore[attr-defined]  # an async generator, by the port's contract
         usage = pb.Usage(prompt_tokens=len(ids), completion_tokens=count)
-        yield make(text=pending_text, token_ids=pending_ids, finish_reason=FINISH[finish], usage=usage)
+        end = {"finish_reason": FINISH[finish], "usage": usage}
+        yield make(text=pending_text, token_ids=pending_ids, logprobs=likely, **end)
+
+    def _likely(self, token: int, likely: Likely) -> pb.TokenLogprobs:
+        def candidate(token: int, logprob: float) -> pb.Candidate:
+            return pb.Candidate(
+                token_id=token, text=self._tokenizer.decode([token], skip_special=False), logprob=logprob
+            )
+
+        top = [candidate(*other) for other in likely.top]
+        return pb.TokenLogprobs(chosen=candidate(token, likely.logprob), top=top)
 
     def _sampling(self, wanted: pb.Sampling, served: Served, prompt: int, stops: Sequence[str]) -> Sampling:
         """What the caller asks for, over what the model says of itself, over greedy."""
@@ -212,6 +225,7 @@ class EngineServicer(InferenceServicer):
         def pick(name: str, default: float) -> float:
             return float(given.get(name, own.get(name, default)))
 
+        kind = wanted.WhichOneof("form")
         sampling = Sampling(
             temperature=pick("temperature", 1.0),
             top_p=pick("top_p", 1.0),
@@ -219,15 +233,28 @@ class EngineServicer(InferenceServicer):
             max_tokens=min(int(given.get("max_tokens", DEFAULT_TOKENS)), room),
             repetition_penalty=pick("repetition_penalty", 1.0),
             seed=wanted.seed if wanted.HasField("seed") else None,
-            eos_ids=self._ends(own, stops),
+            eos_ids=self._ends(own, stops, kind is not None),
+            logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
+            form=Form(kind, getattr(wanted, kind)) if kind else None,
         )
         check_sampling(sampling)
+        if sampling.form:
+            check_form(sampling.form)
+            if not sampling.eos_ids:
+                raise FailedPrecondition(
+                    f"{served.name} knows no end token, so an answer could not end when its form is complete",
+                    reason="MODEL_NOT_SERVABLE",
+                )
         return sampling
 
-    def _ends(self, own: Mapping[str, Any], stops: Sequence[str]) -> tuple[int, ...]:
-        """Tokens that end an answer: the model's, and stops that are special tokens, which never come out as text."""
+    def _ends(self, own: Mapping[str, Any], stops: Sequence[str], formed: bool) -> tuple[int, ...]:
+        """Tokens that end an answer: the model's, and stops that are special tokens, which never come out as text.
+
+        What has a form also ends by the tokenizer's own end token, the only one that is allowed after it.
+        """
         special = [s for s in stops if s in self._tokenizer.special_texts]
-        return tuple({*own["eos_token_id"], *(self._tokenizer.encode(s)[0] for s in special)})
+        ends = {*own["eos_token_id"], *(self._tokenizer.encode(s)[0] for s in special)}
+        return tuple(sorted(ends | set(self._tokenizer.eos_ids if formed else ())))
 
 
 def check_turns(turns: Sequence[Message]) -> None:
@@ -263,6 +290,7 @@ def check_sampling(s: Sampling) -> None:
         "top_k": (s.top_k >= 0, "must not be negative"),
         "max_tokens": (s.max_tokens >= 1, "must be at least 1"),
         "repetition_penalty": (0 < s.repetition_penalty <= 10, "must be above 0 and at most 10"),
+        "logprobs": (0 <= (s.logprobs or 0) <= 20, "must be from 0 to 20"),
     }
     wrong = [Violation(f"sampling.{k}", why, "SAMPLING_INVALID") for k, (good, why) in rules.items() if not good]
     if wrong:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from services.finetune.errors import FailedPrecondition
 from services.finetune.train.model import keep_layout
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.forms import Follower, Vocabulary
+from services.inference.engines.port import Likely, Sampling, Step
 
 PREFILL = 1024
 """Tokens of a prompt that are read in one step."""
@@ -38,6 +40,7 @@ class TransformersEngine:
         self.vocabulary = int(text.vocab_size)
         self._model = model.eval()
         self._device = next(model.parameters()).device
+        self._vocabulary = functools.lru_cache(4)(lambda ends: Vocabulary(folder, self.vocabulary, ends))
         self._turns = FairLock()
         self._adapted = False
         self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
@@ -101,6 +104,7 @@ class TransformersEngine:
             generator.seed()
         else:
             generator.manual_seed(sampling.seed)
+        follower = Follower(self._vocabulary(sampling.eos_ids), sampling.form) if sampling.form else None
         cache = DynamicCache(config=self._model.config)
         feed, seen = list(ids), list(ids)
         while len(feed) > PREFILL:
@@ -109,13 +113,16 @@ class TransformersEngine:
             yield Step([])
         for n in range(sampling.max_tokens):
             logits = self._forward(feed, cache, adapter)
-            token = choose(logits, seen, sampling, generator)
+            token = choose(follower.allow(logits) if follower else logits, seen, sampling, generator)
             if token in sampling.eos_ids:
                 yield Step([], "stop")
                 return
+            if follower:
+                follower.push(token)
             seen.append(token)
             feed = [token]
-            yield Step([token], "length" if n + 1 == sampling.max_tokens else "")
+            likely = [] if sampling.logprobs is None else [how_likely(logits, token, sampling.logprobs)]
+            yield Step([token], "length" if n + 1 == sampling.max_tokens else "", likely)
 
     def _forward(self, ids: list[int], cache: DynamicCache, adapter: str) -> Tensor:
         """Logits [V] after `ids`, float32 on the CPU; `cache` grows by them."""
@@ -184,6 +191,12 @@ def choose(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator:
     # A token stays while the mass before it is below top_p: the likeliest always stays.
     probabilities_V[probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p] = 0
     return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def how_likely(logits_V: Tensor, token: int, count: int) -> Likely:
+    logprobs_V = logits_V.log_softmax(-1)
+    top = logprobs_V.topk(count)
+    return Likely(float(logprobs_V[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.errors import FailedPrecondition, Unavailable
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.port import Likely, Sampling, Step
 from services.inference.servable import check_hot
 
 ENVIRONMENT = {
@@ -174,6 +174,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
             enable_log_requests=False,
             disable_log_stats=True,
             trust_remote_code=False,
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
         return AsyncLLM.from_engine_args(args)
     except (ValueError, KeyError, OSError) as error:
@@ -194,8 +195,10 @@ def _guard_children(held: contextlib.ExitStack) -> None:
 
 def _params(s: Sampling) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    word = {"json_schema": "json"}
+    form = StructuredOutputsParams(**{word.get(s.form.kind, s.form.kind): s.form.text}) if s.form else None
     return SamplingParams(
         temperature=s.temperature,
         top_p=s.top_p,
@@ -208,6 +211,8 @@ def _params(s: Sampling) -> Any:
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        logprobs=s.logprobs,
+        structured_outputs=form,
     )
 
 
@@ -215,7 +220,15 @@ def _step(output: Any) -> Step:
     ids, finish = list(output.token_ids), output.finish_reason or ""
     if finish == "stop" and ids and ids[-1] == output.stop_reason:
         ids.pop()
-    return Step(ids, finish)
+    likely = [_likely(place, token) for place, token in zip(output.logprobs or (), ids, strict=False)]
+    return Step(ids, finish, likely)
+
+
+def _likely(place: Mapping[int, Any], token: int) -> Likely:
+    """vLLM gives the likeliest, and the chosen one beside them if it is none of those: then its rank is beyond them."""
+    ranked = sorted((said.rank, other, said.logprob) for other, said in place.items())
+    top = [(other, logprob) for n, (rank, other, logprob) in enumerate(ranked, 1) if rank == n]
+    return Likely(place[token].logprob, top)
 
 
 def _dead() -> Unavailable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from services.finetune.errors import FailedPrecondition
-from services.inference.engines.port import Engine, Sampling
+from services.finetune.tokenizer import Tokenizer
+from services.inference.engines.port import Engine, Form, Sampling, Step
 from tests.inference import published
 from tests.inference.engines.asking import GREEDY, PROMPT, WARM, collect, reference
 
@@ -135,6 +139,51 @@ def test_a_seed_decides(running: Running) -> None:
 def test_top_k_of_one_is_greedy(running: Running) -> None:
     assert running.answer(replace(WARM, top_k=1)) == running.answer(GREEDY)
     assert running.answer(replace(WARM, top_p=1e-6)) == running.answer(GREEDY)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"b": {"type": "integer", "minimum": 0, "maximum": 99}, "a": {"enum": ["x", "y"]}},
+    "required": ["b", "a"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        (Form("json_schema", json.dumps(SCHEMA)), r'\{"b":[0-9]{1,2},"a":"[xy]"\}'),
+        (Form("regex", "(yes|no), [0-9]{3}"), "(yes|no), [0-9]{3}"),
+        (Form("grammar", 'start: "<" word ">"\nword: /[a-c]{2}/ | /[x-z]/'), "<([a-c]{2}|[x-z])>"),
+    ],
+    ids=lambda given: given.kind if isinstance(given, Form) else "",
+)
+@pytest.mark.parametrize("adapter", ["", "train"])
+def test_an_answer_has_the_form_that_is_asked_for(
+    running: Running, folders: tuple[Path, Path, Path], form: Form, pattern: str, adapter: str
+) -> None:
+    tokenizer = Tokenizer.from_files(folders[0])
+    for sampling in (GREEDY, WARM):
+        asked = replace(sampling, max_tokens=200, form=form, eos_ids=tokenizer.eos_ids)
+        ids, finish = running.answer(asked, adapter)
+        assert finish == "stop"
+        assert re.fullmatch(pattern, tokenizer.decode(ids))
+
+
+def test_how_likely_tokens_were(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    async def steps() -> list[Step]:
+        return [s async for s in running.engine.generate(PROMPT, replace(WARM, max_tokens=8, logprobs=3), "")]
+
+    found = [(i, said) for s in running.do(steps()) for i, said in zip(s.ids, s.likely, strict=True)]
+    ids = [i for i, _ in found]
+    model: Any = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    with torch.no_grad():
+        logits_LV = model(input_ids=torch.tensor([PROMPT + ids])).logits[0, len(PROMPT) - 1 : -1]
+    for (token, said), logprobs_V in zip(found, logits_LV.log_softmax(-1), strict=True):
+        assert said.logprob == pytest.approx(float(logprobs_V[token]), abs=1e-4)
+        top = logprobs_V.topk(3)
+        assert [i for i, _ in said.top] == top.indices.tolist()
+        assert [value for _, value in said.top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
 def test_a_closed_iterator_leaves_the_engine_free(running: Running) -> None:

@@ -160,7 +160,7 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
+        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
         sent in the metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -71,7 +71,7 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
+    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
     sent in the metadata).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
@@ -127,7 +127,7 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
+    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
     sent in the metadata).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
@@ -222,7 +222,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
+        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
         sent in the metadata).
         """
 
