@@ -165,8 +165,11 @@ def _models(verbs: Any) -> None:
     p.add_argument("base")
     p.add_argument("adapter")
     p.add_argument("target", help="the merged model's name")
-    p.add_argument("--max-shard-size", default="2GB")
+    p.add_argument("--max-shard-size", default="", help="as 2GB; the base's own files are kept if none is larger")
     p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p.add_argument(
+        "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
+    )
 
 
 def _training(verbs: Any) -> None:

@@ -123,6 +123,7 @@ def _model(model: Model) -> pb.Model:
         create_time=wire.timestamp(ref.body["create_time"]),
         etag=ref.etag,
         source=ref.body.get("source", ""),
+        report=wire.to_struct(manifest.meta.get("report", {})),
     )
 
 

@@ -33,6 +33,7 @@ MODEL = "workspaces/{workspace}/models/{model}"
 CHECKPOINT = "workspaces/{workspace}/trainingJobs/{job}/checkpoints/{step}"
 REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
 DTYPES = ("", "float32", "bfloat16", "float16")
+BASE_DTYPES = ("", "nf4", "nf4-single")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +204,18 @@ class Conversion:
                 raise FailedPrecondition(
                     f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
                 )
-        size = _shard_size(arguments["max_shard_size_bytes"])
-        ref = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
-        return MergeTask(adapter=ref, base=base, dtype=arguments["dtype"], max_shard_size_bytes=size)
+        if arguments["base_dtype"] not in BASE_DTYPES:
+            raise InvalidArgument(
+                f"unknown base_dtype {arguments['base_dtype']!r}; use {', '.join(BASE_DTYPES[1:])}",
+                reason="DTYPE_UNKNOWN",
+            )
+        return MergeTask(
+            adapter=ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"]),
+            base=base,
+            dtype=arguments["dtype"],
+            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
+            base_dtype=arguments["base_dtype"],
+        )
 
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
         dtype, size, alpha = (arguments[k] for k in ("dtype", "max_shard_size_bytes", "lora_alpha"))
@@ -245,10 +255,10 @@ class Conversion:
         return ArtifactRef(name=name, digest=ref.body["digest"])
 
 
-def _shard_size(given: int) -> int:
+def _shard_size(given: int, otherwise: int = 2_000_000_000) -> int:
     if given < 0:
         raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
-    return given or 2_000_000_000
+    return given or otherwise
 
 
 def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:

@@ -243,7 +243,10 @@ class MergeTask:
     adapter: ArtifactRef
     base: ArtifactRef
     dtype: str = ""
-    max_shard_size_bytes: int = 2_000_000_000
+    max_shard_size_bytes: int = 0
+    """0 keeps the base's own files."""
+    base_dtype: str = ""
+    """"nf4" or "nf4-single": into the base as QLoRA sees it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

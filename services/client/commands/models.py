@@ -149,13 +149,14 @@ def _last_checkpoint(client: Client, job: str) -> str:
 
 
 def convert_merge(a: Namespace) -> int:
-    size = read_size(a.max_shard_size)
+    size = read_size(a.max_shard_size) if a.max_shard_size else 0
     with connect(a) as client:
         task = conversion_pb2.MergeTask(
             adapter=client.name("models", a.adapter),
             base=client.name("models", a.base),
             dtype=a.dtype,
             max_shard_size_bytes=size,
+            base_dtype=a.base_dtype,
         )
         return follow(client, client.convert(a.target, merge=task).name, a.json)
 

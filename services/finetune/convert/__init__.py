@@ -39,5 +39,5 @@ def _convert(run: ConvertRun, attempt: Attempt, stop: threading.Event, workdir: 
     if run.merge is not None:
         from services.finetune.convert.merge import merge
 
-        return merge(run.merge, attempt, stop, workdir)
+        return merge(run.merge, attempt, stop)
     raise InvalidArgument("the order has no task", reason="TASK_MISSING")

@@ -1,68 +1,72 @@
-"""MERGE: W + scale * B A, tensor by tensor; what the adapter does not touch keeps its bytes.
+"""MERGE: an adapter is added into its base, slice by slice, from store to store (docs/decisions/0050 to 0052).
 
-Memory is about three copies in float32 of the largest tensor that the adapter touches, and the adapter itself.
+What the adapter does not touch keeps its bytes, and whole files of it are shared.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from services.finetune.config import MergeTask
-from services.finetune.convert.adapter import PREFIX, WEIGHTS, check_pairs, halves, read_config, scaling
-from services.finetune.convert.shards import (
-    DTYPES,
-    NAMES,
-    Stored,
-    as_torch,
-    cast_bytes,
-    plan,
-    progress,
-    read_folder,
-    to_bytes,
-    write,
+from services.finetune.config import MergeTask, to_json
+from services.finetune.convert.adapter import CONFIG, WEIGHTS
+from services.finetune.convert.lora import Change, Changes, read_changes
+from services.finetune.convert.shards import INDEX, Stored, progress
+from services.finetune.convert.stream import (
+    Piece,
+    Writer,
+    bytes_as,
+    cast_pieces,
+    check_layout,
+    layout,
+    read_model,
+    read_rows,
+    slices,
 )
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.prepare.certificate import META, carried
 from services.finetune.progress import Attempt
-from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
+from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file
+from services.finetune.store.port import Store
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
 
+REVISION = 1
+"""Of the bytes that this code makes: files of an earlier attempt with another are made again."""
 
-def merge(task: MergeTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
+
+def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     """Do a MergeTask; the digest of a "merged" artifact.
 
-    InvalidArgument (DTYPE_UNKNOWN, SHARD_SIZE_INVALID, ADAPTER_MISMATCH, ADAPTER_UNSUPPORTED),
-    FailedPrecondition (BASE_MISMATCH, MODEL_NOT_ADAPTER), Cancelled (STOPPED).
+    InvalidArgument (DTYPE_UNKNOWN, SHARD_SIZE_INVALID, ADAPTER_MISMATCH, ADAPTER_INCOMPLETE, ADAPTER_UNSUPPORTED),
+    FailedPrecondition (BASE_MISMATCH, MODEL_NOT_ADAPTER, MODEL_NOT_TRAINABLE), Cancelled (STOPPED).
     """
+    store = attempt.store
     adapter, base = _check(task, attempt)
-    lora = materialise(attempt.store, adapter, workdir / "adapter")
-    folder = materialise(attempt.store, base, workdir / "base")
-    out = workdir / "model"
-    out.mkdir()
-    merge_folder(folder, lora, out, task.dtype, task.max_shard_size_bytes, progress(attempt, stop))
-    _copy_rest(folder, out, task.dtype, adapter.meta["template"])
-    parents = [Parent("base", task.base.digest, task.base.name)]
-    parents += [Parent("adapter", task.adapter.digest, task.adapter.name)]
+    made = Merge(store, base, adapter, task)
+    shards = layout(base, made.changes.tensors, made.changed, task.dtype, task.max_shard_size_bytes)
+    mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
+    files = Writer(attempt, mark, progress(attempt, stop)).write(shards, made.pieces)
+    files += _rest(store, base, made, task.dtype, adapter.meta["template"])
+    parents = (
+        Parent("base", task.base.digest, task.base.name),
+        Parent("adapter", task.adapter.digest, task.adapter.name),
+    )
     # A certificate of the base's own speaks of the template that the base was tuned with.
     meta = {k: v for k, v in base.meta.items() if k != META} | carried(adapter.meta)
     meta |= {k: adapter.meta[k] for k in ("template", "system", "base_name")}
-    return publish_directory(attempt.store, "merged", out, parents, {**meta, "dtype": task.dtype or base.meta["dtype"]})
+    meta["dtype"] = task.dtype or base.meta["dtype"]
+    return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
 def _check(task: MergeTask, attempt: Attempt) -> tuple[Manifest, Manifest]:
-    if task.dtype and task.dtype not in DTYPES:
-        raise InvalidArgument(f"unknown dtype {task.dtype!r}; use {', '.join(DTYPES)}", reason="DTYPE_UNKNOWN")
-    if task.max_shard_size_bytes <= 0:
-        raise InvalidArgument("the largest shard must have some bytes", reason="SHARD_SIZE_INVALID")
+    check_layout(task.dtype, task.max_shard_size_bytes)
     adapter, base = load(attempt.store, task.adapter.digest), load(attempt.store, task.base.digest)
     if adapter.kind != "adapter":
         raise FailedPrecondition(f"{task.adapter.name} is of kind {adapter.kind}", reason="MODEL_NOT_ADAPTER")
@@ -75,72 +79,143 @@ def _check(task: MergeTask, attempt: Attempt) -> tuple[Manifest, Manifest]:
     return adapter, base
 
 
-def merge_folder(folder: Path, lora: Path, out: Path, dtype: str, limit: int, tell: Callable[[int, int], None]) -> None:
-    """Write the merged weights of the base in `folder` and the adapter in `lora` into `out`.
+class Merge:
+    """A base and an adapter in the store, and the bytes that they become."""
 
-    `dtype` "" keeps the base's. Sums are in float32 and rounded once. InvalidArgument (ADAPTER_MISMATCH).
-    """
-    config, pairs, base = read_config(lora), load_file(lora / WEIGHTS), read_folder(folder)
-    check_pairs(pairs, int(config["r"]))
-    _check_fit(pairs, config, base, json.loads((folder / "config.json").read_text()))
-    stored = {t.name: t for t in base}
-    total, done = sum(t.cast(dtype).nbytes for t in base), 0
+    def __init__(self, store: Store, base: Manifest, adapter: Manifest, task: MergeTask) -> None:
+        self._store, self._task = store, task
+        self.config: dict[str, Any] = json.loads(read_file(store, base, "config.json"))
+        self.adapter_config: dict[str, Any] = json.loads(read_file(store, adapter, CONFIG))
+        self.adapter = [t for t in read_model(store, adapter) if t.file.name == WEIGHTS]
+        self.base = read_model(store, base)
+        self.changes: Changes = read_changes(self.adapter, self.adapter_config, self.base, self.config)
+        self._sources = {t.name: t for t in self.changes.tensors}
+        self._rounded = self._rounded_names()
+        own = {t.name for t in self.base}
+        self.changed = self.changes.by_name.keys() | self._rounded | (self._sources.keys() - own)
 
-    def data(tensor: Stored) -> Iterable[bytes | memoryview]:
-        source = stored[tensor.name]
-        a, b = halves(source.name.removesuffix(".weight"))
-        if a not in pairs:
-            return cast_bytes(source, dtype)
-        wanted = getattr(torch, NAMES[tensor.dtype])
-        return [to_bytes(_sum(as_torch(source), pairs[a], pairs[b], config).to(wanted))]
+    def _rounded_names(self) -> set[str]:
+        """The weights that are to be rounded to 4 bits first; those that the adapter replaces are its own."""
+        if not self._task.base_dtype:
+            return set()
+        from services.finetune.convert.nf4 import KINDS, quantised_names
 
-    def count(tensor: Stored) -> None:
-        nonlocal done
-        done += tensor.nbytes
-        tell(done, total)
+        if self._task.base_dtype not in KINDS:
+            raise InvalidArgument(
+                f"unknown base_dtype {self._task.base_dtype!r}; use {', '.join(KINDS)}", reason="DTYPE_UNKNOWN"
+            )
+        names = quantised_names(self.config, self.base)
+        return {n for n in names if self.changes.by_name.get(n, Change()).replaced is None}
 
-    tell(0, total)
-    write(out, plan((t.cast(dtype) for t in base), limit), data, count)
+    def pieces(self, tensor: Stored) -> Iterable[Piece]:
+        """The bytes of a tensor of the merged model, of `tensor`'s dtype."""
+        source, change = self._sources[tensor.name], self.changes.by_name.get(tensor.name, Change())
+        if change == Change() and tensor.name not in self._rounded:
+            yield from cast_pieces(self._store, source, self._task.dtype)
+            return
+        summed = Summed(self._store, self.rows(tensor.name), source.shape, change)
+        for start, stop in slices(source):
+            yield functools.partial(_piece, summed, tensor.dtype, start, stop)
 
+    def rows(self, name: str) -> Callable[[int, int], Tensor]:
+        """What the adapter is added to, by rows, in float32."""
+        source = self.changes.by_name.get(name, Change()).replaced or self._sources[name]
+        if name not in self._rounded:
+            return lambda start, stop: read_rows(self._store, source, start, stop).float()
+        from services.finetune.convert.nf4 import KINDS, Rounded
 
-def _sum(weight: Tensor, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> Tensor:
-    delta = b.float() @ a.float()
-    delta *= scaling(config)
-    return weight.float() + (delta.T if config.get("fan_in_fan_out") else delta)
+        rounded = functools.cache(lambda: Rounded(self._store, source, KINDS[self._task.base_dtype]))
+        lock = threading.Lock()
 
+        def rows(start: int, stop: int) -> Tensor:
+            with lock:
+                found = rounded()
+            return found.rows(start, stop)
 
-def _check_fit(
-    pairs: Mapping[str, Tensor], config: Mapping[str, Any], base: Sequence[Stored], model: Mapping[str, Any]
-) -> None:
-    """Every tensor of the adapter has a base weight of its shape."""
-    shapes = {t.name: t.shape for t in base if t.dtype in NAMES}
-    for name in sorted(pairs):
-        module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        if model.get("tie_word_embeddings") and module.rpartition(".")[2] == "lm_head":
-            raise _mismatch(name, "its target is tied to the embeddings, so merging it would change both")
-        a, b = halves(module)
-        shape = shapes.get(f"{module}.weight")
-        if name not in (a, b) or shape is None:
-            raise _mismatch(name, "the base has no weight for it")
-        if (shape[::-1] if config.get("fan_in_fan_out") else shape) != (pairs[b].shape[0], pairs[a].shape[1]):
-            raise _mismatch(name, f"the base's weight has shape {list(shape)}")
-
-
-def _mismatch(name: str, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"the adapter's {name} cannot be merged: {why}", reason="ADAPTER_MISMATCH", metadata={"tensor": name}
-    )
+        return rows
 
 
-def _copy_rest(folder: Path, out: Path, dtype: str, template: str) -> None:
+def _piece(summed: Summed, dtype: str, start: int, stop: int) -> bytes | memoryview:
+    return bytes_as(summed.rows(start, stop), dtype)
+
+
+class Summed:
+    """One weight with its change, by rows, in float32. The adapter's tensors are read when the first rows are asked for."""
+
+    def __init__(
+        self, store: Store, rows: Callable[[int, int], Tensor], shape: tuple[int, ...], change: Change
+    ) -> None:
+        self._store, self._base, self._shape, self._change = store, rows, shape, change
+        self._lock, self._ready = threading.Lock(), False
+        self._a = self._b = self._lengths = self._added = torch.empty(0)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the changed weight."""
+        with self._lock:
+            if not self._ready:
+                self._load()
+                self._ready = True
+        summed = self._sum(start, stop)
+        if self._change.lengths is None:
+            return summed
+        if self._change.transposed:
+            return summed.mul_(self._lengths)
+        return summed.mul_((self._lengths[start:stop] / torch.linalg.norm(summed, dim=1)).view(-1, 1))
+
+    def _sum(self, start: int, stop: int) -> Tensor:
+        weight, change = self._base(start, stop), self._change
+        if change.added is not None:
+            return weight + self._added[start:stop] * change.scale
+        if change.a is None:
+            return weight
+        delta = self._a[:, start:stop].T @ self._b.T if change.transposed else self._b[start:stop] @ self._a
+        return delta.mul_(change.scale).add_(weight)
+
+    def _load(self) -> None:
+        change = self._change
+        if change.a is not None and change.b is not None:
+            self._a, self._b = self._whole(change.a), self._whole(change.b)
+        if change.added is not None:
+            self._added = self._whole(change.added)
+        if change.lengths is not None:
+            self._lengths = self._whole(change.lengths).reshape(-1)
+            if change.transposed:
+                self._lengths /= self._norms()
+
+    def _norms(self) -> Tensor:
+        """The length of each column of the sum, which has to be made twice for it."""
+        squares = torch.zeros(self._shape[1], dtype=torch.float64)
+        step = max(1, (1 << 21) // self._shape[1])
+        for start in range(0, self._shape[0], step):
+            squares += self._sum(start, min(start + step, self._shape[0])).double().square_().sum(0)
+        return squares.sqrt().float()
+
+    def _whole(self, tensor: Stored) -> Tensor:
+        return read_rows(self._store, tensor).float()
+
+
+def _rest(store: Store, base: Manifest, made: Merge, dtype: str, template: str) -> list[File]:
     """Config, tokenizer, and a chat template equal to the one the adapter was tuned with."""
-    for path in folder.iterdir():
-        if ".safetensors" not in path.name:
-            (out / path.name).write_bytes(path.read_bytes())
-    if dtype:
-        config: dict[str, Any] = json.loads((out / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
+    found = {f.path: f for f in base.files if not f.path.endswith(".safetensors") and f.path != INDEX}
+    if dtype or made.changes.untied:
+        config = {k: v for k, v in made.config.items() if not dtype or k != "torch_dtype"}
+        if dtype:
+            config["dtype"] = dtype
+        if made.changes.untied:
+            config = untie(config)
+        found["config.json"] = _put(store, "config.json", json.dumps(config, indent=2, sort_keys=True))
     if template not in ("", "tokenizer"):
-        jinja = load_template(template, Tokenizer.from_files(out)).jinja()
-        (out / "chat_template.jinja").write_text(jinja)
+        tokenizer = Tokenizer.from_artifact(store, base)
+        found["chat_template.jinja"] = _put(store, "chat_template.jinja", load_template(template, tokenizer).jinja())
+    return list(found.values())
+
+
+def untie(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose head has a weight of its own."""
+    inner = {k: untie(v) for k, v in config.items() if isinstance(v, dict) and "tie_word_embeddings" in v}
+    return {**config, **inner, "tie_word_embeddings": False}
+
+
+def _put(store: Store, path: str, text: str) -> File:
+    blob = store.put_blob(text.encode())
+    return File(path, blob.digest, blob.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,6 +42,8 @@ class Stored:
     file: Path = Path()
     strides: tuple[int, ...] = ()
     pieces: tuple[Stored, ...] = ()
+    blob: str = ""
+    """The digest of the stored blob that it lies in; `file` is then the path in its artifact."""
 
     @property
     def count(self) -> int:
@@ -228,15 +230,33 @@ def write(
 
     `data` gives a tensor's bytes when its turn comes; `done` is called after each and may raise to stop.
     """
-    where: dict[str, str] = {}
-    for n, shard in enumerate(shards, 1):
-        name = f"model-{n:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        where.update({t.name: name for t in shard})
+    named = dict(zip(shard_names(len(shards)), shards, strict=True))
+    for name, shard in named.items():
         _write_file(out / name, shard, data, done)
     if len(shards) > 1:
-        total = sum(t.nbytes for shard in shards for t in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+        (out / INDEX).write_text(index_text(named))
+
+
+def shard_names(count: int) -> list[str]:
+    """The names that transformers expects of a model's files."""
+    return (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    )
+
+
+def index_text(shards: Mapping[str, Sequence[Stored]]) -> str:
+    """The index of a model's files, by their names."""
+    where = {t.name: name for name, shard in shards.items() for t in shard}
+    total = sum(t.nbytes for shard in shards.values() for t in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1, sort_keys=True)
+
+
+def order(shard: Iterable[Stored]) -> list[Stored]:
+    """The tensors of a file as they lie in it. Wide numbers first: torch can only view bytes as numbers that begin at a
+    multiple of their width."""
+    return sorted(shard, key=lambda t: (-(t.nbytes // max(t.count, 1)), t.name))
 
 
 def _write_file(
@@ -245,11 +265,9 @@ def _write_file(
     data: Callable[[Stored], Iterable[bytes | memoryview]],
     done: Callable[[Stored], None],
 ) -> None:
-    # Wide numbers first: torch can only view bytes as numbers that begin at a multiple of their width.
-    ordered = sorted(shard, key=lambda t: (-(t.nbytes // max(t.count, 1)), t.name))
-    header = _header(ordered)
+    ordered = order(shard)
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(header(ordered))
         for tensor in ordered:
             wrote = sum(file.write(piece) for piece in data(tensor))
             if wrote != tensor.nbytes:
@@ -260,14 +278,16 @@ def _write_file(
             done(tensor)
 
 
-def _header(tensors: Sequence[Stored]) -> bytes:
+def header(tensors: Sequence[Stored]) -> bytes:
+    """What stands before the bytes of a file's tensors: eight bytes of length, and JSON."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for t in tensors:
         entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _weight_map(index: Path) -> dict[str, Any]:

@@ -110,6 +110,14 @@ def corrupt(digest: str, found: str) -> DataLoss:
     )
 
 
+def cut_short(digest: str) -> DataLoss:
+    return DataLoss(
+        f"blob {digest} ends before its time; store it again from its source",
+        reason="BLOB_CORRUPT",
+        metadata={"digest": digest},
+    )
+
+
 def lost_race(key: str) -> Aborted:
     return Aborted(f"{key} changed meanwhile; read it again", reason="PRECONDITION_FAILED", metadata={"key": key})
 

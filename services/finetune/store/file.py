@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
 from services.finetune.errors import InvalidArgument
+from services.finetune.store import file_stream
 from services.finetune.store.checks import (
     PIECE_BYTES,
     blob_name,
@@ -33,6 +34,7 @@ from services.finetune.store.checks import (
     check_size,
     check_upload_id,
     corrupt,
+    cut_short,
     disk_errors,
     lost_race,
     no_blob,
@@ -86,6 +88,22 @@ class FileStore:
             digest = "sha256:" + sha.hexdigest()
             self.keep_blob(copy, digest)
         return Blob(digest, size)
+
+    def put_stream(self, stream_id: str, size: int, pieces: Iterable[bytes | memoryview]) -> Blob:
+        return file_stream.put_stream(self, stream_id, size, pieces)
+
+    def drop_streams(self, prefix: str) -> None:
+        file_stream.drop_streams(self.root, prefix)
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        path = self.blob_path(digest)
+        if self.stat_blob(digest) is None:
+            raise no_blob(digest)
+        with disk_errors(self.root), path.open("rb", buffering=0) as source:
+            while buffer and (count := os.preadv(source.fileno(), [buffer], offset)):
+                offset, buffer = offset + count, buffer[count:]
+        if buffer:
+            raise cut_short(digest)
 
     def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         if self.stat_blob(digest) is None:

@@ -6,7 +6,7 @@ A digest is written ``sha256:<64 hex>`` everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +85,18 @@ class Store(Protocol):
 
     def put_file(self, path: Path) -> Blob:
         """Keep a file's bytes, streamed; nothing is visible before all are there."""
+
+    def put_stream(self, stream_id: str, size: int, pieces: Iterable[bytes | memoryview]) -> Blob:
+        """Keep `size` bytes as they come, whose digest nobody knows yet; nothing is visible before all are there, and what
+        `pieces` raises leaves nothing behind. A piece may be changed once the next is asked for. One writer an id.
+        InvalidArgument (SIZE_MISMATCH)."""
+
+    def drop_streams(self, prefix: str) -> None:
+        """Remove what put_stream left behind where its process was killed, under all ids that begin so."""
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the blob's bytes from `offset` on. NotFound (BLOB_NOT_FOUND), DataLoss (BLOB_CORRUPT) if the
+        blob ends before that."""
 
     def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """Stream a blob's bytes in pieces of at most 1 MiB. NotFound (BLOB_NOT_FOUND)."""

@@ -16,7 +16,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +36,7 @@ from services.finetune.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.finetune.store import s3_stream
 from services.finetune.store.checks import (
     PIECE_BYTES,
     blob_name,
@@ -44,6 +45,7 @@ from services.finetune.store.checks import (
     check_same,
     check_upload_id,
     corrupt,
+    cut_short,
     disk_errors,
     lost_race,
     no_blob,
@@ -94,6 +96,20 @@ class S3Store:
             if self.stat_blob(digest) is None:
                 self._send_file(source, size, digest)
         return Blob(digest, size)
+
+    def put_stream(self, stream_id: str, size: int, pieces: Iterable[bytes | memoryview]) -> Blob:
+        return s3_stream.put_stream(self, stream_id, size, pieces)
+
+    def drop_streams(self, prefix: str) -> None:
+        s3_stream.drop_streams(self, prefix)
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        at = 0
+        for piece in self.read_blob(digest, offset, len(buffer)):
+            buffer[at : at + len(piece)] = piece
+            at += len(piece)
+        if at != len(buffer):
+            raise cut_short(digest)
 
     def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         blob = self.stat_blob(digest)

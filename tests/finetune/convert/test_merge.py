@@ -215,21 +215,6 @@ def test_a_tensor_without_a_base_weight_is_named(do: Convert, store: Store, llam
     assert caught.value.reason == "ADAPTER_MISMATCH" and extra.format("A") in caught.value.message
 
 
-def test_a_tied_head_is_not_merged_into(do: Convert, store: Store, tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "tied")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    made = Made(do, store, model, tmp_path)
-    assert "lm_head.weight" in tensors(made.merge())
-    weights = load_file(made.lora / "adapter_model.safetensors")
-    head = "base_model.model.lm_head.lora_{}.weight"
-    weights |= {head.format("A"): torch.zeros(4, 32), head.format("B"): torch.zeros(259, 4)}
-    made.adapter = forged(store, made, weights, tmp_path)
-    with pytest.raises(InvalidArgument) as caught:
-        made.merge()
-    assert caught.value.reason == "ADAPTER_MISMATCH" and "tied" in caught.value.message
-
-
 def test_merging_stops_between_tensors(do: Convert, store: Store, llama: Path, tmp_path: Path) -> None:
     made = Made(do, store, llama, tmp_path)
     stop = threading.Event()

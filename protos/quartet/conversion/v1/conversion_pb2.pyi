@@ -87,6 +87,7 @@ class Model(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/models/{model}"""
     display_name: _builtins.str
@@ -124,6 +125,13 @@ class Model(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
 
+    @_builtins.property
+    def report(self) -> _struct_pb2.Struct:
+        """Output only, of merged models: how near the model is to its base with the adapter on, over fixed conversations and in
+        float32: kl_nats (mean Kullback-Leibler divergence of the next token) and kl_nats_max, top1_agreement (0 to 1), tokens;
+        or not_measured, which says why.
+        """
+
     def __init__(
         self,
         *,
@@ -141,10 +149,11 @@ class Model(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         source: _builtins.str = ...,
+        report: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "etag", b"etag", "files", b"files", "generation", b"generation", "kind", b"kind", "labels", b"labels", "name", b"name", "parents", b"parents", "size_bytes", b"size_bytes", "source", b"source", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "etag", b"etag", "files", b"files", "generation", b"generation", "kind", b"kind", "labels", b"labels", "name", b"name", "parents", b"parents", "report", b"report", "size_bytes", b"size_bytes", "source", b"source", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -460,6 +469,7 @@ class MergeTask(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     MAX_SHARD_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    BASE_DTYPE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """workspaces/{workspace}/models/{model} of kind ADAPTER."""
     base: _builtins.str
@@ -467,7 +477,14 @@ class MergeTask(_message.Message):
     dtype: _builtins.str
     """"bfloat16", "float16", "float32", or empty to keep the base's."""
     max_shard_size_bytes: _builtins.int
-    """Largest size of one safetensors file; 0 means 2 GB (2,000,000,000)."""
+    """Largest size of one safetensors file. The base's own files are kept if none is larger, and those in which nothing
+    changes are shared with it, not copied; 0 keeps them whatever their size.
+    """
+    base_dtype: _builtins.str
+    """What the adapter is added to: empty for the base as it is stored; "nf4" for the base as QLoRA trained on it, its linear
+    layers rounded to bitsandbytes' NF4 (blocks of 64, double quantisation) and back; "nf4-single" without double
+    quantisation.
+    """
     def __init__(
         self,
         *,
@@ -475,10 +492,11 @@ class MergeTask(_message.Message):
         base: _builtins.str = ...,
         dtype: _builtins.str = ...,
         max_shard_size_bytes: _builtins.int = ...,
+        base_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "dtype", b"dtype", "max_shard_size_bytes", b"max_shard_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "base_dtype", b"base_dtype", "dtype", b"dtype", "max_shard_size_bytes", b"max_shard_size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
