@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _models(verbs)
     _training(verbs)
     _inference(verbs)
+    _garbage(verbs)
     return top
 
 
@@ -146,7 +147,13 @@ def _models(verbs: Any) -> None:
     p.add_argument("--template", default="", help="a prompt template in place of the model's own")
     _verb(group, "list", "commands.models:list_all", "list models")
     _verb(group, "get", "commands.models:get", "one model with files and parents").add_argument("model")
-    _verb(group, "delete", "commands.models:delete", "forget a model").add_argument("model")
+    p = _verb(group, "delete", "commands.models:delete", "forget a model that nothing needs")
+    p.add_argument("model")
+    p.add_argument("--force", action="store_true", help="also if something needs it; that goes on")
+    p = _verb(group, "lineage", "commands.registry:lineage", "what a model was made from, or what was made from it")
+    p.add_argument("model", help="a model; or the full name of a revision, checkpoint or endpoint; or a digest")
+    p.add_argument("--descendants", action="store_true", help="what was made from it, and what serves that")
+    p.add_argument("--depth", type=int, default=0, help="at most so many steps; 0 means all")
     p = _verb(group, "download", "commands.models:download", "fetch a model's files; goes on where a cut one stopped")
     p.add_argument("model")
     p.add_argument("directory")
@@ -170,6 +177,12 @@ def _models(verbs: Any) -> None:
     p.add_argument(
         "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
     )
+
+
+def _garbage(verbs: Any) -> None:
+    p = _verb(verbs, "gc", "commands.registry:collect_garbage", "drop bytes of the store that nothing needs any more")
+    p.add_argument("--dry-run", action="store_true", help="tell what would be dropped, drop nothing")
+    p.add_argument("--grace-hours", type=float, default=0.0, help="what is younger stays; 24 if left out, 1 at least")
 
 
 def _training(verbs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.common import names
@@ -78,7 +79,13 @@ class Training:
         spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}
         if dry:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
-        return self.jobs.create(name, spec, *request)
+
+        def again() -> Any:
+            now = [self._revision(d.name) for d in datasets]
+            last = self._checkpoint(resume.name) if resume else None
+            return to_json(replace(run, base=self._model(base.name), datasets=tuple(now), resume=last))
+
+        return self.jobs.create(name, spec, *request, again=again)
 
     def delete(self, name: str, etag: str) -> None:
         def forget() -> None:

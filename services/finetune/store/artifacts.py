@@ -23,6 +23,8 @@ from services.finetune.errors import DataLoss, InvalidArgument, NotFound
 from services.finetune.store.port import Blob, Store
 
 Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "checkpoint"]
+NEEDS_BASE: tuple[Kind, ...] = ("adapter", "checkpoint")
+"""Kinds that are of no use without the parent in the role "base"; all others are whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def publish(store: Store, manifest: Manifest) -> str:
     """Write a manifest whose blobs are all stored; its digest. InvalidArgument (PATH_UNSAFE, BLOB_MISSING)."""
     for f in manifest.files:
         check_path(f.path)
-        if store.stat_blob(f.digest) is None:
+        if store.touch_blob(f.digest) is None:
             raise InvalidArgument(f"{f.path}: blob {f.digest} is not in the store", reason="BLOB_MISSING")
     data = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
