@@ -207,6 +207,10 @@ def _training(verbs: Any) -> None:
     p.add_argument("--deepspeed", default="", metavar="NAME", help="a preset of list-cfg -p deepspeed, or a .json file")
     p.add_argument("--seed", type=int)
     p.add_argument("--resume", default="", metavar="CHECKPOINT", help="go on exactly from here")
+    p.add_argument("--validation", nargs="+", default=[], metavar="DATASET", help="looked at, and not learned from")
+    p.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints")
+    p.add_argument("--keep-last", type=int, metavar="N", help="keep so many checkpoints; 0 keeps all")
+    p.add_argument("--keep-best", action="store_true", help="keep the best one too, and make it the result")
     p.add_argument("--name", default="", help="the job's name")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
     group = _group(verbs, "job", "training and conversion jobs")
@@ -216,6 +220,12 @@ def _training(verbs: Any) -> None:
     p.add_argument("job")
     p.add_argument("--after", type=int, default=0, help="the last event seen")
     _verb(group, "logs", "commands.jobs:logs", "what happened so far").add_argument("job")
+    _verb(group, "files", "commands.jobs:files", "what a training job left beside its checkpoints").add_argument("job")
+    p = _verb(
+        group, "download", "commands.jobs:download", "fetch those files: the loss curve, the step log, TensorBoard's"
+    )
+    p.add_argument("job")
+    p.add_argument("directory")
     _verb(group, "cancel", "commands.jobs:cancel", "end a job; its last checkpoint is kept").add_argument("job")
     _verb(group, "delete", "commands.jobs:delete", "forget an ended training job").add_argument("job")
 

@@ -328,7 +328,7 @@ class Jobs:
         job = self._ingest(job)
         if outcome.state == "SUCCEEDED":
             job = _with(job, **self.work.succeed(job, outcome.result))
-            self._end(job, "SUCCEEDED")
+            self._end(job, "SUCCEEDED", str(outcome.result.get("message", "")))
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
             self._lost(job, taken=True)

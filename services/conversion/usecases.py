@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,16 +18,23 @@ from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, Impor
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
-    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     PermissionDenied,
     Violation,
 )
 from services.finetune.store import Store, garbage
-from services.finetune.store.artifacts import File, Manifest, Ref, delete_ref, get_ref, list_refs, load, put_ref
+from services.finetune.store.artifacts import (
+    Manifest,
+    Ref,
+    delete_ref,
+    get_ref,
+    list_refs,
+    load,
+    put_ref,
+    stream_file,
+)
 from services.finetune.store.checks import blob_name
 from services.finetune.store.holds import list_holds
 from services.finetune.templates import check_name
@@ -208,10 +214,7 @@ class Conversion:
     def download(self, name: str, path: str, offset: int) -> Iterator[bytes]:
         """One file's bytes from `offset` on. NotFound (FILE_NOT_FOUND), OutOfRange (OFFSET_WRONG), and after the last
         byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
-        file = self.get_model(name).manifest.file(path)
-        if not 0 <= offset <= file.size:
-            raise OutOfRange(f"{path} has {file.size} bytes, not {offset}", reason="OFFSET_WRONG")
-        return _verified(self._store.read_blob(file.digest, offset), file, offset)
+        return stream_file(self._store, self.get_model(name).manifest.file(path), offset)
 
     # ------------------------------------------------------------------------------------------ tasks
 
@@ -339,16 +342,6 @@ def _shard_size(given: int, otherwise: int = 2_000_000_000) -> int:
     if given < 0:
         raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
     return given or otherwise
-
-
-def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:
-    whole, size = hashlib.sha256(), offset
-    for piece in pieces:
-        whole.update(piece)
-        size += len(piece)
-        yield piece
-    if size != file.size or (offset == 0 and "sha256:" + whole.hexdigest() != file.digest):
-        raise DataLoss(f"{file.path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": file.path})
 
 
 def _forbidden(path: Path) -> PermissionDenied:
