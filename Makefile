@@ -15,7 +15,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-inference bench-train locks images manifests deploy
+  bench-inference bench-train bench-scaling locks images manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -89,6 +89,9 @@ bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; instal
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
+
+bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by ZeRO
+	$(BIN)/python -m tests.bench.scaling --json '$(JSON)'
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)

@@ -23,6 +23,7 @@ from services.finetune.config import ConvertRun, PrepareRun, TrainRun, ValidateR
 from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted, out_of_memory
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
 from services.finetune.store import open_store
+from services.finetune.train import ranks
 
 VERBS: Mapping[str, tuple[str, type[Any]]] = {
     "prepare": ("prepare", PrepareRun),
@@ -45,7 +46,10 @@ def work(kind: str, uri: str, stop: threading.Event) -> int:
     """Do the order at `uri`; the exit status."""
     store_uri, job_key, number = split_run_uri(uri)
     store = open_store(store_uri)
-    with Attempt(store, job_key, number) as attempt:
+    # Several processes may train together; see services.finetune.train.ranks.
+    line = ranks.open_line(os.environ) if kind == "train" else None
+    follows = kind == "train" and ranks.follows(os.environ)
+    with Attempt(store, job_key, number, line.send if line else None, follows) as attempt:
         attempt.claim(who_am_i())
         order = store.get(f"{attempt_key(job_key, number)}/run.json")
         if order is None:

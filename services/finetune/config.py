@@ -105,13 +105,15 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Length and pace. One optimizer step reads batch_size * accumulate blocks."""
+    """Length and pace. One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run."""
 
     epochs: int = 3
     max_steps: int = 0
     """Stop after so many optimizer steps; 0 means all epochs."""
     batch_size: int = 1
     accumulate: int = 16
+    ranks: int = 1
+    """For how many processes batch_size and accumulate were chosen: 8 in a recipe for eight GPUs."""
     warmup_ratio: float = 0.03
     """Part of all steps in which the rate climbs from 0; then it falls by a cosine to min_lr_ratio * lr."""
     warmup_steps: int = 0
@@ -120,6 +122,10 @@ class ScheduleConfig:
     seed: int = 0
     deterministic: bool = False
     """On a GPU: sum in a fixed order, slower, so that a run that was cut ends bit-identical. Without one it is always so."""
+
+    @property
+    def blocks_per_step(self) -> int:
+        return self.batch_size * self.accumulate * self.ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,9 +171,15 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the processes of one run share the work. `deepspeed` is a preset's name; empty trains without DeepSpeed."""
+    """How the processes of one run share the work. Their number changes no step: it reads the same blocks, dealt out."""
 
     deepspeed: Deepspeed = ""
+    """A preset's name. Empty is the cheapest way that fits: whole copies of the model that add up their gradients, else the
+    lowest stage of ZeRO (Rajbhandari et al. 2020) with which model and optimizer fit the GPUs."""
+    processes: int = 0
+    """Processes on a machine; 0 is one a GPU, and one where there is none."""
+    nodes: int = 1
+    """Machines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

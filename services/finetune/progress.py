@@ -18,18 +18,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from services.finetune.errors import Aborted, QuartetError
+from services.finetune.errors import Aborted, DeadlineExceeded, QuartetError
 from services.finetune.store.port import Store
 
 FLUSH_S = 1.0
 """A segment is written at the latest so long after its first event; services show progress this much behind."""
+
+CLAIM_S = 900.0
+"""The machines of one attempt may start so far apart."""
 
 Event = dict[str, Any]
 """{"time": seconds since 1970, "type": metric | log | sample | checkpoint | dataset | report | progress | ready,
@@ -78,9 +82,22 @@ def run_uri(store_uri: str, job_key: str, attempt: int) -> str:
 
 
 class Attempt:
-    """A worker's hold on its attempt: claims it, reports events from any thread, publishes the outcome once."""
+    """A worker's hold on its attempt: claims it, reports events from any thread, publishes the outcome once.
 
-    def __init__(self, store: Store, job_key: str, number: int) -> None:
+    Of the several processes of one attempt one speaks for all. Another `follows` it, and publishes nothing but its own
+    failure; and one that has a `relay` hands all that it has to say to whoever speaks.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        job_key: str,
+        number: int,
+        relay: Callable[[Event], None] | None = None,
+        follows: bool = False,
+    ) -> None:
+        self._relay = relay
+        self._follows = follows
         self.store = store
         self.job_key = job_key
         self.number = number
@@ -94,13 +111,29 @@ class Attempt:
         self._thread = threading.Thread(target=self._flush_forever, name="events", daemon=True)
 
     def claim(self, who: Mapping[str, Any]) -> None:
-        """Take the attempt for this process. Fenced if another attempt is current or another process was first."""
+        """Take the attempt for this process. Fenced if another attempt is current or another process was first.
+
+        Who follows waits for the claim instead. DeadlineExceeded (ATTEMPT_UNCLAIMED).
+        """
         self.check()
+        if self._relay is not None or self._follows:
+            self._await_claim()
+            return
         try:
             self.store.put(f"{self.key}/claim.json", dump(who), if_absent=True)
         except Aborted as error:
             raise Fenced(self.job_key, self.number) from error
         self._thread.start()
+
+    def _await_claim(self) -> None:
+        deadline = time.monotonic() + CLAIM_S
+        while read_claim(self.store, self.job_key, self.number) is None:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"nobody claimed attempt {self.number} of {self.job_key} in {CLAIM_S:.0f} s",
+                    reason="ATTEMPT_UNCLAIMED",
+                )
+            time.sleep(0.5)
 
     def check(self) -> str:
         """The lease's etag while this attempt owns the job and nothing is published, else Fenced."""
@@ -113,9 +146,24 @@ class Attempt:
 
     def emit(self, type_: str, **fields: Any) -> None:
         """Report an event; it reaches the store within FLUSH_S."""
-        with self._lock:
-            self._pending.append({"time": time.time(), "type": type_, **fields})
-        self._wake.set()
+        self.forward({"time": time.time(), "type": type_, **fields})
+
+    def forward(self, event: Event) -> None:
+        """Report an event that another process had to tell."""
+        if self._relay is not None:
+            self._relay(event)
+        elif not self._follows:
+            with self._lock:
+                self._pending.append(event)
+            self._wake.set()
+        elif event["type"] == "log":
+            print(event["text"], file=sys.stderr, flush=True)
+
+    def beat(self, limited: bool) -> None:
+        """Tell whoever watches this process that it gets on; nobody else hears of it. What comes next takes about as
+        long as what came before, or, not `limited`, any time."""
+        if self._relay is not None:
+            self._relay({"type": "beat", "limited": limited})
 
     def flush(self) -> None:
         """Write what was reported so far."""
@@ -147,6 +195,9 @@ class Attempt:
 
     def complain(self, error: QuartetError) -> None:
         """Say why this attempt ends without an outcome, as far as the store still listens."""
+        if self._relay is not None:
+            self._relay({"type": "fault", "error": error.to_json()})
+            return
         with contextlib.suppress(QuartetError):
             self.store.put(f"{self.key}/fault.json", dump(error.to_json()))
 
@@ -154,6 +205,11 @@ class Attempt:
         """Write all events, then the outcome. Fenced if another attempt owns the job by now."""
         self.flush()
         body = {"state": outcome.state, "result": dict(outcome.result), "error": outcome.error}
+        if self._relay is not None:
+            self._relay({"type": "outcome", **body})
+            return
+        if self._follows and outcome.state != "FAILED":
+            return
         try:
             lease = {"attempt": self.number, "outcome": body}
             self.store.put(f"{self.job_key}/lease.json", dump(lease), if_match=self.check())

@@ -277,6 +277,7 @@ def _positive(config: RunConfig) -> None:
         "schedule.max_steps": (config.schedule.max_steps, 0),
         "schedule.batch_size": (config.schedule.batch_size, 1),
         "schedule.accumulate": (config.schedule.accumulate, 1),
+        "schedule.ranks": (config.schedule.ranks, 1),
         "schedule.seed": (config.schedule.seed, 0),
         "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
         "report.log_every": (config.report.log_every, 1),
@@ -288,6 +289,8 @@ def _positive(config: RunConfig) -> None:
         "validation.every": (config.validation.every, 0),
         "validation.patience": (config.validation.patience, 0),
         "validation.min_delta": (config.validation.min_delta, 0),
+        "parallel.processes": (config.parallel.processes, 0),
+        "parallel.nodes": (config.parallel.nodes, 1),
         "optim.lr": (config.optim.lr, 0),
         "lora.dropout": (config.lora.dropout, 0),
     }
@@ -321,7 +324,6 @@ def _supported(config: RunConfig) -> None:
         "quant.kind": (config.quant.kind if config.quant.bits == 4 else "nf4", ("nf4",), "set it to nf4"),
         "data.max_rows": (config.data.max_rows, (0,), "set it to 0 to learn from all rows"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
-        "parallel.deepspeed": (config.parallel.deepspeed, ("",), "leave it empty"),
     }
     violations = [
         Violation(key, f"{value!r} is not supported by the trainer yet; {instead}", "TRAINER_LACKS")

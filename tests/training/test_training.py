@@ -175,7 +175,6 @@ def test_what_the_trainer_cannot_act_on_is_refused_by_name(room: TrainingStub) -
         "method": "full",
         "data.max_rows": 20000,
         "report.measures": ["mmlu"],
-        "parallel.deepspeed": "deepspeed_zero2",
     }
     with refused(Unimplemented, "TRAINER_LACKS") as error:
         room.CreateTrainingJob(request(overrides=lacking))

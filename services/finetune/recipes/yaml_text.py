@@ -32,13 +32,15 @@ _ABOUT = {
     "data": "template: a prompt template's name, tokenizer for the model's own. sources: where the rows come from, unless "
     "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; and split and format.",
     "optim": "clip_norm: largest norm of the gradient; 0 does not clip.",
-    "schedule": "One optimizer step reads batch_size * accumulate blocks. The rate climbs for warmup_ratio of all steps, or "
-    "warmup_steps, then falls by a cosine. deterministic: on a GPU, slower and bit-identical.",
+    "schedule": "One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run. "
+    "The rate climbs for warmup_ratio of all steps, or warmup_steps, then falls by a cosine. deterministic: "
+    "on a GPU, slower and bit-identical.",
     "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end. keep_last: how "
     "many checkpoints stay, 0 for all; keep_best: the best stays too and is the result. trackers: wandb, mlflow.",
     "validation": "ratio: part of the rows that is held out. every: optimizer steps between looks, 0 for epochs. patience: "
     "end after so many looks without a loss that is lower by min_delta, 0 for never.",
-    "parallel": "deepspeed: a preset's name, or empty.",
+    "parallel": "deepspeed: a preset's name, or empty for the cheapest way that fits. processes: on each machine, 0 for one "
+    "a GPU.",
 }
 
 

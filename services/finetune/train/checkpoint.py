@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from services.finetune.errors import FailedPrecondition
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
 from services.finetune.train.steplog import NAME, write_log
+
+if TYPE_CHECKING:
+    from services.finetune.train.zero import Zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,24 @@ class Snapshot:
     ready: Any
 
 
-def snapshot(model: Any, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Begin to copy the state. On a GPU weights must not change before `ready`; reading them is free to go on."""
+def snapshot(
+    model: Any, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, zero: Zero | None = None
+) -> Snapshot:
+    """Begin to copy the state. On a GPU weights must not change before `ready`; reading them is free to go on.
+
+    What `zero` dealt out is put together, in which all ranks take part; only rank 0's snapshot holds anything then.
+    """
     from peft import get_peft_model_state_dict
 
     if hasattr(optimizer, "init_state"):
         torch.cuda.synchronize()  # pages are read by the host itself
-    with _Copies() as copies:
-        adapter = {k: copies.take(v) for k, v in get_peft_model_state_dict(model).items()}
-        tensors, numbers = _split(optimizer, parameters, copies)
+    weights = get_peft_model_state_dict(model, state_dict=dict(parameters), save_embedding_layers=False)
+    with _Copies(keep=zero is None or zero.group.speaks) as copies:
+        adapter = {k: copies.take(zero.whole(v) if zero else v) for k, v in weights.items()}
+        if zero is None:
+            tensors, numbers = _split(optimizer, parameters, copies)
+        else:
+            tensors, numbers = {k: copies.take(v) for k, v in zero.state(parameters)}, {}
     config = model.peft_config["default"].to_dict()
     return Snapshot(config, adapter, tensors, numbers, _rng(), copies.ready)
 
@@ -54,7 +67,8 @@ def snapshot(model: Any, parameters: Mapping[str, Tensor], optimizer: torch.opti
 class _Copies:
     """Copies to host memory: beside the GPU's work, on a stream of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self.ready: Any = None
         self._stream: Any = None
 
@@ -70,9 +84,12 @@ class _Copies:
 
     def take(self, value: Tensor) -> Tensor:
         value = value.detach()
+        if not self.keep:
+            return value.new_empty(0)
         if not value.is_cuda:
             return value.contiguous().clone()
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        value.record_stream(self._stream)  # it may have been put together for this only
         with torch.cuda.stream(self._stream):
             return host.copy_(value, non_blocking=True)
 
@@ -134,6 +151,7 @@ def restore(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     folder: Path,
+    zero: Zero | None = None,
 ) -> dict[str, Any]:
     """Put a checkpoint's state into model, optimizer and generators; its state.json.
 
@@ -145,9 +163,14 @@ def restore(
     manifest = load(store, digest)
     materialise(store, manifest, folder)
     check_same(run, json.loads((folder / "run_config.json").read_text()), manifest.parents)
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    with zero.writing(parameters) if zero else nullcontext():
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    _join(optimizer, parameters, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    kept = _by_parameter({**load_file(folder / "optimizer.safetensors"), **state["optimizer"]})
+    if zero is None:
+        _join(optimizer, parameters, kept)
+    else:
+        zero.fill(parameters, kept)
     for name, value in load_file(folder / "rng.safetensors").items():
         if name == "cpu":
             torch.set_rng_state(value)
@@ -162,6 +185,8 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
     now = to_json(run.config)
     for config in (then, now):
         config.pop("report")
+        # How many processes share a step, and how, changes nothing in it.
+        config.pop("parallel")
         config["schedule"].pop("max_steps")
         # How often is free; which rows are held out is not.
         config["validation"] = {"ratio": config["validation"]["ratio"]}
@@ -195,16 +220,18 @@ def _split(
     return tensors, numbers
 
 
-def _join(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    numbers: Mapping[str, Any],
-) -> None:
+def _by_parameter(kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{parameter: {slot: value}} of what is kept under "<parameter>|<slot>"."""
     state: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **numbers}.items():
+    for key, value in kept.items():
         name, _, slot = key.rpartition("|")
         state.setdefault(name, {})[slot] = value
+    return state
+
+
+def _join(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]
+) -> None:
     paged = hasattr(optimizer, "init_state")
     if state and paged != any("state1" in slots for slots in state.values()):
         raise FailedPrecondition(

@@ -16,6 +16,7 @@ from services.finetune.prepare.certificate import Certificate
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import Template
+from services.finetune.train.parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,9 @@ def prepare(
     attempt: Attempt,
     stop: threading.Event,
     workdir: Path,
+    group: Group,
 ) -> Data:
-    """All blocks of a run, memory-mapped. Errors as services.finetune.prepare.prepare."""
+    """All blocks of a run, memory-mapped; one rank prepares them for all. Errors as services.finetune.prepare.prepare."""
 
     def obtained(datasets: tuple[ArtifactRef, ...], weights: tuple[float, ...], ratio: float, place: Path) -> Any:
         order = PrepareRun(
@@ -48,9 +50,14 @@ def prepare(
             seed=run.config.schedule.seed,
             held_out=ratio,
         )
-        manifest = load(attempt.store, obtain(order, certificate, model_dir, attempt, stop, place))
-        if not (place / MADE).exists():
-            materialise(attempt.store, manifest, place / MADE)
+        digest = group.from_first(lambda: obtain(order, certificate, model_dir, attempt, stop, place))
+        manifest = load(attempt.store, digest)
+
+        def fetch() -> None:
+            if not (place / MADE).exists():
+                materialise(attempt.store, manifest, place / MADE)
+
+        group.once(fetch)
         return manifest.meta
 
     ratio = run.config.validation.ratio

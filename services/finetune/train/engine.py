@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,13 +14,14 @@ from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.batch import flatten
 from services.finetune.train.model import summed_loss
-
-Batch = np.ndarray[Any, Any]
-"""Numbers of blocks."""
+from services.finetune.train.parallel import ALONE, Batch, Group
 
 
 class Engine(Protocol):
     """`begin` before each optimizer step, then `backprop` for each of its micro-steps."""
+
+    collective: bool
+    """Whether each micro-step is taken by all ranks together."""
 
     def begin(self, tokens: int, reserved: int) -> str:
         """Make gradients zero. `tokens` is the most that a micro-step will have, `reserved` the bytes that others will
@@ -28,7 +30,16 @@ class Engine(Protocol):
 
     def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
         """The loss of the blocks in `batch`, summed over their learned tokens and divided by `learned`, on the device;
-        gradients are added. `seed` belongs to this micro-step alone."""
+        gradients are added. `seed` belongs to this micro-step alone. An empty batch adds nothing."""
+        ...
+
+    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
+        """After the last micro-step: gradients summed over all ranks, then clipped to `clip_norm` (0 does not clip). Their
+        L2 norm before that."""
+        ...
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        """Change the weights by them."""
         ...
 
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
@@ -43,19 +54,31 @@ class Engine(Protocol):
 class Autograd:
     """Any model, through its own forward."""
 
-    def __init__(self, model: Any, blocks: Blocks, device: torch.device) -> None:
+    collective = False
+
+    def __init__(self, model: Any, blocks: Blocks, device: torch.device, group: Group = ALONE) -> None:
         self.model = model
         self.blocks = blocks
         self.device = device
+        self.group = group
 
     def begin(self, tokens: int, reserved: int) -> str:
         self.model.zero_grad(set_to_none=True)
         return ""
 
     def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+        if not len(batch):
+            return torch.zeros((), device=self.device)
         loss = summed_loss(self.model, *tensors(self.blocks, batch, self.device)) / learned
         loss.backward()
         return loss.detach()
+
+    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
+        self.group.sum_gradients(parameters)
+        return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
 
     @torch.no_grad()
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
@@ -73,13 +96,16 @@ class Autograd:
 class Handmade:
     """Llama-shaped models on a GPU; see fused.py."""
 
-    def __init__(self, model: Any, blocks: Blocks, device: torch.device, positions: int) -> None:
+    collective = False
+
+    def __init__(self, model: Any, blocks: Blocks, device: torch.device, positions: int, group: Group = ALONE) -> None:
         from services.finetune.train import ops_triton
         from services.finetune.train.fused import Fused
 
         self.fused = Fused(model, ops_triton, positions)
         self.blocks = blocks
         self.device = device
+        self.group = group
         self.planned = 0
 
     def begin(self, tokens: int, reserved: int) -> str:
@@ -91,7 +117,16 @@ class Handmade:
         return f"micro-steps of up to {tokens} tokens: {made}"
 
     def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+        if not len(batch):
+            return torch.zeros((), device=self.device)
         return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed)
+
+    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
+        self.group.sum(self.fused.adapters.grad)
+        return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
 
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
         self.fused.adapters.begin()
@@ -116,7 +151,13 @@ def tensors(blocks: Blocks, batch: Batch, device: torch.device) -> list[Tensor]:
 
 
 def choose(
-    model: Any, blocks: Blocks, device: torch.device, dtype: torch.dtype, longest: int = 0, fixed: bool = False
+    model: Any,
+    blocks: Blocks,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest: int = 0,
+    fixed: bool = False,
+    group: Group = ALONE,
 ) -> tuple[Engine, str]:
     """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` asks for sums in a
     fixed order, which flash attention's backward does not have."""
@@ -127,9 +168,8 @@ def choose(
         why = why or f"flash attention knows no {str(dtype).removeprefix('torch.')}"
     if not why:
         try:
-            return Handmade(
-                model, blocks, device, max(longest, int(blocks.ids.shape[1]))
-            ), "fused kernels, attention by document"
+            positions = max(longest, int(blocks.ids.shape[1]))
+            return Handmade(model, blocks, device, positions, group), "fused kernels, attention by document"
         except (Uncovered, ImportError) as error:
             why = f"not covered by the fused kernels: {error}"
-    return Autograd(model, blocks, device), f"torch's autograd over dense masks ({why})"
+    return Autograd(model, blocks, device, group), f"torch's autograd over dense masks ({why})"

@@ -11,7 +11,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,32 +25,40 @@ from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.train import checkpoint
 from services.finetune.train.data import prepare
-from services.finetune.train.engine import choose
+from services.finetune.train.engine import Engine, choose
 from services.finetune.train.flops import cost, peak, peak_memory
 from services.finetune.train.model import choose_dtype, load_model, trainable
-from services.finetune.train.report import Report
+from services.finetune.train.parallel import ALONE, Group
+from services.finetune.train.report import Report, Silent
+from services.finetune.train.stage import choose_stage
 from services.finetune.train.step import Stepper, Told
 from services.finetune.train.steplog import NAME, Replay, StepLog, read_lines
 from services.finetune.train.validation import Looks, mean_loss
+
+if TYPE_CHECKING:
+    from services.finetune.train.zero import Zero
 
 
 class Trainer:
     """One attempt at one run. `run` is the whole of it; the rest are its acts."""
 
-    def __init__(self, run: TrainRun, attempt: Attempt, stop: threading.Event, workdir: Path) -> None:
+    def __init__(
+        self, run: TrainRun, attempt: Attempt, stop: threading.Event, workdir: Path, group: Group = ALONE
+    ) -> None:
         self.order = run
         self.config = run.config
         self.attempt = attempt
         self.stop = stop
-        self.workdir = workdir
-        self.report = Report(run, attempt, workdir)
+        self.group = group
+        self.workdir = group.shared_folder(workdir)
+        self.report = Report(run, attempt, self.workdir) if group.speaks else Silent(attempt, group.rank)
         self.log = StepLog()
         self.looks = Looks()
         self.replay = Replay()
         self._saved = -1
         """The step of the newest checkpoint, saved or being saved."""
         self._digest: Future[str] = Future()
-        self._known = checkpoints(attempt.store, attempt.job_key, attempt.number)
+        self._known = group.from_first(lambda: checkpoints(attempt.store, attempt.job_key, attempt.number))
         """What was said of the job's complete checkpoints, by step."""
         self._saver = ThreadPoolExecutor(1, "checkpoint")
 
@@ -79,6 +87,8 @@ class Trainer:
                 self.report.log(message)
             self._save().result()
         self._sample()
+        if not self.group.speaks:
+            return {}
         best = best_checkpoint(self._known.values()) if self.config.report.keep_best else None
         kept = best or self._known[self.steps.step]
         return {"checkpoint": kept["digest"], "step": kept["step"], "message": message}
@@ -106,7 +116,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         """Cancelled (STOPPED) if that is asked, after what was learned is saved."""
-        if not self.stop.is_set():
+        if not self.steps.stopping:
             return
         step = self.steps.step
         if step == 0:
@@ -122,13 +132,17 @@ class Trainer:
         if fixed:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         store, base = self.attempt.store, load(self.attempt.store, self.order.base.digest)
-        folder = materialise(store, base, self.workdir / "base")
+        folder = self.workdir / "base"
+        self.group.once(lambda: materialise(store, base, folder))
         self._begin_nothing_more()
         self.tokenizer = Tokenizer.from_files(folder)
         self.template = load_template(self.config.data.template or base.meta["template"], self.tokenizer)
         certificate = certify(self.tokenizer, self.template)
-        self.data = prepare(self.order, self.template, certificate, folder, self.attempt, self.stop, self.workdir)
-        self.attempt.emit("dataset", **self.data.about)
+        self.data = prepare(
+            self.order, self.template, certificate, folder, self.attempt, self.stop, self.workdir, self.group
+        )
+        if self.group.speaks:
+            self.attempt.emit("dataset", **self.data.about)
         self._begin_nothing_more()
         dtype, why = choose_dtype(self.config.model.dtype)
         self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
@@ -137,9 +151,21 @@ class Trainer:
         self.device = next(iter(self.parameters.values())).device
         blocks = self.data.blocks
         longest = max((int(b.ids.shape[1]) for b in self.data.validation), default=0)
-        self.engine, why = choose(self.model, blocks, self.device, dtype, longest, fixed)
+        self.engine, why = self._engine(dtype, longest, fixed)
         self.report.log(f"gradients by {why}")
-        self.steps = Stepper(self.config, self.model, self.parameters, blocks, self.engine, self._tell, self.report.log)
+        self.steps = Stepper(
+            self.config,
+            self.model,
+            self.parameters,
+            blocks,
+            self.engine,
+            self._tell,
+            self.report.log,
+            self.group,
+            self.stop,
+        )
+        if self.zero is not None:
+            self.steps.optimizer = self.zero.start(self.steps.optimizer)
         self.cost, self.peak = cost(self.model), peak(self.device, dtype)
         if self.cost and self.peak:
             self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
@@ -152,9 +178,21 @@ class Trainer:
             META: certificate,
         }
 
+    def _engine(self, dtype: torch.dtype, longest: int, fixed: bool) -> tuple[Engine, str]:
+        self.zero: Zero | None = None
+        stage, why = choose_stage(self.config, self.model, self.group)
+        if stage:
+            from services.finetune.train.zero import Zero, settings_of
+
+            settings = settings_of(stage, self.config.optim.clip_norm)
+            self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings)
+            return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes: {why}"
+        engine, how = choose(self.model, self.data.blocks, self.device, dtype, longest, fixed, self.group)
+        return engine, how + (f"; {why}" if why else "")
+
     def _begin_nothing_more(self) -> None:
         """Cancelled (STOPPED) while there is nothing to save."""
-        if self.stop.is_set():
+        if self.group.from_first(self.stop.is_set):
             raise Cancelled("stopped before the first step", reason="STOPPED")
 
     def _resume(self) -> None:
@@ -163,9 +201,16 @@ class Trainer:
         digest = own["digest"] if own else self.order.resume.digest if self.order.resume else ""
         if not digest:
             return
-        folder = self.workdir / "resume"
+        folder = self.workdir / f"resume-{self.group.rank}"
         state = checkpoint.restore(
-            self.attempt.store, digest, self.order, self.model, self.parameters, self.steps.optimizer, folder
+            self.attempt.store,
+            digest,
+            self.order,
+            self.model,
+            self.parameters,
+            self.steps.optimizer,
+            folder,
+            self.zero,
         )
         self.steps.go_on(state)
         if (folder / NAME).exists():
@@ -174,7 +219,8 @@ class Trainer:
             self.looks = Looks(**state.get("looks", {}))
             self._saved = self.steps.step
             self._digest.set_result(digest)
-            self.replay = Replay.of(self.attempt, self.steps.step)
+            if self.group.speaks:
+                self.replay = Replay.of(self.attempt, self.steps.step)
             if "report" in own:
                 self.report.recall(own["report"], self.steps.step)
         self.report.log(f"going on after step {self.steps.step}")
@@ -213,7 +259,7 @@ class Trainer:
         """Tell the validation loss; whether it is the least so far. When stopped meanwhile, it is looked at on resume."""
         self.steps.settle()
         began, step = time.monotonic(), self.steps.step
-        loss = mean_loss(self.engine, self.data.validation, self.steps.micro, self.stop)
+        loss = mean_loss(self.engine, self.data.validation, self.steps.micro, self.stop, self.group)
         if loss is None:
             return False
         values = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
@@ -238,8 +284,16 @@ class Trainer:
             steps.settle()
             if self._saved >= 0:
                 self._digest.result()  # one at a time
-            snapshot = checkpoint.snapshot(self.model, self.parameters, steps.optimizer)
-            steps.hold, self._saved = snapshot.ready, steps.step
+            self._saved = steps.step
+            self.group.beat(False)
+            if not self.group.speaks and self.zero is None:
+                self._digest = _done("")
+                return self._digest
+            snapshot = checkpoint.snapshot(self.model, self.parameters, steps.optimizer, self.zero)
+            steps.hold = snapshot.ready
+            if not self.group.speaks:
+                self._digest = _done("")
+                return self._digest
             state = {**steps.state(), "looks": dataclasses.asdict(self.looks)}
             self._digest = self._saver.submit(self._store, snapshot, state, self.log.upto(), self._summary("RUNNING"))
         return self._digest
@@ -295,9 +349,14 @@ class Trainer:
 
     def _sample(self) -> None:
         """Let the model answer the recipe's prompts, greedily, and report what it says."""
+        # Where the weights are dealt out, all ranks answer together, and none may leave early.
+        together = self.zero is not None and self.zero.stage == 3
+        if not (self.group.speaks or together):
+            return
+        self.group.beat(False)
         self.model.eval()
         system = self.config.report.system or self.config.data.system
-        stopping: Any = [lambda *_: self.stop.is_set()]
+        stopping: Any = [lambda *_: self.stop.is_set() and not together]
         for prompt in self.config.report.prompts:
             ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
             prompt_BL = torch.tensor([ids], device=self.device)
@@ -308,10 +367,17 @@ class Trainer:
                     max_new_tokens=self.config.report.sample_tokens,
                     do_sample=False,
                     use_cache=True,
+                    synced_gpus=together,
                     eos_token_id=list(self.tokenizer.eos_ids),
                     pad_token_id=(self.tokenizer.eos_ids or (0,))[0],
                     stopping_criteria=stopping,
                 )
-            if self.stop.is_set():
+            if self.stop.is_set() and not together:
                 return  # half an answer is none
             self.report.sample(self.steps.step, prompt, self.tokenizer.decode(out_BL[0, len(ids) :].tolist()))
+
+
+def _done(digest: str) -> Future[str]:
+    done: Future[str] = Future()
+    done.set_result(digest)
+    return done

@@ -43,7 +43,7 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        device = {"": 0} if torch.cuda.is_available() else None
+        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
@@ -147,8 +147,10 @@ def trainable(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
 
-def summed_loss(model: Any, ids_BL: Tensor, labels_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor) -> Tensor:
-    """Cross entropy summed over the learned tokens, float32.
+def summed_loss(
+    model: Any, ids_BL: Tensor, labels_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor, call: Any = None
+) -> Tensor:
+    """Cross entropy summed over the learned tokens, float32. `call` runs the causal model, if it is not to run itself.
 
     Samples of one block do not see each other. Logits are computed for learned tokens only: with a large vocabulary
     they are most of the cost, and most tokens are prompts. `labels_BL` stays in host memory, so that finding the
@@ -168,7 +170,7 @@ def summed_loss(model: Any, ids_BL: Tensor, labels_BL: Tensor, positions_BL: Ten
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, where_K)[None],))
     try:
         with torch.autocast(device.type, dtype=causal.dtype, enabled=causal.dtype != torch.float32):
-            logits_KV = causal(input_ids=ids_BL, use_cache=False, **seen).logits[0]
+            logits_KV = (call or causal)(input_ids=ids_BL, use_cache=False, **seen).logits[0]
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits_KV.float(), wanted_K, reduction="sum")

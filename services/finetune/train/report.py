@@ -39,6 +39,36 @@ QUICK = 5000
 _TAKEN_OVER = ("metrics.jsonl.gz", "samples.jsonl", "logs/rank-0.txt")
 
 
+class Silent:
+    """The report of a rank that does not speak for the run: of all that it is told only warnings go out."""
+
+    def __init__(self, attempt: Attempt, rank: int) -> None:
+        self._attempt = attempt
+        self._rank = rank
+
+    def log(self, text: str, level: str = "info") -> None:
+        if level != "info":
+            self._attempt.emit("log", level=level, text=f"rank {self._rank}: {text}")
+
+    def warn(self, text: str) -> None:
+        self.log(text, "warning")
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def sample(self, step: int, prompt: str, answer: str) -> None:
+        pass
+
+    def recall(self, digest: str, step: int) -> None:
+        pass
+
+    def write(self, lines: tuple[str, ...], summary: Mapping[str, Any], last: bool) -> str:
+        return ""
+
+    def close(self, lines: tuple[str, ...], summary: Mapping[str, Any]) -> None:
+        pass
+
+
 class Report:
     """Events go out at once; what was told is kept for the files. Any thread may tell; one at a time may `write`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from services.finetune.errors import InvalidArgument, ResourceExhausted, out_of_
 from services.finetune.packing import Blocks
 from services.finetune.train.batch import ROUND
 from services.finetune.train.engine import Engine
+from services.finetune.train.parallel import ALONE, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class _Pending:
     taken: Taken
     began: float
     numbers: Tensor
-    """loss and gradient norm, in host memory once `ready`."""
+    """Loss, how many ranks were asked to stop, gradient norm; in host memory once `ready`."""
     ready: Any
 
 
@@ -71,6 +73,8 @@ class Stepper:
         engine: Engine,
         tell: Callable[[Told], None],
         log: Callable[[str, str], None],
+        group: Group = ALONE,
+        stop: threading.Event | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -79,10 +83,13 @@ class Stepper:
         self.engine = engine
         self.tell = tell
         self.log = log
+        self.group = group
+        self.stop = stop or threading.Event()
+        self._asked = False
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(config.optim, self.parameters)
         schedule = config.schedule
-        self.per_epoch = math.ceil(len(blocks) / (schedule.batch_size * schedule.accumulate))
+        self.per_epoch = math.ceil(len(blocks) / schedule.blocks_per_step)
         self.total = schedule.max_steps or self.per_epoch * schedule.epochs
         self.step = 0
         self.loss = 0.0
@@ -104,10 +111,15 @@ class Stepper:
         """
         began, schedule = time.monotonic(), self.config.schedule
         taken = self._coming()
-        total = self._within_memory(taken)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm or math.inf)
         lr = self.config.optim.lr * rate(self.step, self.total, schedule)
-        self._update(torch.stack((total, norm)), lr, taken, began)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = self._within_memory(taken)
+        self._beat()
+        numbers = self.group.sum(torch.stack((total, torch.full_like(total, float(self.stop.is_set())))))
+        self._await_hold()
+        norm = self.engine.combine(self.parameters, self.config.optim.clip_norm)
+        self._update(torch.cat((numbers, norm[None])), lr, taken, began)
 
     def _within_memory(self, taken: Taken) -> Tensor:
         while True:
@@ -123,21 +135,21 @@ class Stepper:
     def _gradients(self, taken: Taken) -> Tensor:
         """Backpropagate the coming step; its loss."""
         # Dropout depends on seed and step only: a resumed step draws what the first try drew.
-        seed = (self.config.schedule.seed << 32) + self.step + 1
+        seed = (self.config.schedule.seed << 32) + (self.group.rank << 24) + self.step + 1
         torch.manual_seed(seed)
         self.model.train()
         if text := self.engine.begin(self._most_tokens(), self._optimizer_bytes()):
             self.log(text, "info")
         total = torch.zeros((), device=self.device)
-        order = np.array(taken.blocks)
-        for n, at in enumerate(range(0, len(order), self.micro)):
-            total += self.engine.backprop(order[at : at + self.micro], taken.learned, (seed << 16) + n)
+        for n, batch in enumerate(self.group.deal(np.array(taken.blocks), self.micro)):
+            self._beat()
+            total += self.engine.backprop(batch, taken.learned, (seed << 16) + n)
         return total
 
     def _spare(self) -> None:
         """Take less memory from now on, once. ResourceExhausted (OUT_OF_MEMORY)."""
         step, at_once = self.step + 1, self.micro
-        instead = "" if self.spared else self._halve() or self.engine.spare()
+        instead = "" if self.spared or self.engine.collective else self._halve() or self.engine.spare()
         if not instead:
             again = ", again" if self.spared else ""
             raise ResourceExhausted(
@@ -160,7 +172,7 @@ class Stepper:
     def _update(self, numbers: Tensor, lr: float, taken: Taken, began: float) -> None:
         before, ready = self._pending, None
         if self.device.type == "cuda":
-            host = torch.empty(2, pin_memory=True)
+            host = torch.empty(3, pin_memory=True)
             numbers = host.copy_(numbers, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
@@ -168,14 +180,23 @@ class Stepper:
         self._pending = _Pending(self.step, lr, taken, began, numbers, ready)
         if ready is None:
             self.settle()  # before it can do harm
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.engine.apply(self.optimizer)
+        if ready is not None and before is not None:
+            self._look(before)
+
+    def _beat(self) -> None:
+        # How long the first step takes nobody knows: it may compile kernels.
+        self.group.beat(self._settled > 0)
+
+    def _await_hold(self) -> None:
         if self.hold is not None:
             torch.cuda.current_stream().wait_event(self.hold)
             self.hold = None
-        self.optimizer.step()
-        if ready is not None and before is not None:
-            self._look(before)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a rank was asked to stop. All ranks hear of it after the same step."""
+        return self._asked or (self.group.world == 1 and self.stop.is_set())
 
     def state(self) -> dict[str, Any]:
         """The plain numbers that the coming step follows from."""
@@ -195,7 +216,8 @@ class Stepper:
     def _look(self, pending: _Pending) -> None:
         if pending.ready is not None:
             pending.ready.synchronize()
-        self.loss, grad_norm = pending.numbers.tolist()
+        self.loss, asked, grad_norm = pending.numbers.tolist()
+        self._asked = asked > 0
         if not (math.isfinite(self.loss) and math.isfinite(grad_norm)):
             raise InvalidArgument(
                 f"loss {self.loss} and gradient norm {grad_norm} at step {pending.step}: lower optim.lr or look at the "
@@ -214,7 +236,7 @@ class Stepper:
         """
         schedule, blocks = self.config.schedule, self.blocks
         epoch, place = divmod(self.step, self.per_epoch)
-        per_step = schedule.batch_size * schedule.accumulate
+        per_step = schedule.blocks_per_step
         order = packing.order(len(blocks), epoch, schedule.seed)[place * per_step : (place + 1) * per_step]
         flat = blocks.flat
         members = flat.members[packing.ranges(flat.starts[order], flat.starts[order + 1] - flat.starts[order])]

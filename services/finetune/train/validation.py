@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from services.finetune.packing import Blocks
 from services.finetune.train.engine import Engine
+from services.finetune.train.parallel import ALONE, Group
 
 
 @dataclass(slots=True)
@@ -39,15 +41,22 @@ class Looks:
         return best
 
 
-def mean_loss(engine: Engine, sets: Sequence[Blocks], batch_size: int, stop: threading.Event) -> float | None:
-    """Cross entropy for each learned token of all blocks, without dropout; None if `stop` was set meanwhile.
+def mean_loss(
+    engine: Engine, sets: Sequence[Blocks], batch_size: int, stop: threading.Event, group: Group = ALONE
+) -> float | None:
+    """Cross entropy for each learned token of all blocks, without dropout; None if `stop` of any rank was set meanwhile.
 
     Micro-batches are summed in float64 on the host, so their size changes the result by rounding only.
     """
-    total = 0.0
+    total = torch.zeros(2, dtype=torch.float64)
     for blocks in sets:
-        for at in range(0, len(blocks), batch_size):
-            if stop.is_set():
-                return None
-            total += float(engine.look(blocks, np.arange(at, min(at + batch_size, len(blocks)))))
-    return total / sum(blocks.learned for blocks in sets)
+        for batch in group.deal(np.arange(len(blocks)), batch_size):
+            group.beat(False)
+            # Where all ranks must take part, none may leave early.
+            if stop.is_set() and not engine.collective:
+                break
+            if len(batch) or engine.collective:
+                total[0] += float(engine.look(blocks, batch))
+    total[1] += stop.is_set()
+    summed, stopped = group.sum(total).tolist()
+    return None if stopped else summed / sum(blocks.learned for blocks in sets)
