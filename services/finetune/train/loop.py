@@ -184,7 +184,8 @@ class Trainer:
         if stage:
             from services.finetune.train.zero import Zero, settings_of
 
-            settings = settings_of(stage, self.config.optim.clip_norm)
+            trainable = sum(p.numel() for p in self.parameters.values())
+            settings = settings_of(stage, self.config.optim.clip_norm, trainable)
             self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings)
             return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes: {why}"
         engine, how = choose(self.model, self.data.blocks, self.device, dtype, longest, fixed, self.group)

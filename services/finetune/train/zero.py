@@ -181,12 +181,19 @@ class Zero:
             zero._lazy_init_hp_params_optimizer_state()
 
 
-def settings_of(preset: str, clip_norm: float) -> dict[str, Any]:
+BUCKET = 500_000_000
+"""Elements that DeepSpeed's stages 1 and 2 reduce at once, if they are not told otherwise."""
+
+
+def settings_of(preset: str, clip_norm: float, trainable: int) -> dict[str, Any]:
     """A preset as this trainer needs it: the trainer counts micro-steps, and nothing is printed."""
     settings = preset_json(preset)
     tuned = {**settings["zero_optimization"]}
     # Small parts that every rank keeps whole save little; 4-bit weights of few bytes would all be such parts.
     tuned |= {"stage3_param_persistence_threshold": 0} if tuned["stage"] == 3 else {}
+    if tuned["stage"] < 3:
+        # Buffers of this size are made whatever is trained: for LoRA gigabytes, and on a CPU seconds a step.
+        tuned |= dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), min(BUCKET, trainable))
     if not torch.cuda.is_available():
         tuned["overlap_comm"] = False
     return {
