@@ -76,8 +76,9 @@ def obtain(
 def told(manifest: Manifest, made: bool) -> str:
     """What a prepared artifact holds, for people."""
     m = manifest.meta
+    drawn = f", {m['drawn']} of them drawn," if m.get("drawn") else ""
     return (
-        f"{m['rows']} rows in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
+        f"{m['rows']} rows{drawn} in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
         f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped"
     )
 
@@ -149,7 +150,7 @@ def _make(
 
 
 def _counts(built: Built) -> dict[str, Any]:
-    names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
+    names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths", "drawn")
     good = built.index["rows"] - sum(built.index["skipped"].values())
     return {"rows": good, **{name: built.index[name] for name in names}}
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Longs = NDArray[np.int64]
 
+_DRAW = 2**33
+"""Far from the epochs and the datasets' own numbers, so that no draw repeats an order of blocks."""
 _BYTES_A_PROCESS = 16 << 20
 """A process takes a second to start; less than this is not worth one."""
 
@@ -165,6 +167,8 @@ def _finish(
     total = made.total
     lengths, learned = np.concatenate([np.zeros((0, 2), np.int64), *made.sizes]).T
     chosen = _chosen([(s.weight, made.of_source[n]) for n, s in enumerate(sources)], seed)
+    if data.max_rows:
+        chosen = chosen[np.sort(order(len(chosen), _DRAW, seed)[: data.max_rows])]
     if not len(chosen):
         why = f"; the first bad one is {_told(total.problems[0])}" if total.problems else ""
         raise InvalidArgument(
@@ -176,7 +180,7 @@ def _finish(
     tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
     flat = Flat(length, tokens, mask, offsets_of(lengths), chosen[members], starts)
     proof = replace(made.proof, texts=made.proof.texts + total.compared)
-    about = _about(made, sources, tokenizer, proof)
+    about = {**_about(made, sources, tokenizer, proof), "drawn": len(chosen) if data.max_rows else 0}
     Blocks.of(flat, int(learned[chosen].sum()), total.truncated, total.dropped).save_layout(out, about)
     index = json.loads((out / "index.json").read_text("utf-8"))
     return Built(Blocks.open(out), index, proof, tuple(total.problems))
