@@ -194,8 +194,12 @@ class Training:
 def _positive(config: RunConfig) -> None:
     """Values that would make a run senseless are refused before anything is started."""
     least = {
+        "model.gradient_checkpointing_every": (config.model.gradient_checkpointing_every, 1),
         "lora.rank": (config.lora.rank, 1),
+        **{f"lora.rank_pattern.{p}": (rank, 1) for p, rank in config.lora.rank_pattern.items()},
+        "lora.loraplus_lr_ratio": (config.lora.loraplus_lr_ratio, 0),
         "data.max_length": (config.data.max_length, 8),
+        "data.max_rows": (config.data.max_rows, 0),
         "schedule.epochs": (config.schedule.epochs, 1),
         "schedule.max_steps": (config.schedule.max_steps, 0),
         "schedule.batch_size": (config.schedule.batch_size, 1),
@@ -206,8 +210,11 @@ def _positive(config: RunConfig) -> None:
         "report.checkpoint_every": (config.report.checkpoint_every, 1),
         "report.checkpoint_epochs": (config.report.checkpoint_epochs, 0),
         "report.sample_every": (config.report.sample_every, 0),
+        "schedule.min_lr_ratio": (config.schedule.min_lr_ratio, 0),
+        "schedule.power": (config.schedule.power, 0),
+        "schedule.decay_ratio": (config.schedule.decay_ratio, 0),
         "optim.lr": (config.optim.lr, 0),
-        "lora.dropout": (config.lora.dropout, 0),
+        "optim.weight_decay": (config.optim.weight_decay, 0),
     }
     for key, (value, lowest) in least.items():
         if value < lowest:
@@ -216,16 +223,24 @@ def _positive(config: RunConfig) -> None:
                 reason="CONFIG_VALUE_INVALID",
                 metadata={"key": key},
             )
-    if config.lora.dropout >= 1:
-        raise InvalidArgument("config key 'lora.dropout' must be below 1", reason="CONFIG_VALUE_INVALID")
+    below_1 = {
+        "lora.dropout": config.lora.dropout,
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+        "optim.momentum": config.optim.momentum,
+    }
+    for key, part in below_1.items():
+        if not 0 <= part < 1:
+            raise InvalidArgument(
+                f"config key {key!r} must be 0 or more and below 1, not {part}",
+                reason="CONFIG_VALUE_INVALID",
+                metadata={"key": key},
+            )
 
 
 def _supported(config: RunConfig) -> None:
     """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
     lacks = {
-        "method": (config.method, ("lora", "qlora"), "set it to lora or qlora"),
-        "quant.kind": (config.quant.kind if config.quant.bits == 4 else "nf4", ("nf4",), "set it to nf4"),
-        "data.max_rows": (config.data.max_rows, (0,), "set it to 0 to learn from all rows"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
         "parallel.deepspeed": (config.parallel.deepspeed, ("",), "leave it empty"),
     }

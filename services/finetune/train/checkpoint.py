@@ -1,16 +1,20 @@
 """Checkpoints: everything that decides how a run goes on, as one artifact. No pickle: tensors and JSON only.
 
-adapter_model.safetensors, adapter_config.json   a PEFT adapter, usable as it is
+adapter_model.safetensors, adapter_config.json   a PEFT adapter, usable as it is; or
+model.safetensors                                the weights that full training changed, in float32
 optimizer.safetensors                            the optimizer's tensors, "<parameter>|<slot>"
 rng.safetensors                                  torch's generator states
-state.json                                       step, loss, and the optimizer's plain numbers
+state.json                                       step, loss, the optimizer's plain numbers and the loss scale; of a whole
+                                                 model also other names of its weights ("tied")
 run_config.json                                  the run's config
+
+What is large is in several files: model-00001-of-00004.safetensors.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,10 @@ from services.finetune.store.artifacts import Parent, load, materialise, publish
 class Snapshot:
     """A run's state in host memory, or on its way there until `ready` (a CUDA event). It shares nothing with the model."""
 
-    config: Mapping[str, Any]
-    adapter: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None
+    """The adapter's; None for a model that is trained whole."""
+    weights: Mapping[str, Tensor]
+    tied: Sequence[str]
     optimizer: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
     rng: Mapping[str, Tensor]
@@ -40,13 +46,21 @@ def snapshot(model: Any, parameters: Mapping[str, Tensor], optimizer: torch.opti
     """Begin to copy the state. On a GPU weights must not change before `ready`; reading them is free to go on."""
     from peft import get_peft_model_state_dict
 
-    if hasattr(optimizer, "init_state"):
+    if _is_bitsandbytes(optimizer) and torch.cuda.is_available():
         torch.cuda.synchronize()  # pages are read by the host itself
+    adapted = hasattr(model, "peft_config")
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else parameters
     with _Copies() as copies:
-        adapter = {k: copies.take(v) for k, v in get_peft_model_state_dict(model).items()}
+        taken = {k: copies.take(v) for k, v in weights.items()}
         tensors, numbers = _split(optimizer, parameters, copies)
-    config = model.peft_config["default"].to_dict()
-    return Snapshot(config, adapter, tensors, numbers, _rng(), copies.ready)
+    config = model.peft_config["default"].to_dict() if adapted else None
+    return Snapshot(config, taken, [] if adapted else _tied(model), tensors, numbers, _rng(), copies.ready)
+
+
+def _tied(model: Any) -> list[str]:
+    """Further names of weights that have one already."""
+    names = {n for n, _ in model.named_parameters()}
+    return sorted(n for n, _ in model.named_parameters(remove_duplicate=False) if n not in names)
 
 
 class _Copies:
@@ -82,16 +96,45 @@ def save(
     if taken.ready is not None:
         taken.ready.synchronize()
     folder.mkdir(parents=True)
-    write_tensors(taken.adapter, folder / "adapter_model.safetensors")
-    config = {**taken.config, "base_model_name_or_path": run.base.name, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(_dump({k: _plain(v) for k, v in config.items()}))
-    write_tensors(taken.optimizer, folder / "optimizer.safetensors")
+    if taken.config is None:
+        write_sharded(taken.weights, folder, "model")
+        state = {**state, "tied": taken.tied}
+    else:
+        write_tensors(taken.weights, folder / "adapter_model.safetensors")
+        config = {**taken.config, "base_model_name_or_path": run.base.name, "inference_mode": True}
+        (folder / "adapter_config.json").write_text(_dump({k: _plain(v) for k, v in config.items()}))
+    write_sharded(taken.optimizer, folder, "optimizer")
     write_tensors(taken.rng, folder / "rng.safetensors")
     (folder / "state.json").write_text(_dump({**state, "optimizer": taken.numbers}))
     (folder / "run_config.json").write_text(_dump(to_json(run.config)))
     parents = [Parent("base", run.base.digest, run.base.name)]
     parents += [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "checkpoint", folder, parents, meta)
+
+
+SHARD_BYTES = 4 << 30
+
+
+def write_sharded(tensors: Mapping[str, Tensor], folder: Path, stem: str, limit: int = SHARD_BYTES) -> None:
+    """Write files below `limit` bytes, unless one tensor alone is above it; a single one is stem.safetensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in sorted(tensors.items()):
+        if shards[-1] and size + value.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    for n, shard in enumerate(shards, 1):
+        part = f"-{n:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        write_tensors(shard, folder / f"{stem}{part}.safetensors")
+
+
+def read_sharded(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What write_sharded wrote."""
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted(folder.glob(f"{stem}*.safetensors")) for k, v in load_file(path).items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -136,9 +179,14 @@ def restore(
     manifest = load(store, digest)
     materialise(store, manifest, folder)
     check_same(run, json.loads((folder / "run_config.json").read_text()), manifest.parents)
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    else:
+        weights = read_sharded(folder, "model")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(weights[name])
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    _join(optimizer, parameters, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    _join(optimizer, parameters, read_sharded(folder, "optimizer"), state["optimizer"])
     for name, value in load_file(folder / "rng.safetensors").items():
         if name == "cpu":
             torch.set_rng_state(value)
@@ -194,32 +242,36 @@ def _join(
     for key, value in {**tensors, **numbers}.items():
         name, _, slot = key.rpartition("|")
         state.setdefault(name, {})[slot] = value
-    paged = hasattr(optimizer, "init_state")
-    if state and paged != any("state1" in slots for slots in state.values()):
+    ours = _is_bitsandbytes(optimizer)
+    if state and ours != any("state1" in slots for slots in state.values()):
         raise FailedPrecondition(
             "the checkpoint's optimizer is of another machine: paged_adamw_32bit is paged on a GPU only; go on where it "
             "was saved",
             reason="RESUME_MISMATCH",
         )
-    if paged:
-        _fill_paged(optimizer, parameters, state)
+    if ours:
+        _fill(optimizer, parameters, state)
         return
-    names = list(parameters)
+    places = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     whole = optimizer.state_dict()
-    whole["state"] = {names.index(name): slots for name, slots in state.items()}
+    whole["state"] = {places[id(parameters[name])]: slots for name, slots in state.items()}
     optimizer.load_state_dict(whole)
 
 
-def _fill_paged(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Restore bitsandbytes' state into pages: its own load_state_dict would leave it all in GPU memory."""
-    known = [(n, name, p) for n, (name, p) in enumerate(parameters.items()) if name in state]
-    for n, _, parameter in known:
-        optimizer.init_state(optimizer.param_groups[0], parameter, 0, n)
-    # Pages are zeroed by the GPU, in its own time.
-    torch.cuda.synchronize()
-    for _, name, parameter in known:
-        slots = optimizer.state[parameter]
-        for slot, value in state[name].items():
+def _is_bitsandbytes(optimizer: Any) -> bool:
+    return hasattr(optimizer, "init_state")
+
+
+def _fill(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Restore bitsandbytes' state where it makes it: its own load_state_dict would leave pages in GPU memory."""
+    for g, group in enumerate(optimizer.param_groups):
+        for n, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, g, n)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # pages are zeroed by the GPU, in its own time
+    for name, kept in state.items():
+        slots = optimizer.state[parameters[name]]
+        for slot, value in kept.items():
             if isinstance(value, Tensor):
                 slots[slot].copy_(value)
             else:

@@ -22,7 +22,7 @@ from services.finetune.tokenizer import Tokenizer
 from services.finetune.train import checkpoint
 from services.finetune.train.data import prepare
 from services.finetune.train.engine import choose
-from services.finetune.train.model import choose_dtype, load_model, trainable
+from services.finetune.train.model import choose_dtype, computing, load_model, trainable
 from services.finetune.train.step import Stepper, Told
 
 
@@ -76,9 +76,12 @@ class Trainer:
         self.model = load_model(folder, self.config, dtype)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
-        engine, why = choose(self.model, self.blocks, self.device, dtype)
+        engine, why = choose(self.model, self.blocks, self.device, dtype, self.config.model)
         self._log(f"gradients by {why}")
-        self.steps = Stepper(self.config, self.model, self.parameters, self.blocks, engine, self._tell, self._log)
+        self.steps = Stepper(
+            self.config, self.model, self.parameters, self.blocks, engine, self._tell, self._log, dtype
+        )
+        self.dtype = dtype
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,
@@ -102,7 +105,7 @@ class Trainer:
                 self.steps.optimizer,
                 self.workdir / "resume",
             )
-            self.steps.step, self.steps.loss = state["step"], state["loss"]
+            self.steps.go_on(state)
             self._saved = self.steps.step
             self._digest.set_result(digest)
             self._log(f"going on after step {self.steps.step}")
@@ -137,12 +140,13 @@ class Trainer:
                 self._digest.result()  # one at a time
             snapshot = checkpoint.snapshot(self.model, self.parameters, steps.optimizer)
             steps.hold, self._saved = snapshot.ready, steps.step
-            self._digest = self._saver.submit(self._store, snapshot, steps.step, steps.loss)
+            self._digest = self._saver.submit(self._store, snapshot, steps.state())
         return self._digest
 
-    def _store(self, snapshot: checkpoint.Snapshot, step: int, loss: float) -> str:
+    def _store(self, snapshot: checkpoint.Snapshot, state: dict[str, Any]) -> str:
+        step, loss = state["step"], state["loss"]
         folder = self.workdir / f"checkpoint-{step}"
-        state, meta = {"step": step, "loss": loss}, {**self.meta, "step": step, "loss": loss}
+        meta = {**self.meta, "step": step, "loss": loss}
         digest = checkpoint.save(self.attempt.store, self.order, snapshot, state, meta, folder)
         # The store has it; a long run would fill the disk with copies.
         shutil.rmtree(folder)
@@ -156,7 +160,7 @@ class Trainer:
         for prompt in self.config.report.prompts:
             ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
             prompt_BL = torch.tensor([ids], device=self.device)
-            with torch.no_grad():
+            with torch.no_grad(), computing(self.device, self.dtype):
                 out_BL = self.model.generate(
                     input_ids=prompt_BL,
                     attention_mask=torch.ones_like(prompt_BL),

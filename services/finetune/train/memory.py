@@ -1,11 +1,15 @@
-"""How many layers keep what their backward pass needs, and how many run forward twice: a plan from the free memory."""
+"""How many layers keep what their backward pass needs, and how many run forward twice: a plan from the free memory for the
+fused path, a choice of layers for autograd."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from services.finetune.config import ModelConfig
+from services.finetune.errors import FailedPrecondition
 
 SPARE = 0.06
 """Part of the free memory that is left to what the plan does not see: kernels' workspaces, holes between tensors."""
@@ -35,7 +39,7 @@ def plan(fused: Any, tokens: int, free: int) -> Plan:
     layer = fused.layers[0]
     hidden, vocabulary = fused.embedding.shape[1], fused.head.shape[0]
     qkv, gate_up = layer.qkv.shape[0], layer.gate_up.shape[0]
-    ranks = sum(g.a_copy.shape[0] if g.adapted else 0 for g in layer.groups)
+    ranks = max(sum(g.a_copy.shape[0] if g.adapted else 0 for g in each.groups) for each in fused.layers)
     mixed = layer.out.shape[1]
     raw = qkv if layer.heads.q_weight is not None else 0
     small = 8 + 4 * layer.heads.queries
@@ -49,6 +53,42 @@ def plan(fused: Any, tokens: int, free: int) -> Plan:
     room = int(free * (1 - SPARE)) - working - inputs
     kept = max(0, min(len(fused.layers), room // per_layer))
     return Plan(len(fused.layers), len(fused.layers) - kept, per_layer, working)
+
+
+def bound(made: Plan, config: ModelConfig) -> Plan:
+    """The plan within what `model.gradient_checkpointing` allows."""
+    least = {"full": made.layers, "selective": -(-made.layers // config.gradient_checkpointing_every)}
+    recomputed = max(made.recomputed, least.get(config.gradient_checkpointing, 0))
+    return replace(made, recomputed=0 if config.gradient_checkpointing == "none" else recomputed)
+
+
+def recompute(causal: Any, config: ModelConfig, device: torch.device) -> str:
+    """Let layers of a transformers model run forward again in autograd's backward pass; which, in words.
+
+    What autograd keeps is known only once it is kept, so auto is all layers on a GPU, and none where memory is the host's.
+    FailedPrecondition (MODEL_NOT_TRAINABLE) for a model that cannot do what is asked.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    wanted = config.gradient_checkpointing
+    layers = [m for m in causal.modules() if isinstance(m, GradientCheckpointingLayer)]
+    able = bool(layers) and causal.supports_gradient_checkpointing
+    if wanted == "auto":
+        wanted = "full" if device.type == "cuda" and able else "none"
+    if wanted == "none":
+        return "no layer runs forward twice"
+    if not able:
+        raise FailedPrecondition(
+            f"{type(causal).__name__} cannot run layers forward again; set model.gradient_checkpointing to none",
+            reason="MODEL_NOT_TRAINABLE",
+        )
+    causal.gradient_checkpointing_enable({"use_reentrant": False})
+    # Only reentrant checkpoints need inputs with a gradient, and it would have to be computed.
+    causal.disable_input_require_grads()
+    every = config.gradient_checkpointing_every if wanted == "selective" else 1
+    for n, layer in enumerate(layers):
+        layer.gradient_checkpointing = n % every == 0
+    return f"{-(-len(layers) // every)} of {len(layers)} layers run forward twice"
 
 
 def free_bytes(device: torch.device) -> int:

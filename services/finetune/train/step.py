@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from services.finetune import packing
-from services.finetune.config import OptimConfig, RunConfig, ScheduleConfig
+from services.finetune.config import RunConfig
 from services.finetune.errors import InvalidArgument
 from services.finetune.packing import Blocks
 from services.finetune.train.batch import ROUND
 from services.finetune.train.engine import Batch, Engine
+from services.finetune.train.optim import make_optimizer, rate, state_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Told:
     step: int
     loss: float
     grad_norm: float
+    """0 for a step that was skipped."""
     lr: float
     tokens: int
     seconds: float
@@ -46,7 +48,8 @@ class Stepper:
     """A model, its data and its optimizer, one step at a time.
 
     On a GPU a step's loss is looked at while the next one runs; `settle` waits for it. `tell` hears of every step, in order,
-    `log` of what the engine decides.
+    `log` of what is decided. In float16 gradients are scaled, so that small ones do not vanish; the host waits for each
+    step, and one whose gradients overflow is skipped.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Stepper:
         engine: Engine,
         tell: Callable[[Told], None],
         log: Callable[[str], None],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.model = model
@@ -67,7 +71,9 @@ class Stepper:
         self.tell = tell
         self.log = log
         self.device = self.parameters[0].device
-        self.optimizer = make_optimizer(config.optim, self.parameters)
+        self.optimizer, told = make_optimizer(config, model, parameters)
+        self.log(told)
+        self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
         schedule = config.schedule
         self.per_epoch = math.ceil(len(blocks) / (schedule.batch_size * schedule.accumulate))
         self.total = schedule.max_steps or self.per_epoch * schedule.epochs
@@ -88,11 +94,14 @@ class Stepper:
         batches = self._batches()
         learned = sum(int((self.blocks.labels[b] >= 0).sum()) for b in batches)
         self.model.train()
-        if text := self.engine.begin(self._most_tokens(), self._optimizer_bytes()):
+        if text := self.engine.begin(self._most_tokens(), state_bytes(self.optimizer)):
             self.log(text)
         total = torch.zeros((), device=self.device)
+        scale = float(self.scaler.scale(torch.ones_like(total))) if self.scaler else 1.0
         for n, batch in enumerate(batches):
-            total += self.engine.backprop(batch, learned, (seed << 16) + n)
+            total += self.engine.backprop(batch, learned, (seed << 16) + n, scale)
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm or math.inf)
         lr = self.config.optim.lr * rate(self.step, self.total, schedule)
         tokens = sum(int((self.blocks.segments[b] > 0).sum()) for b in batches)
@@ -107,16 +116,40 @@ class Stepper:
             ready.record()
         self.step += 1
         self._pending = _Pending(self.step, lr, tokens, began, numbers, ready)
-        if ready is None:
+        if ready is None or self.scaler:
             self.settle()  # before it can do harm
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         if self.hold is not None:
             torch.cuda.current_stream().wait_event(self.hold)
             self.hold = None
+        if self.scaler:
+            self._step_scaled(self.scaler)
+            return
         self.optimizer.step()
         if ready is not None and before is not None:
             self._look(before)
+
+    def _step_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        scale = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            self.log(
+                f"step {self.step} was skipped: its float16 gradients overflowed at a loss scale of {scale:g}, which is "
+                f"{scaler.get_scale():g} from now on"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The plain numbers that the coming step follows from."""
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
+        return {"step": self.step, "loss": self.loss, **scaler}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.step, self.loss = state["step"], state["loss"]
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
 
     def settle(self) -> None:
         """Wait for the last step's numbers. InvalidArgument (LOSS_NOT_FINITE)."""
@@ -128,6 +161,8 @@ class Stepper:
         if pending.ready is not None:
             pending.ready.synchronize()
         self.loss, grad_norm = pending.numbers.tolist()
+        if self.scaler and math.isfinite(self.loss) and not math.isfinite(grad_norm) and self.scaler.get_scale() >= 1:
+            grad_norm = 0.0
         if not (math.isfinite(self.loss) and math.isfinite(grad_norm)):
             raise InvalidArgument(
                 f"loss {self.loss} and gradient norm {grad_norm} at step {pending.step}: lower optim.lr or look at the "
@@ -153,33 +188,3 @@ class Stepper:
     def _most_tokens(self) -> int:
         tokens = self.config.schedule.batch_size * int(self.blocks.ids.shape[1])
         return -(-tokens // ROUND) * ROUND
-
-    def _optimizer_bytes(self) -> int:
-        """What the optimizer will still take on the device."""
-        return 0 if self.optimizer.state else sum(8 * p.numel() for p in self.parameters)
-
-
-def rate(step: int, total: int, schedule: ScheduleConfig) -> float:
-    """The learning rate of a step (from 0) as a part of the highest: linear warm-up, then a cosine to min_lr_ratio."""
-    warm = schedule.warmup_steps or math.ceil(total * schedule.warmup_ratio)
-    if step < warm:
-        return (step + 1) / warm
-    along = (step - warm) / max(1, total - warm)
-    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * along))
-
-
-def make_optimizer(config: OptimConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of a config over LoRA weights."""
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    # Paging moves state between GPU and host memory; without a GPU there is nothing to page.
-    if config.name == "paged_adamw_32bit" and torch.cuda.is_available():
-        from bitsandbytes import optim
-
-        paged: torch.optim.Optimizer = optim.PagedAdamW32bit(parameters, **options)  # type: ignore[attr-defined]  # untyped
-        return paged
-    return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())
