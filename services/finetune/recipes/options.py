@@ -26,6 +26,9 @@ _SAME = {
     "lora.alpha": "model.lora.lora_alpha lora.lora_alpha",
     "lora.dropout": "model.lora.lora_dropout lora.lora_dropout",
     "lora.targets": "model.lora.target_modules lora.target_modules",
+    "lora.use_rslora": "model.lora.use_rslora",
+    "lora.use_dora": "model.lora.use_dora",
+    "lora.modules_to_save": "model.lora.modules_to_save",
     "report.system": "SYSTEM",
     "report.prompts": "evaluation_inputs",
 }
