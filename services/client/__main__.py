@@ -151,7 +151,12 @@ def _models(verbs: Any) -> None:
     p.add_argument("model")
     p.add_argument("directory")
     group = _group(verbs, "convert", "checkpoints to adapters, adapters to models")
-    p = _verb(group, "pth_to_hf", "commands.models:convert_adapter", "a checkpoint becomes a PEFT adapter")
+    p = _verb(
+        group,
+        "pth_to_hf",
+        "commands.models:convert_adapter",
+        "a checkpoint becomes a PEFT adapter, or a model where all of it was trained",
+    )
     p.add_argument(
         "config", nargs="?", default="", help="of another trainer's checkpoint: an XTuner config, or a recipe"
     )

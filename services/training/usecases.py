@@ -197,7 +197,6 @@ def _positive(config: RunConfig) -> None:
         "model.gradient_checkpointing_every": (config.model.gradient_checkpointing_every, 1),
         "lora.rank": (config.lora.rank, 1),
         **{f"lora.rank_pattern.{p}": (rank, 1) for p, rank in config.lora.rank_pattern.items()},
-        "lora.loraplus_lr_ratio": (config.lora.loraplus_lr_ratio, 0),
         "data.max_length": (config.data.max_length, 8),
         "data.max_rows": (config.data.max_rows, 0),
         "schedule.epochs": (config.schedule.epochs, 1),
@@ -211,31 +210,31 @@ def _positive(config: RunConfig) -> None:
         "report.checkpoint_epochs": (config.report.checkpoint_epochs, 0),
         "report.sample_every": (config.report.sample_every, 0),
         "schedule.min_lr_ratio": (config.schedule.min_lr_ratio, 0),
-        "schedule.power": (config.schedule.power, 0),
         "schedule.decay_ratio": (config.schedule.decay_ratio, 0),
         "optim.lr": (config.optim.lr, 0),
         "optim.weight_decay": (config.optim.weight_decay, 0),
     }
     for key, (value, lowest) in least.items():
-        if value < lowest:
-            raise InvalidArgument(
-                f"config key {key!r} must be at least {lowest}, not {value}",
-                reason="CONFIG_VALUE_INVALID",
-                metadata={"key": key},
-            )
-    below_1 = {
+        _must(value >= lowest, key, f"be at least {lowest}", value)
+    for key, value in {
         "lora.dropout": config.lora.dropout,
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,
         "optim.momentum": config.optim.momentum,
-    }
-    for key, part in below_1.items():
-        if not 0 <= part < 1:
-            raise InvalidArgument(
-                f"config key {key!r} must be 0 or more and below 1, not {part}",
-                reason="CONFIG_VALUE_INVALID",
-                metadata={"key": key},
-            )
+    }.items():
+        _must(0 <= value < 1, key, "be 0 or more and below 1", value)
+    ratio, power = config.lora.loraplus_lr_ratio, config.schedule.power
+    _must(ratio > 0, "lora.loraplus_lr_ratio", "be above 0", ratio)
+    _must(power > 0, "schedule.power", "be above 0", power)
+    frozen = config.model.freeze
+    _must(config.method == "full" or not frozen, "model.freeze", "be empty unless the method is full", list(frozen))
+
+
+def _must(true: bool, key: str, what: str, value: object) -> None:
+    if not true:
+        raise InvalidArgument(
+            f"config key {key!r} must {what}, not {value}", reason="CONFIG_VALUE_INVALID", metadata={"key": key}
+        )
 
 
 def _supported(config: RunConfig) -> None:

@@ -205,6 +205,9 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
         # Where base and rows came from; what they are is compared by digest.
         config["model"].pop("checkpoint")
         config["data"].pop("sources")
+        # What is kept and what is computed again gives the same numbers.
+        config["model"].pop("gradient_checkpointing")
+        config["model"].pop("gradient_checkpointing_every")
     changed = [f"{s}.{k}" for s in now if isinstance(now[s], dict) for k in now[s] if now[s][k] != then[s][k]]
     base = next(p.digest for p in parents if p.role == "base")
     data = [p.digest for p in parents if p.role == "dataset"]
