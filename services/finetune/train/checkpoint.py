@@ -113,6 +113,7 @@ def save(
 
 
 SHARD_BYTES = 4 << 30
+"""Of one file of a checkpoint, so that blobs are sent and taken up again in pieces of a sensible size."""
 
 
 def write_sharded(tensors: Mapping[str, Tensor], folder: Path, stem: str, limit: int = SHARD_BYTES) -> None:
@@ -245,14 +246,14 @@ def _join(
     for key, value in {**tensors, **numbers}.items():
         name, _, slot = key.rpartition("|")
         state.setdefault(name, {})[slot] = value
-    ours = _is_bitsandbytes(optimizer)
-    if state and ours != any("state1" in slots for slots in state.values()):
+    own = _is_bitsandbytes(optimizer)
+    if state and own != any("state1" in slots for slots in state.values()):
         raise FailedPrecondition(
-            "the checkpoint's optimizer is of another machine: paged_adamw_32bit is paged on a GPU only; go on where it "
-            "was saved",
+            "the checkpoint's optimizer is of another machine: paged_adamw_32bit is paged on a GPU only, and torch's "
+            "adamw elsewhere; go on where it was saved",
             reason="RESUME_MISMATCH",
         )
-    if ours:
+    if own:
         _fill(optimizer, parameters, state)
         return
     places = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,12 @@ def _regex(pattern: str) -> str:
     pieces = re.split(r"(\*|\?|\[!?[^\]]+\])", pattern)
     wild = {"*": ".*", "?": "."}
     made = [wild.get(p) or (p.replace("[!", "[^") if n % 2 else re.escape(p)) for n, p in enumerate(pieces)]
-    return "^" + "".join(made)
+    regex = "^" + "".join(made)
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise _invalid("lora.rank_pattern", f"{pattern!r} is no pattern: {error}") from error
+    return regex
 
 
 def _check_saved(model: Any, saved: Sequence[str]) -> None:
@@ -146,5 +151,4 @@ def _check_saved(model: Any, saved: Sequence[str]) -> None:
 
 
 def _invalid(key: str, why: str) -> InvalidArgument:
-    metadata: Mapping[str, str] = {"key": key}
-    return InvalidArgument(f"config key {key!r}: {why}", reason="CONFIG_VALUE_INVALID", metadata=metadata)
+    return InvalidArgument(f"config key {key!r}: {why}", reason="CONFIG_VALUE_INVALID", metadata={"key": key})

@@ -148,7 +148,7 @@ class Stepper:
     def go_on(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.step, self.loss = state["step"], state["loss"]
-        if self.scaler:
+        if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
     def settle(self) -> None:

@@ -103,6 +103,21 @@ def test_an_edit_is_taken_over(change: tuple[str, str], key: str, value: Any) ->
     assert to_json(read_xtuner(made, "x.py").config)[section][name] == value
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        (('"cosine"', '"linear"'), "schedule.kind", "linear"),
+        (('    lr_scheduler_type="cosine",\n', ""), "schedule.kind", "linear"),  # transformers' own default
+        (('"paged_adamw_32bit"', '"lion_8bit"'), "optim.name", "lion_8bit"),
+        (("fp16=True,", "gradient_checkpointing=True,"), "model.gradient_checkpointing", "full"),
+    ],
+)
+def test_an_edit_for_hugging_faces_trainer_is_taken_over(change: tuple[str, str], key: str, value: str) -> None:
+    read = read_xtuner(edited(change, name="internlm_7b_qlora_oasst1_e3_hf"), "x.py")
+    section, _, name = key.partition(".")
+    assert to_json(read.config)[section][name] == value
+
+
 def test_without_quantisation_it_is_lora_and_without_lora_full() -> None:
     made = text(STOCK)
     start = made.index("        quantization_config=dict(")

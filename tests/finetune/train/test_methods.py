@@ -34,20 +34,20 @@ MIXED: dict[str, Any] = {
     "lora__alpha_pattern": {"q_proj": 3.0},
     "lora__modules_to_save": ["lm_head", "model.norm"],
 }
+ASKED: dict[str, Any] = {"model__dtype": "bfloat16", "report__prompts": ["say"], "report__sample_tokens": 3}
 WAYS: dict[str, dict[str, Any]] = {
-    "lora, rslora": {"lora__use_rslora": True, "optim__lr": 2e-3},
-    "lora, lora+": {"lora__loraplus_lr_ratio": 16.0, "optim__lr": 1e-3},
+    "lora, rslora and lora+": {"lora__use_rslora": True, "lora__loraplus_lr_ratio": 4.0, "optim__lr": 1e-3},
     "lora, dora": {"lora__use_dora": True},
     "lora, patterns and saved modules": MIXED,
-    "lora, saved modules in bfloat16": {**MIXED, "model__dtype": "bfloat16"},
+    "lora, saved modules in bfloat16": {**MIXED, **ASKED},
     "qlora, fp4": {**FOUR, "quant__kind": "fp4", "quant__double_quant": False},
     "qlora, dora": {**FOUR, "lora__use_dora": True, "optim__name": "paged_adamw_8bit"},
     "int8_lora": {"method": "int8_lora", "quant__bits": 8},
     "full": {"method": "full", "optim__lr": 1e-3, "optim__weight_decay": 0.1},
     "full in bfloat16, a part frozen": {
+        **ASKED,
         "method": "full",
         "optim__lr": 1e-3,
-        "model__dtype": "bfloat16",
         "model__freeze": ["embed_tokens", "model.layers.0.*"],
     },
 }
@@ -115,13 +115,14 @@ def test_a_tied_head_is_trained_and_written_once(file_store: Store, tmp_path: Pa
         if not (tmp_path / "tied" / path.name).exists():
             (tmp_path / "tied" / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "tied" / "model.safetensors")
-    # Some models' files hold the head again.
+    # Some models' files hold the head again, and some have no name for the whole, which transformers gives it.
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
     save_file(weights, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
     bench = Bench(file_store, tmp_path, tmp_path / "tied")
     ran = bench.train(method="full", optim__lr=1e-3)
     _, folder = bench.convert(ran.checkpoints[2])
-    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert load_file(folder / "model.safetensors").keys() == weights.keys() - {"lm_head.weight"}
     made = load_whole(folder)
     assert made.lm_head.weight is made.model.embed_tokens.weight
     assert loss_of(made, ran, torch.float32) == pytest.approx(ran.losses[2], rel=1e-6)
@@ -214,14 +215,8 @@ def test_what_cannot_be_trained_is_named(bench: Bench, changes: dict[str, Any], 
 def test_weights_that_could_not_be_written_back_are_refused_before_training(tmp_path: Path, tiny: Path) -> None:
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = override(RunConfig(), {**CHANGES, "method": "full"})
-    weights = load_file(tmp_path / "model.safetensors")
-    # A name for the whole is put before the files' own by transformers, and taken away again.
-    save_file(
-        {k.removeprefix("model."): v for k, v in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
-    model = load_model(tmp_path, config, torch.float32)
-    save_file({"other": weights["lm_head.weight"]}, tmp_path / "model.safetensors")
+    model = load_model(tmp_path, override(RunConfig(), {**CHANGES, "method": "full"}), torch.float32)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(FailedPrecondition, match="could not be written back"):
         methods.check_writable(model, tmp_path)
 
@@ -239,7 +234,7 @@ PATTERNS = st.one_of(NAMES, st.from_regex(r"[*?\[01a-z!\].]{1,12}", fullmatch=Tr
 def test_peft_understands_a_pattern_as_we_do(pattern: str, name: str) -> None:
     try:
         made = methods._regex(pattern)
-    except re.error:
+    except InvalidArgument:
         return
     assert bool(re.match(rf"(.*\.)?({made})$", name)) == methods.matches(pattern, name)
 
