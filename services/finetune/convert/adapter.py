@@ -53,7 +53,7 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
     if checkpoint.meta["method"] == "full":
         from services.finetune.convert.whole import make_whole
 
-        return make_whole(task, named, checkpoint, attempt, stop, workdir)
+        return make_whole(task, named, checkpoint, attempt, stop)
     folder = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS, CONFIG))
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     base_parent = next(p for p in checkpoint.parents if p.role == "base")
@@ -173,21 +173,3 @@ def _incomplete(why: str, tensor: str) -> InvalidArgument:
     return InvalidArgument(
         f"{why}; train again or take another checkpoint", reason="ADAPTER_INCOMPLETE", metadata={"tensor": tensor}
     )
-
-
-def scaling(config: Mapping[str, Any]) -> float:
-    """alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
-    rank = int(config["r"])
-    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, if it is a plain LoRA. InvalidArgument (ADAPTER_UNSUPPORTED) naming what is not."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    odd = [k for k in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias") if config.get(k)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise InvalidArgument(
-            f"only plain LoRA adapters can be used, not {', '.join(odd) or config.get('peft_type')}",
-            reason="ADAPTER_UNSUPPORTED",
-        )
-    return config
