@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, RunConfig, TrainRun, override
+from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, MergeTask, RunConfig, TrainRun, override
 from services.finetune.convert import convert
 from services.finetune.progress import Attempt, raise_fence, read_segments
 from services.finetune.store import Store
@@ -97,15 +97,21 @@ class Bench:
                 ran.checkpoints[event["step"]] = event["digest"]
         return ran
 
-    def convert(self, checkpoint: str, dtype: str = "float32") -> tuple[Manifest, Path]:
-        """What conversion makes of a checkpoint, and its files."""
+    def convert(self, checkpoint: str, dtype: str = "float32") -> tuple[str, Path]:
+        """What conversion makes of a checkpoint: its digest, and its files."""
+        named = ArtifactRef(name="checkpoint", digest=checkpoint)
+        return self._convert(adapter=AdapterTask(checkpoint=named, dtype=dtype))
+
+    def merge(self, adapter: str) -> tuple[str, Path]:
+        named, base = ArtifactRef(name="adapter", digest=adapter), ArtifactRef(name="base", digest=self.base)
+        return self._convert(merge=MergeTask(adapter=named, base=base))
+
+    def _convert(self, **task: Any) -> tuple[str, Path]:
         self._jobs += 1
-        task = AdapterTask(checkpoint=ArtifactRef(name="checkpoint", digest=checkpoint), dtype=dtype)
         with self._attempt(f"jobs/c{self._jobs}") as attempt:
-            order = ConvertRun(job="workspaces/w/conversionJobs/j", adapter=task)
+            order = ConvertRun(job="workspaces/w/conversionJobs/j", **task)
             made = convert(order, attempt, threading.Event(), self._folder())["model"]
-        manifest = load(self.store, made)
-        return manifest, materialise(self.store, manifest, self._folder())
+        return made, materialise(self.store, load(self.store, made), self._folder())
 
     def files(self, checkpoint: str) -> dict[str, str]:
         """Digests of what a run goes on from."""
