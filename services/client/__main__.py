@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _models(verbs)
     _training(verbs)
     _inference(verbs)
+    _garbage(verbs)
     return top
 
 
@@ -146,7 +147,13 @@ def _models(verbs: Any) -> None:
     p.add_argument("--template", default="", help="a prompt template in place of the model's own")
     _verb(group, "list", "commands.models:list_all", "list models")
     _verb(group, "get", "commands.models:get", "one model with files and parents").add_argument("model")
-    _verb(group, "delete", "commands.models:delete", "forget a model").add_argument("model")
+    p = _verb(group, "delete", "commands.models:delete", "forget a model that nothing needs")
+    p.add_argument("model")
+    p.add_argument("--force", action="store_true", help="also if something needs it; that goes on")
+    p = _verb(group, "lineage", "commands.registry:lineage", "what a model was made from, or what was made from it")
+    p.add_argument("model", help="a model; or the full name of a revision, checkpoint or endpoint; or a digest")
+    p.add_argument("--descendants", action="store_true", help="what was made from it, and what serves that")
+    p.add_argument("--depth", type=int, default=0, help="at most so many steps; 0 means all")
     p = _verb(group, "download", "commands.models:download", "fetch a model's files; goes on where a cut one stopped")
     p.add_argument("model")
     p.add_argument("directory")
@@ -177,6 +184,12 @@ def _models(verbs: Any) -> None:
     )
 
 
+def _garbage(verbs: Any) -> None:
+    p = _verb(verbs, "gc", "commands.registry:collect_garbage", "drop bytes of the store that nothing needs any more")
+    p.add_argument("--dry-run", action="store_true", help="tell what would be dropped, drop nothing")
+    p.add_argument("--grace-hours", type=float, default=0.0, help="what is younger stays; 24 if left out, 1 at least")
+
+
 def _training(verbs: Any) -> None:
     p = _verb(verbs, "list-cfg", "commands.recipes:list_cfg", "the recipes on offer")
     p.add_argument("-p", "--pattern", default="", help="only names with this text in them")
@@ -199,6 +212,10 @@ def _training(verbs: Any) -> None:
     p.add_argument("--deepspeed", default="", metavar="NAME", help="a preset of list-cfg -p deepspeed, or a .json file")
     p.add_argument("--seed", type=int)
     p.add_argument("--resume", default="", metavar="CHECKPOINT", help="go on exactly from here")
+    p.add_argument("--validation", nargs="+", default=[], metavar="DATASET", help="looked at, and not learned from")
+    p.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints")
+    p.add_argument("--keep-last", type=int, metavar="N", help="keep so many checkpoints; 0 keeps all")
+    p.add_argument("--keep-best", action="store_true", help="keep the best one too, and make it the result")
     p.add_argument("--name", default="", help="the job's name")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
     group = _group(verbs, "job", "training and conversion jobs")
@@ -208,6 +225,12 @@ def _training(verbs: Any) -> None:
     p.add_argument("job")
     p.add_argument("--after", type=int, default=0, help="the last event seen")
     _verb(group, "logs", "commands.jobs:logs", "what happened so far").add_argument("job")
+    _verb(group, "files", "commands.jobs:files", "what a training job left beside its checkpoints").add_argument("job")
+    p = _verb(
+        group, "download", "commands.jobs:download", "fetch those files: the loss curve, the step log, TensorBoard's"
+    )
+    p.add_argument("job")
+    p.add_argument("directory")
     _verb(group, "cancel", "commands.jobs:cancel", "end a job; its last checkpoint is kept").add_argument("job")
     _verb(group, "delete", "commands.jobs:delete", "forget an ended training job").add_argument("job")
 

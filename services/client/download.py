@@ -1,15 +1,17 @@
-"""A model's files onto this machine: checked, and going on where a cut download stopped."""
+"""A model's or a job's files onto this machine: checked, and going on where a cut download stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 from quartet.conversion.v1 import conversion_pb2
+from quartet.training.v1 import training_pb2
 
 from services.client.client import Client, Progress
 from services.client.retry import RETRIES, pause_s
@@ -18,6 +20,8 @@ from services.finetune.errors import DataLoss, QuartetError, Unavailable
 from services.finetune.store.artifacts import check_path
 
 MANIFEST = "quartet_manifest.json"
+Pieces = Callable[[Any, int], Iterator[Any]]
+"""The bytes of a file from an offset on, as (data, crc32c)."""
 
 
 def download_model(client: Client, model: Any, folder: Path, told: Progress = lambda done, total: None) -> None:
@@ -25,28 +29,48 @@ def download_model(client: Client, model: Any, folder: Path, told: Progress = la
 
     InvalidArgument (PATH_UNSAFE), DataLoss (CHUNK_CORRUPT, BLOB_CORRUPT).
     """
-    # The folder is ours, the names come from elsewhere.
-    for file in model.files:
-        check_path(file.path)
-    done = 0
-    for file in model.files:
-        path = folder / file.path
-        if not (path.is_file() and _digest(path) == file.digest):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Named by content, so that a part of another model's file is never gone on with.
-            part = path.with_name(f"{path.name}.{file.digest[-12:]}.part")
-            _fetch(client, model.name, file, part, lambda at, before=done: told(before + at, model.size_bytes))
-            part.replace(path)
-        done += file.size_bytes
-        told(done, model.size_bytes)
+
+    def pieces(file: Any, offset: int) -> Iterator[Any]:
+        request = conversion_pb2.DownloadModelRequest(name=model.name, path=file.path, offset_bytes=offset)
+        return iter(client.conversion.DownloadModel(request))
+
+    _download(model.files, folder, pieces, told)
     manifest = json.dumps(plain(model), indent=1, ensure_ascii=False, sort_keys=True)
     (folder / MANIFEST).write_text(manifest, "utf-8")
 
 
-def _fetch(client: Client, model: str, file: Any, part: Path, told: Any) -> None:
+def download_job_files(client: Client, job: str, files: Sequence[Any], folder: Path, told: Progress) -> None:
+    """Fetch the files that a training job listed, as download_model. Aborted (FILE_CHANGED) if it replaced them since."""
+
+    def pieces(file: Any, offset: int) -> Iterator[Any]:
+        what = {"name": job, "path": file.path, "digest": file.digest}
+        request = training_pb2.DownloadTrainingFileRequest(**what, offset_bytes=offset)
+        return iter(client.training.DownloadTrainingFile(request))
+
+    _download(files, folder, pieces, told)
+
+
+def _download(files: Sequence[Any], folder: Path, pieces: Pieces, told: Progress) -> None:
+    # The folder is ours, the names come from elsewhere.
+    for file in files:
+        check_path(file.path)
+    done, total = 0, sum(file.size_bytes for file in files)
+    for file in files:
+        path = folder / file.path
+        if not (path.is_file() and _digest(path) == file.digest):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Named by content, so that a part of another file is never gone on with.
+            part = path.with_name(f"{path.name}.{file.digest[-12:]}.part")
+            _fetch(file, part, pieces, lambda at, before=done: told(before + at, total))
+            part.replace(path)
+        done += file.size_bytes
+        told(done, total)
+
+
+def _fetch(file: Any, part: Path, pieces: Pieces, told: Any) -> None:
     for attempt in range(RETRIES + 1):
         try:
-            _append(client, model, file, part, told)
+            _append(file, part, pieces, told)
             break
         except (Unavailable, DataLoss) as error:
             if attempt == RETRIES or not _passing(error):
@@ -57,12 +81,11 @@ def _fetch(client: Client, model: str, file: Any, part: Path, told: Any) -> None
         raise DataLoss(f"{file.path} does not have its digest; try again", reason="BLOB_CORRUPT")
 
 
-def _append(client: Client, model: str, file: Any, part: Path, told: Any) -> None:
+def _append(file: Any, part: Path, pieces: Pieces, told: Any) -> None:
     with part.open("ab") as sink:
         if sink.tell() >= file.size_bytes:
             return
-        request = conversion_pb2.DownloadModelRequest(name=model, path=file.path, offset_bytes=sink.tell())
-        for piece in client.conversion.DownloadModel(request):
+        for piece in pieces(file, sink.tell()):
             if google_crc32c.value(piece.data) != piece.crc32c:
                 raise DataLoss(f"{file.path} was damaged on its way; try again", reason="CHUNK_CORRUPT")
             sink.write(piece.data)

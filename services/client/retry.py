@@ -32,7 +32,7 @@ class Room:
 
     def __getattr__(self, rpc: str) -> Callable[..., Any]:
         call = getattr(self._stub, rpc)
-        if rpc.startswith("Watch") or rpc in ("DownloadModel", "ImportFiles", "Generate", "Chat"):
+        if rpc.startswith("Watch") or rpc in ("DownloadModel", "CollectGarbage", "ImportFiles", "Generate", "Chat"):
             return lambda request: self._stream(call, request)
         retries = 0 if rpc == "WriteBlob" else RETRIES
         return lambda request: self._single(call, request, retries)

@@ -92,13 +92,23 @@ def event_line(event: Any) -> str:
         return f"{state}{': ' + event.state.message if event.state.message else ''}"
     if kind == "metric":
         v = event.metric.values
+        if "validation_loss" in v:
+            return (
+                f"step {event.metric.step}  validation loss {v['validation_loss']:.4f}  "
+                f"perplexity {v['validation_perplexity']:.2f}"
+            )
+        more = f"  MFU {v['mfu']:.0%}" if "mfu" in v else ""
+        more += f"  {v['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in v else ""
         total, eta = int(v.get("total_steps", 0)), v.get("eta_s", 0.0)
         return (
             f"step {event.metric.step}/{total}  loss {v['loss']:.4f}  lr {v['lr']:.2e}  "
-            f"{v['tokens_per_s']:.0f} tok/s  {eta:.0f} s left"
+            f"{v['tokens_per_s']:.0f} tok/s{more}  {eta:.0f} s left"
         )
     if kind == "log":
-        return str(event.log.text)
+        warning = event.log.level == type(event.log).WARNING
+        return f"{'warning: ' if warning else ''}{event.log.text}"
+    if kind == "dataset":
+        return _dataset_line(event.dataset)
     if kind == "sample":
         return f"step {event.sample.step}  {event.sample.prompt!r} -> {event.sample.answer!r}"
     if kind == "checkpoint":
@@ -106,3 +116,11 @@ def event_line(event: Any) -> str:
     told = getattr(event, kind)
     what = "rows" if "done_rows" in told.DESCRIPTOR.fields_by_name else "bytes"
     return f"{getattr(told, f'done_{what}')} of {getattr(told, f'total_{what}')} {what}"
+
+
+def _dataset_line(d: Any) -> str:
+    told = f"{d.samples} samples of {d.rows} rows in {d.blocks} blocks, {d.fill:.0%} full: {d.tokens} tokens, "
+    told += f"{d.learned_tokens} learned"
+    parts = {"cut": d.truncated_rows, "dropped": d.dropped_rows, "unreadable": d.skipped_rows}
+    told += "".join(f"; {count} rows {what}" for what, count in parts.items() if count)
+    return told + (f"; {d.validation_samples} samples to look at" if d.validation_samples else "")

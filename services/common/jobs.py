@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from services.common import names
+from services.common import holding, names
 from services.common.launchers import Launcher
 from services.common.paging import page
 from services.common.records import Record, Records
@@ -36,6 +36,7 @@ from services.finetune.errors import (
     Unavailable,
 )
 from services.finetune.store import Store
+from services.finetune.store.holds import digests_of
 
 log = logging.getLogger("quartet.jobs")
 
@@ -56,6 +57,8 @@ class Work:
     would not mend makes the job FAILED."""
     notice: Callable[[Record, progress.Event], progress.Event | None] = lambda job, event: event
     """Called for each event before it becomes visible; may change it, or drop it by None."""
+    keeps: Callable[[Record], set[str]] = lambda job: set()
+    """Digests that an ended job's record is of no use without, and no ref names."""
 
 
 class Jobs:
@@ -84,10 +87,13 @@ class Jobs:
         request_id: str,
         request: str,
         result: Mapping[str, Any] | None = None,
+        again: Callable[[], object] | None = None,
     ) -> Record:
         """Queue a job; one whose `result` (changes to its body) is known already ends well at once.
 
-        AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED).
+        What its order names is held from here on. `again` looks the order's names up once more, for one may have been
+        deleted since: it raises what that means, or gives `spec["run"]` as it is now.
+        AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED), Aborted (ORDER_CHANGED).
         """
         body = {"spec": dict(spec), "attempt": 0, "cursor": -1, "handle": None, "cancel": False, "key": job_key(name)}
         job, events = Record(name, self.work.kind, "QUEUED", body), [_state("QUEUED", 0)]
@@ -95,9 +101,15 @@ class Jobs:
             job = _with(replace(job, state="SUCCEEDED"), **result, end_time=names.now())
             events.append(_state("SUCCEEDED", 0))
         try:
-            return self.records.create(job, request_id, request, events)
+            with holding.taken(self.store, job, self._needs(job)):
+                if again is not None and again() != spec["run"]:
+                    raise Aborted("what the job names changed meanwhile; ask again", reason="ORDER_CHANGED")
+                made = self.records.create(job, request_id, request, events)
         except AlreadyExists as error:
             raise AlreadyExists(error.message, reason="JOB_EXISTS", metadata={"name": name}) from error
+        if made.body["key"] != job.body["key"]:
+            holding.let_go(self.store, job)  # the same request made one before
+        return made
 
     def get(self, name: str) -> Record:
         """A job. NotFound (JOB_NOT_FOUND)."""
@@ -144,6 +156,7 @@ class Jobs:
             raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
         forget()
         self.records.delete(name, etag)
+        holding.let_go(self.store, job)
 
     def watch(self, name: str, after: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         """Batches of (sequence, event), empty ones while nothing happens; ends after the terminal state's event.
@@ -175,8 +188,12 @@ class Jobs:
             self._thread.join()
 
     def _supervise(self) -> None:
+        mended = False
         while not self._stopping.wait(TICK_S):
             try:
+                if not mended:
+                    holding.mend(self.store, self.records, self.work.kind, self._needs)
+                    mended = True
                 self.tick()
             except QuartetError as error:
                 log.warning("%s: %s", self.work.kind, error.message)
@@ -311,7 +328,7 @@ class Jobs:
         job = self._ingest(job)
         if outcome.state == "SUCCEEDED":
             job = _with(job, **self.work.succeed(job, outcome.result))
-            self._end(job, "SUCCEEDED")
+            self._end(job, "SUCCEEDED", str(outcome.result.get("message", "")))
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
             self._lost(job, taken=True)
@@ -361,7 +378,15 @@ class Jobs:
         return self.records.update(replace(job, state=state), [event])
 
     def _end(self, job: Record, state: str, message: str = "") -> None:
+        kept = self.work.keeps(replace(job, state=state))
+        if kept:
+            holding.take(self.store, job, kept)
         self._move(_with(job, end_time=names.now()), state, message)
+        if not kept:
+            holding.let_go(self.store, job)
+
+    def _needs(self, job: Record) -> set[str]:
+        return self.work.keeps(job) if job.state in TERMINAL else digests_of(job.body["spec"].get("run"))
 
     def _process_name(self, job: Record) -> str:
         return f"{job.body['key'].removeprefix('jobs/')}-{job.body['attempt']}"

@@ -14,8 +14,14 @@ from quartet.conversion.v1.conversion_pb2_grpc import ConversionServicer
 
 from services.common import names, wire
 from services.common.records import Record
+from services.conversion.registry import Lineage, Node
 from services.conversion.usecases import JOB, Conversion, Model
+from services.finetune.prepare.certificate import META as CERTIFICATE
+from services.finetune.prepare.certificate import Certificate
+from services.finetune.store import garbage
 
+RUN_CONFIG = "run_config.json"
+"""The file of a checkpoint that holds its job's config."""
 PAGING = ("page_size", "page_token", "filter", "order_by")
 
 
@@ -65,7 +71,7 @@ class Servicer(ConversionServicer):
         return pb.ListModelsResponse(models=[_model(m) for m in found], next_page_token=token)
 
     def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> Empty:
-        self._conversion.delete_model(request.name, request.etag)
+        self._conversion.delete_model(request.name, request.etag, request.force)
         return Empty()
 
     async def DownloadModel(
@@ -74,6 +80,17 @@ class Servicer(ConversionServicer):
         pieces = await asyncio.to_thread(self._conversion.download, request.name, request.path, request.offset_bytes)
         while data := await asyncio.to_thread(next, pieces, b""):
             yield pb.DownloadModelResponse(data=data, crc32c=google_crc32c.value(data))
+
+    def GetLineage(self, request: pb.GetLineageRequest, context: Any) -> pb.Lineage:
+        descendants = request.direction == pb.GetLineageRequest.DESCENDANTS
+        return _lineage(self._conversion.lineage(request.name, descendants, request.depth))
+
+    async def CollectGarbage(
+        self, request: pb.CollectGarbageRequest, context: Any
+    ) -> AsyncIterator[pb.CollectGarbageResponse]:
+        reports = self._conversion.collect_garbage(request.grace.ToTimedelta().total_seconds(), request.dry_run)
+        while (report := await asyncio.to_thread(next, reports, None)) is not None:
+            yield _report(report)
 
 
 def _paging(request: Any) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def _job(record: Record) -> pb.ConversionJob:
 
 
 def _model(model: Model) -> pb.Model:
-    ref, manifest = model.ref, model.manifest
+    ref, manifest, meta = model.ref, model.manifest, model.manifest.meta
     return pb.Model(
         name=ref.name,
         display_name=ref.body["display_name"],
@@ -116,14 +133,64 @@ def _model(model: Model) -> pb.Model:
         digest=ref.body["digest"],
         files=[pb.ModelFile(path=f.path, digest=f.digest, size_bytes=f.size) for f in manifest.files],
         parents=[pb.Parent(role=p.role, digest=p.digest, name=p.name) for p in manifest.parents],
-        architecture=manifest.meta["architecture"],
-        template=manifest.meta["template"],
-        generation=wire.to_struct(manifest.meta["generation"]),
+        architecture=meta["architecture"],
+        template=meta["template"],
+        generation=wire.to_struct(meta["generation"]),
         size_bytes=manifest.size,
         create_time=wire.timestamp(ref.body["create_time"]),
         etag=ref.etag,
         source=ref.body.get("source", ""),
-        report=wire.to_struct(manifest.meta.get("report", {})),
+        certificate=_certificate(meta[CERTIFICATE]) if CERTIFICATE in meta else None,
+        system=meta.get("system", ""),
+        dtype=meta.get("dtype", ""),
+        context_length=meta.get("context_length", 0),
+        parameter_count=meta.get("parameters", 0),
+        base_model=meta.get("base_name", ""),
+        report=wire.to_struct(meta["report"]) if "report" in meta else None,
+        job=ref.body.get("job", ""),
+    )
+
+
+def _certificate(certificate: Certificate) -> pb.Certificate:
+    return pb.Certificate(
+        digest=certificate["digest"],
+        tokenizer_digest=certificate["tokenizer"],
+        template=certificate["template"]["name"],
+        template_digest=certificate["template"]["digest"],
+    )
+
+
+def _lineage(lineage: Lineage) -> pb.Lineage:
+    edges = [pb.LineageEdge(child=e.child, parent=e.parent, role=e.role, name=e.name) for e in lineage.edges]
+    nodes = [_node(n) for n in lineage.nodes]
+    return pb.Lineage(start=lineage.start, nodes=nodes, edges=edges, cut=lineage.cut)
+
+
+def _node(node: Node) -> pb.LineageNode:
+    files = node.manifest.files if node.manifest is not None else ()
+    return pb.LineageNode(
+        id=node.id,
+        kind=node.manifest.kind if node.manifest is not None else "endpoint" if "/endpoints/" in node.id else "",
+        names=[ref.name for ref in node.refs],
+        source=next((ref.body["source"] for ref in node.refs if ref.body.get("source")), ""),
+        config_digest=next((f.digest for f in files if f.path == RUN_CONFIG), ""),
+        jobs=sorted({ref.body["job"] for ref in node.refs if ref.body.get("job")}),
+    )
+
+
+def _report(report: garbage.Report) -> pb.CollectGarbageResponse:
+    def counted(found: garbage.Counted) -> pb.GarbageCount:
+        return pb.GarbageCount(count=found.count, size_bytes=found.size)
+
+    return pb.CollectGarbageResponse(
+        phase=pb.CollectGarbageResponse.Phase.Value(report.phase),
+        artifact_count=report.artifacts,
+        live=counted(report.live),
+        young=counted(report.young),
+        dropped=counted(report.garbage),
+        uploads=counted(report.uploads),
+        temporary_files=counted(report.temporary),
+        prepared=counted(report.prepared),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,25 +13,42 @@ from services.common import names
 from services.common.jobs import Jobs, Work
 from services.common.paging import page
 from services.common.records import Record
+from services.conversion.registry import Lineage, Registry
 from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
-    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     PermissionDenied,
+    Violation,
 )
-from services.finetune.store import Store
-from services.finetune.store.artifacts import File, Manifest, Ref, delete_ref, get_ref, list_refs, load, put_ref
+from services.finetune.store import Store, garbage
+from services.finetune.store.artifacts import (
+    Manifest,
+    Ref,
+    delete_ref,
+    get_ref,
+    list_refs,
+    load,
+    put_ref,
+    stream_file,
+)
+from services.finetune.store.checks import blob_name
+from services.finetune.store.holds import list_holds
 from services.finetune.templates import check_name
 
 JOB = "workspaces/{workspace}/conversionJobs/{job}"
 MODEL = "workspaces/{workspace}/models/{model}"
 CHECKPOINT = "workspaces/{workspace}/trainingJobs/{job}/checkpoints/{step}"
 REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
+ENDPOINT = "workspaces/{workspace}/endpoints/{endpoint}"
+STARTS = {
+    "/revisions/": (REVISION, "REVISION_NOT_FOUND"),
+    "/checkpoints/": (CHECKPOINT, "CHECKPOINT_NOT_FOUND"),
+}
+"""What a lineage may begin with besides models."""
 DTYPES = ("", "float32", "bfloat16", "float16")
 BASE_DTYPES = ("", "nf4", "nf4-single")
 
@@ -55,6 +72,7 @@ class Conversion:
         self.work = Work("conversionJob", "convert", self.order, self._succeed)
         # A digest names one manifest for ever, so it may be kept.
         self._manifest = lru_cache(maxsize=4096)(lambda digest: load(store, digest))
+        self._registry = Registry(store, self._manifest)
 
     # ------------------------------------------------------------------------------------------ jobs
 
@@ -73,11 +91,15 @@ class Conversion:
                 reason="MODEL_EXISTS",
                 metadata={"name": target},
             )
-        run = ConvertRun(job=name, **self._task(spec["task"], spec["arguments"]))
-        spec = {**spec, "run": to_json(run)}
+
+        def order() -> Any:
+            return to_json(ConvertRun(job=name, **self._task(task, arguments)))
+
+        task, arguments = spec["task"], spec["arguments"]
+        spec = {**spec, "run": order()}
         if dry:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
-        return self.jobs.create(name, spec, *request)
+        return self.jobs.create(name, spec, *request, again=order)
 
     def order(self, job: Record) -> Mapping[str, Any]:
         run: Mapping[str, Any] = job.body["spec"]["run"]
@@ -121,31 +143,78 @@ class Conversion:
     def list_models(self, parent: str, **paging: Any) -> tuple[Sequence[Model], str]:
         names.parse("workspaces/{workspace}", parent, "parent")
 
-        def fields(r: Ref) -> Mapping[str, Any]:
-            return {**r.body, "name": r.name, "kind": r.body["kind"].upper()}
+        models = [Model(r, self._manifest(r.body["digest"])) for r in list_refs(self._store, f"{parent}/models/")]
+        orders = ["name", "create_time", "size_bytes", "parameter_count"]
+        return page(models, fields=_fields, orders=orders, default_order="name", **paging)
 
-        found, token = page(
-            list(list_refs(self._store, f"{parent}/models/")),
-            fields=fields,
-            orders=["name", "create_time"],
-            default_order="name",
-            **paging,
-        )
-        return [Model(ref, self._manifest(ref.body["digest"])) for ref in found], token
-
-    def delete_model(self, name: str, etag: str) -> None:
+    def delete_model(self, name: str, etag: str, force: bool) -> None:
+        """Forget a model; FailedPrecondition (MODEL_IN_USE) if something needs it, unless `force`."""
         model = self.get_model(name)
         if etag and etag != model.ref.etag:
             raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
-        delete_ref(self._store, name, if_match=model.ref.etag)
+        self._check_unused(model, force)
+        try:
+            delete_ref(self._store, name, if_match=model.ref.etag)
+        except Aborted as error:
+            raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH") from error
+        try:
+            # Who held it since the look above may have found the name still there.
+            self._check_unused(model, force)
+        except FailedPrecondition:
+            with contextlib.suppress(Aborted):
+                put_ref(self._store, name, model.ref.body, if_absent=True)
+            raise
+
+    def _check_unused(self, model: Model, force: bool) -> None:
+        users = [] if force else self._registry.users(model.ref.name, model.ref.body["digest"])
+        if users:
+            more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+            raise FailedPrecondition(
+                f"{model.ref.name} is needed by {', '.join(u.name for u in users[:3])}{more}; delete them first, or delete "
+                "it by force: then its name is gone, and its bytes stay for them",
+                reason="MODEL_IN_USE",
+                metadata={"name": model.ref.name},
+                violations=[Violation(user.name, user.why, "MODEL_IN_USE") for user in users],
+            )
+
+    def lineage(self, name: str, descendants: bool, depth: int) -> Lineage:
+        """GetLineage."""
+        if depth < 0:
+            raise InvalidArgument("depth must not be negative", reason="DEPTH_INVALID")
+        return self._registry.lineage(self._start(name), descendants, depth)
+
+    def _start(self, name: str) -> str:
+        """Where a lineage begins: a digest, or an endpoint's name."""
+        if name.startswith("sha256:"):
+            blob_name(name)
+            if self._registry.manifest(name) is None:
+                raise NotFound(f"artifact {name} is not in the store", reason="ARTIFACT_NOT_FOUND")
+            return name
+        if "/endpoints/" in name:
+            names.parse(ENDPOINT, name)
+            if all(held.holder != name for held in list_holds(self._store)):
+                raise NotFound(f"there is no endpoint {name}", reason="ENDPOINT_NOT_FOUND", metadata={"name": name})
+            return name
+        for word, (pattern, reason) in STARTS.items():
+            if word in name:
+                return self._resolve(pattern, name, reason).digest
+        return str(self.get_model(name).ref.body["digest"])
+
+    def collect_garbage(self, grace_s: float, dry_run: bool) -> Iterator[garbage.Report]:
+        """CollectGarbage."""
+        if grace_s and grace_s < garbage.LEAST_GRACE_S:
+            raise InvalidArgument(
+                f"grace: {grace_s:g} s is too short; writers need {garbage.LEAST_GRACE_S:.0f} s at least to name what they "
+                "wrote",
+                reason="GRACE_TOO_SHORT",
+                violations=[Violation("grace", f"must be at least {garbage.LEAST_GRACE_S:.0f} s", "GRACE_TOO_SHORT")],
+            )
+        return garbage.collect(self._store, grace_s or garbage.GRACE_S, dry_run)
 
     def download(self, name: str, path: str, offset: int) -> Iterator[bytes]:
         """One file's bytes from `offset` on. NotFound (FILE_NOT_FOUND), OutOfRange (OFFSET_WRONG), and after the last
         byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
-        file = self.get_model(name).manifest.file(path)
-        if not 0 <= offset <= file.size:
-            raise OutOfRange(f"{path} has {file.size} bytes, not {offset}", reason="OFFSET_WRONG")
-        return _verified(self._store.read_blob(file.digest, offset), file, offset)
+        return stream_file(self._store, self.get_model(name).manifest.file(path), offset)
 
     # ------------------------------------------------------------------------------------------ tasks
 
@@ -256,20 +325,24 @@ class Conversion:
         return ArtifactRef(name=name, digest=ref.body["digest"])
 
 
+def _fields(model: Model) -> Mapping[str, Any]:
+    """What models are filtered and ordered by."""
+    body, meta = model.ref.body, model.manifest.meta
+    return {
+        **{k: body.get(k) for k in ("display_name", "digest", "source", "job", "labels", "create_time")},
+        **{k: meta.get(k) for k in ("architecture", "template", "dtype")},
+        "name": model.ref.name,
+        "kind": model.manifest.kind.upper(),
+        "base_model": meta.get("base_name"),
+        "size_bytes": model.manifest.size,
+        "parameter_count": meta.get("parameters", 0),
+    }
+
+
 def _shard_size(given: int, otherwise: int = 2_000_000_000) -> int:
     if given < 0:
         raise InvalidArgument("max_shard_size_bytes must not be negative", reason="SHARD_SIZE_INVALID")
     return given or otherwise
-
-
-def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:
-    whole, size = hashlib.sha256(), offset
-    for piece in pieces:
-        whole.update(piece)
-        size += len(piece)
-        yield piece
-    if size != file.size or (offset == 0 and "sha256:" + whole.hexdigest() != file.digest):
-        raise DataLoss(f"{file.path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": file.path})
 
 
 def _forbidden(path: Path) -> PermissionDenied:

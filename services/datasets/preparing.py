@@ -83,8 +83,13 @@ class Preparing:
             with contextlib.suppress(Aborted):  # somebody else tries again as well
                 self.jobs.records.delete(name, found.etag)
         digest = find(self._store, key)
+
+        def order() -> Any:
+            return to_json(self._order(spec)[0]) | {"job": name}
+
         try:
-            return self.jobs.create(name, spec, *request, result=self._result(digest) if digest else None)
+            result = self._result(digest) if digest else None
+            return self.jobs.create(name, spec, *request, result=result, again=order)
         except AlreadyExists:
             return self.jobs.get(name)
 

@@ -80,7 +80,7 @@ def _wanted(path: str, include: Sequence[str]) -> bool:
 
 
 def _stored(store: Store, item: _Item, scratch: Path) -> File:
-    blob = store.stat_blob(item.digest) if item.digest else None
+    blob = store.touch_blob(item.digest) if item.digest else None
     if blob is None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder, disk_errors(scratch):
             blob = store.put_file(item.get(Path(folder)))

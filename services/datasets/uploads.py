@@ -55,7 +55,7 @@ class Uploads:
         self._check_dataset(parent)
         if size < 0:
             raise InvalidArgument(f"size_bytes: {size} is negative", reason="SIZE_MISMATCH")
-        blob = self._store.stat_blob(digest)
+        blob = self._store.touch_blob(digest)
         # The id says what was announced, so nothing need be kept about an upload that is complete.
         name = f"{parent}/uploads/{digest.removeprefix('sha256:')}-{size}"
         if blob is None:

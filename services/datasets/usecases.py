@@ -294,7 +294,7 @@ class Datasets:
         arrivals.check_paths([path for path, _ in files])
         found, missing = [], []
         for path, digest in files:
-            blob = self._store.stat_blob(digest)
+            blob = self._store.touch_blob(digest)
             if blob is None:
                 missing.append(Violation(f"files[{path}].digest", f"{digest} is not uploaded", "BLOB_MISSING"))
             else:

@@ -27,7 +27,9 @@ class Validating:
 
     def __init__(self, store: Store, datasets: Datasets) -> None:
         self._datasets = datasets
-        self.work = Work("validation", "validate", lambda job: dict(job.body["spec"]["run"]), self._succeed)
+        self.work = Work(
+            "validation", "validate", lambda job: dict(job.body["spec"]["run"]), self._succeed, keeps=_report
+        )
         # A digest names one report for ever, so it may be kept.
         self._read = lru_cache(maxsize=64)(lambda digest: json.loads(b"".join(store.read_blob(digest))))
 
@@ -42,13 +44,18 @@ class Validating:
         check_length(spec["max_length"], least=0)
         workspace = found.name.partition("/datasets/")[0]
         name = f"{workspace}/validations/{names.choose_id(validation_id, request[0], 'validation')}"
-        run = ValidateRun(
-            job=name,
-            dataset=ArtifactRef(name=found.name, digest=found.digest),
-            model=self._model(spec["model"], spec["template"]) if spec["model"] else None,
-            **{k: spec[k] for k in ("template", "system", "max_length")},
-        )
-        return self.jobs.create(name, {**spec, "revision": found.name, "run": to_json(run)}, *request)
+
+        def order() -> Any:
+            there = self._datasets.revision(found.name)
+            run = ValidateRun(
+                job=name,
+                dataset=ArtifactRef(name=there.name, digest=there.digest),
+                model=self._model(spec["model"], spec["template"]) if spec["model"] else None,
+                **{k: spec[k] for k in ("template", "system", "max_length")},
+            )
+            return to_json(run)
+
+        return self.jobs.create(name, {**spec, "revision": found.name, "run": order()}, *request, again=order)
 
     def get(self, name: str) -> Record:
         names.parse(VALIDATION, name)
@@ -83,6 +90,10 @@ class Validating:
 
     def _succeed(self, job: Record, result: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"report": result["report"]}
+
+
+def _report(job: Record) -> set[str]:
+    return {job.body["report"]} if "report" in job.body else set()
 
 
 def check_length(max_length: int, least: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.config import ConvertRun, PrepareRun, TrainRun, ValidateRun, from_json
-from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
+from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted, out_of_memory
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
 from services.finetune.store import open_store
 
@@ -31,6 +31,8 @@ VERBS: Mapping[str, tuple[str, type[Any]]] = {
     "convert": ("convert", ConvertRun),
 }
 """By verb: the module that has a function of that name, and the class of its orders."""
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def who_am_i() -> dict[str, Any]:
@@ -86,13 +88,11 @@ def _memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         ) from error
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python, a GPU, or torch's allocator on the CPU raises when memory runs out."""
-    # A worker that never needed torch must not load it for this.
-    torch = sys.modules.get("torch")
-    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # The CPU's allocator has no class of its own for it.
-    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+def _stop(stop: threading.Event) -> None:
+    """Ask for an end in good order; whoever asks again does not want to wait for it."""
+    stop.set()
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def main() -> int:
@@ -107,8 +107,8 @@ def main() -> int:
     # It tells every worker on a CPU of a package for faster kernels that would be fetched from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    for number in STOPPING:
+        signal.signal(number, lambda *_: _stop(stop))
     try:
         return work(sys.argv[1], sys.argv[2], stop)
     except Fenced as error:

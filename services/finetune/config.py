@@ -165,6 +165,8 @@ class ScheduleConfig:
     power: float = 1.0
     decay_ratio: float = 0.1
     seed: int = 0
+    deterministic: bool = False
+    """On a GPU: sum in a fixed order, slower, so that a run that was cut ends bit-identical. Without one it is always so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +179,11 @@ class ReportConfig:
     """Steps between checkpoints; the last step always makes one."""
     checkpoint_epochs: int = 0
     """Epochs between further checkpoints; 0 makes none."""
+    keep_last: int = 0
+    """Checkpoints that stay named, newest first; 0 keeps all."""
+    keep_best: bool = False
+    """Keep the checkpoint of the least validation loss (of the least training loss where nothing is validated), save one
+    whenever that falls, and make it the job's result in place of the last."""
     sample_every: int = 0
     """Steps between answers to `prompts`; 0 means only at the end."""
     prompts: tuple[str, ...] = ()
@@ -185,6 +192,22 @@ class ReportConfig:
     sample_tokens: int = 64
     measures: tuple[Literal["mmlu"], ...] = ()
     """Benchmarks to run beside training."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Whom else to tell, through their own libraries; where they listen is said by their own environment variables."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Looking at rows that are not learned from. Without `ratio` or datasets of a job for it, nothing is looked at."""
+
+    ratio: float = 0.0
+    """Part of the distinct rows that is held out, drawn by the seed; rows that are equal stay together."""
+    every: int = 0
+    """Optimizer steps between looks; 0 looks after each epoch. The last step is always followed by a look."""
+    patience: int = 0
+    """End after so many looks in a row without a lower loss; 0 goes on to the last step."""
+    min_delta: float = 0.0
+    """A loss is lower only if it is by more than this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +229,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -228,6 +252,8 @@ class TrainRun:
     base: ArtifactRef
     datasets: tuple[ArtifactRef, ...]
     resume: ArtifactRef | None = None
+    validation: tuple[ArtifactRef, ...] = ()
+    """Revisions to look at, beside or in place of held-out rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +267,8 @@ class PrepareRun:
     datasets: tuple[ArtifactRef, ...]
     data: DataConfig
     seed: int = 0
+    held_out: float = 0.0
+    """ValidationConfig.ratio."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ This module imports nothing of gRPC: services.common.status maps these classes t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -168,6 +169,15 @@ def from_json(data: Mapping[str, Any]) -> QuartetError:
         metadata=data.get("metadata"),
         violations=[Violation(**v) for v in data.get("violations", ())],
     )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, a GPU, or torch's allocator on the CPU raises when memory runs out."""
+    # A worker that never needed torch must not load it for this.
+    torch = sys.modules.get("torch")
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # The CPU's allocator has no class of its own for it.
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

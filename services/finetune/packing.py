@@ -10,18 +10,22 @@ little-endian, equal samples make equal bytes:
     members.bin  int64: sample numbers, block by block
     starts.bin   int64: where each block begins in members.bin, and the end of the last
     index.json   length of a block, dtype of the ids, counts, and what its writer knows
+    held_out/    offsets, members, starts and index.json of the samples that are kept for validation, if there are any
 
 Letters in shapes: S samples, N blocks, L tokens a block, T tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from services.finetune.errors import InvalidArgument
 from services.finetune.templates import Encoded
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ else:
 
 IGNORED = -100
 """The label of a token that is not learned."""
+HELD_OUT = "held_out"
+"""The folder of the validation samples' layout."""
 
 _COLUMNS = ("ids", "labels", "positions", "segments")
 
@@ -149,6 +155,7 @@ class Blocks:
 
     def save_layout(self, directory: Path, about: Mapping[str, Any]) -> None:
         """Write all but tokens and mask, which are there; `about` goes into index.json beside the counts."""
+        directory.mkdir(parents=True, exist_ok=True)
         flat, places = self.flat, len(self) * self.flat.length
         for name in ("offsets", "members", "starts"):
             getattr(flat, name).astype("<i8").tofile(directory / f"{name}.bin")
@@ -157,6 +164,7 @@ class Blocks:
             "length": flat.length,
             "ids": str(flat.tokens.dtype),
             "samples": len(flat.offsets) - 1,
+            "laid_out": len(flat.members),
             "blocks": len(self),
             "tokens": self.tokens,
             "learned": self.learned,
@@ -168,11 +176,11 @@ class Blocks:
         (directory / "index.json").write_text(text + "\n", "utf-8")
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
-        """Map saved blocks into memory, read-only."""
-        index = json.loads((directory / "index.json").read_text("utf-8"))
+    def open(cls, directory: Path, part: str = "") -> Self:
+        """Map saved blocks into memory, read-only. `part` is HELD_OUT for those kept for validation."""
+        index = json.loads((directory / part / "index.json").read_text("utf-8"))
         tokens, mask = _mapped(directory / "tokens.bin", index["ids"]), _mapped(directory / "mask.bin", "u1")
-        rest = (_mapped(directory / f"{name}.bin", "<i8") for name in ("offsets", "members", "starts"))
+        rest = (_mapped(directory / part / f"{name}.bin", "<i8") for name in ("offsets", "members", "starts"))
         flat = Flat(index["length"], tokens, mask, *rest)
         return cls.of(flat, index["learned"], index["truncated"], index["dropped"])
 
@@ -209,6 +217,34 @@ def order(n: int, epoch: int, seed: int) -> Longs:
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))).permutation(n)
+
+
+def held(tokens: NDArray[Any], offsets: Longs, ratio: float, seed: int) -> Bools:
+    """Which samples are kept for validation: `ratio` of the distinct ones, at least one, by a hash of their tokens.
+
+    So equal samples never stand on both sides, and a sample stays on its side while others come and go, but for a few at
+    the border. InvalidArgument (VALIDATION_EMPTY) if there are no two distinct samples.
+    """
+    import numpy as np
+
+    key, bounds = (seed % 2**64).to_bytes(8, "little"), offsets.tolist()
+    hashes = np.array(
+        [
+            int.from_bytes(hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8, key=key).digest(), "little")
+            for a, b in pairwise(bounds)
+        ],
+        np.uint64,
+    )
+    distinct = np.unique(hashes)
+    count = min(max(1, round(ratio * len(distinct))), len(distinct) - 1)
+    if count < 1:
+        raise InvalidArgument(
+            "all rows are the same, so none can be held out; set validation.ratio to 0 or name datasets for validation",
+            reason="VALIDATION_EMPTY",
+            metadata={"key": "validation.ratio"},
+        )
+    kept: Bools = hashes < distinct[count]
+    return kept
 
 
 def offsets_of(lengths: Longs) -> Longs:

@@ -6,7 +6,7 @@ Under ``jobs/<id>/`` in the store:
     attempts/<n>/run.json            the order
     attempts/<n>/claim.json          who runs it: {"host", "pid", "start_ticks", "address"?}; written once
     attempts/<n>/events/<seq>.jsonl  what happened, in numbered segments, each written once and whole
-    attempts/<n>/checkpoints/<step>.json  {"step", "digest", "loss"}
+    attempts/<n>/checkpoints/<step>.json  {"step", "digest", "loss", "validation_loss"?, "report"?}
     attempts/<n>/fault.json          the error that ended an attempt, if another attempt may do better
 
 The fence: the service raises `attempt` in the lease by a conditional put before it starts an attempt; a worker
@@ -20,7 +20,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +32,8 @@ FLUSH_S = 1.0
 """A segment is written at the latest so long after its first event; services show progress this much behind."""
 
 Event = dict[str, Any]
-"""{"time": seconds since 1970, "type": metric | log | sample | checkpoint | progress | ready, and its own fields}."""
+"""{"time": seconds since 1970, "type": metric | log | sample | checkpoint | dataset | report | progress | ready,
+and its own fields}."""
 
 
 class Fenced(Aborted):
@@ -136,11 +137,13 @@ class Attempt:
             if there is None or there.data != data:
                 raise
 
-    def checkpoint(self, step: int, digest: str, loss: float) -> None:
-        """Make a complete checkpoint known to later attempts and to the service."""
+    def checkpoint(self, step: int, digest: str, loss: float, **more: Any) -> None:
+        """Make a complete checkpoint known to later attempts and to the service. `more` is told with it: validation_loss
+        if it was looked at, the digest of the report up to it."""
         self.check()
-        self.store.put(f"{self.key}/checkpoints/{step:08d}.json", dump({"step": step, "digest": digest, "loss": loss}))
-        self.emit("checkpoint", step=step, digest=digest, loss=loss)
+        body = {"step": step, "digest": digest, "loss": loss, **more}
+        self.store.put(f"{self.key}/checkpoints/{step:08d}.json", dump(body))
+        self.emit("checkpoint", **body)
 
     def complain(self, error: QuartetError) -> None:
         """Say why this attempt ends without an outcome, as far as the store still listens."""
@@ -228,6 +231,17 @@ def read_fault(store: Store, job_key: str, attempt: int) -> dict[str, Any] | Non
     return json.loads(fault.data) if fault else None
 
 
+def read_back(store: Store, job_key: str, attempt: int) -> Iterator[Event]:
+    """An attempt's events, the last first."""
+    keys, after = [], ""
+    while page := store.list(f"{attempt_key(job_key, attempt)}/events/", start_after=after):
+        keys += [entry.key for entry in page]
+        after = keys[-1]
+    for key in reversed(keys):
+        if segment := store.get(key):
+            yield from reversed([json.loads(line) for line in segment.data.decode().splitlines()])
+
+
 def read_segments(store: Store, job_key: str, attempt: int, after: int) -> Iterator[tuple[int, list[Event]]]:
     """(number, events) of each segment after number `after`, in order; -1 means from the start."""
     number = after + 1
@@ -236,16 +250,39 @@ def read_segments(store: Store, job_key: str, attempt: int, after: int) -> Itera
         number += 1
 
 
-def newest_checkpoint(store: Store, job_key: str, before_attempt: int) -> tuple[int, str] | None:
-    """(step, digest) of the furthest checkpoint that earlier attempts of the job completed."""
-    best: tuple[int, str] | None = None
+def checkpoints(store: Store, job_key: str, before_attempt: int) -> dict[int, dict[str, Any]]:
+    """By step, what earlier attempts of a job said of their checkpoints; of a step taken twice, what was said last."""
+    found: dict[int, dict[str, Any]] = {}
     for attempt in range(1, before_attempt):
         for entry in store.list(f"{attempt_key(job_key, attempt)}/checkpoints/"):
-            found = store.get(entry.key)
-            body: dict[str, Any] = json.loads(found.data) if found else {"step": -1}
-            if body["step"] > (best[0] if best else -1):
-                best = (body["step"], body["digest"])
-    return best
+            if said := store.get(entry.key):
+                body: dict[str, Any] = json.loads(said.data)
+                found[body["step"]] = body
+    return found
+
+
+def newest_checkpoint(store: Store, job_key: str, before_attempt: int) -> tuple[int, str] | None:
+    """(step, digest) of the furthest checkpoint that earlier attempts of the job completed."""
+    found = checkpoints(store, job_key, before_attempt)
+    return (max(found), found[max(found)]["digest"]) if found else None
+
+
+def best_checkpoint(found: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first with the least validation loss, or the least training loss where none was validated."""
+    found = list(found)
+    looked = [body for body in found if body.get("validation_loss") is not None]
+    key = "validation_loss" if looked else "loss"
+    return min(looked or found, key=lambda body: (body[key], body["step"]), default=None)
+
+
+def retained(found: Collection[Mapping[str, Any]], keep_last: int, keep_best: bool) -> set[int]:
+    """The steps of the checkpoints to keep; `keep_last` 0 keeps all."""
+    kept = {body["step"] for body in found}
+    if keep_last:
+        kept = set(sorted(kept)[-keep_last:])
+        best = best_checkpoint(found) if keep_best else None
+        kept |= {best["step"]} if best else set()
+    return kept
 
 
 def dump(data: object) -> bytes:

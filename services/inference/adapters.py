@@ -36,6 +36,12 @@ def wanted(record: Record) -> list[Adapter]:
     return adapters
 
 
+def needs(record: Record) -> set[str]:
+    """The digests of all that an endpoint serves or shall serve."""
+    adapters = [*wanted(record), *(record.body.get("applied") or ())]
+    return {record.body["spec"]["digest"], *(a["digest"] for a in adapters)}
+
+
 def with_adapter(adapters: Sequence[Adapter], new: Adapter) -> list[Adapter]:
     """`new` in place of what has its alias, else at the end."""
     known = any(a["alias"] == new["alias"] for a in adapters)

@@ -18,12 +18,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from services.common import holding
 from services.common.launchers import Launcher
 from services.common.records import Record, Records
 from services.finetune import progress
 from services.finetune.errors import Aborted, Internal, QuartetError
 from services.finetune.store import Store
-from services.inference.adapters import Engines, settle_one, settled
+from services.inference.adapters import Engines, needs, settle_one, settled
 
 log = logging.getLogger("quartet.inference")
 
@@ -56,6 +57,8 @@ class Keeper:
         self._vllm_python = vllm_python
         self._settling: set[str] = set()  # endpoints whose engine is just told of an adapter
         self._asked: set[str] = set()  # attempts that this process has asked to end
+        self._held: dict[str, set[str]] = {}  # what each endpoint holds, by its key
+        self._mended = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._look_after, name="endpoints", daemon=True)
 
@@ -95,6 +98,9 @@ class Keeper:
 
     def tick(self) -> None:
         """Bring every endpoint one step nearer to what is wanted of it; one that cannot holds no other up."""
+        if not self._mended:
+            holding.mend(self._store, self._records, KIND, needs)
+            self._mended = True
         trouble: Exception | None = None
         for record in self._records.find(KIND, states=("STARTING", "READY", "STOPPING")):
             try:
@@ -110,6 +116,7 @@ class Keeper:
         if record.state == "STOPPING":
             self._end(record)
             return
+        self._hold(record)
         handle = record.body["handle"] or self._adopt(record)
         if handle is None:
             if record.body["not_before"] <= time.time():
@@ -122,6 +129,13 @@ class Keeper:
             # Loading takes its time, and other endpoints should not wait for it.
             self._settling.add(record.name)
             threading.Thread(target=self._settle, args=(record,), daemon=True).start()
+
+    def _hold(self, record: Record) -> None:
+        """Let go of adapters that are served no more; what is added was held before it was wished for."""
+        key, needed = record.body["key"], needs(record)
+        if self._held.get(key) != needed:
+            holding.take(self._store, record, needed)
+            self._held[key] = needed
 
     def _settle(self, record: Record) -> None:
         try:
@@ -140,6 +154,7 @@ class Keeper:
         handle = record.body["handle"] or self._adopt(record)
         if handle is None or not self._launcher.alive(handle):
             self._records.delete(record.name)
+            holding.let_go(self._store, record)
         elif record.body["key"] not in self._asked:
             self._asked.add(record.body["key"])
             self._launcher.stop(handle, STOP_GRACE_S)

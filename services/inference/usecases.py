@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from services.common import names
+from services.common import holding, names
 from services.common.jobs import job_key
 from services.common.paging import page
 from services.common.records import Record, Records
@@ -28,6 +28,7 @@ from services.finetune.store.artifacts import get_ref, load, read_file
 from services.inference.adapters import (
     Adapter,
     changed,
+    needs,
     settled,
     wanted,
     with_adapter,
@@ -66,7 +67,12 @@ class Inference:
         record = Record(name, KIND, "STARTING", body)
         try:
             if not dry:
-                return self._records.create(record, *request)
+                with holding.taken(self._store, record, needs(record)):
+                    self._still_named([("model", spec["model"], spec["digest"])], spec["adapters"])
+                    made = self._records.create(record, *request)
+                if made.body["key"] != record.body["key"]:
+                    holding.let_go(self._store, record)
+                return made
             if self._records.get(name) is None:
                 return record
         except AlreadyExists:
@@ -142,8 +148,11 @@ class Inference:
                 raise _not_ready(record)
             if etag and etag != record.etag:
                 raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
+            new = changed(record, adapters(record), change)
+            holding.take(self._store, new, needs(record) | needs(new))
+            self._still_named([], [a for a in wanted(new) if a not in wanted(record)])
             with contextlib.suppress(Aborted):
-                record = self._records.update(changed(record, adapters(record), change))
+                record = self._records.update(new)
                 break
         deadline = time.monotonic() + CHANGE_S
         while record.state == "READY" and not settled(record):
@@ -213,6 +222,12 @@ class Inference:
         check_hot(config, spec["engine"], adapter["model"])
         check_parity(self._store, adapter["model"], digest, base)
         return {"alias": adapter["alias"], "name": adapter["model"], "digest": digest}
+
+    def _still_named(self, models: Sequence[tuple[str, str, str]], adapters: Sequence[Adapter]) -> None:
+        """What is held by now may have been deleted before it was. NotFound (MODEL_NOT_FOUND), Aborted (MODEL_CHANGED)."""
+        for field, name, digest in [*models, *(("adapter", a["name"], a["digest"]) for a in adapters)]:
+            if self._model(name, field)[0] != digest:
+                raise Aborted(f"{name} changed meanwhile; ask again", reason="MODEL_CHANGED", metadata={"name": name})
 
     def _model(self, name: str, field: str) -> tuple[str, str]:
         """(digest, kind) that a model's name stands for."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import google_crc32c
 from google.protobuf.empty_pb2 import Empty
 from quartet.training.v1 import training_pb2 as pb
 from quartet.training.v1.training_pb2_grpc import TrainingServicer
@@ -39,6 +41,7 @@ class Servicer(TrainingServicer):
             "datasets": list(job.datasets),
             "overrides": wire.from_struct(job.overrides),
             "resume_from": job.resume_from,
+            "validation_datasets": list(job.validation_datasets),
             "labels": dict(job.labels),
         }
         asked = (request.request_id, wire.fingerprint(request))
@@ -73,6 +76,21 @@ class Servicer(TrainingServicer):
         found, token = self._training.checkpoints(request.parent, **_paging(request))
         return pb.ListCheckpointsResponse(checkpoints=[_checkpoint(r) for r in found], next_page_token=token)
 
+    def ListTrainingFiles(self, request: pb.ListTrainingFilesRequest, context: Any) -> pb.ListTrainingFilesResponse:
+        names.parse(JOB, request.parent, "parent")
+        found, token = self._training.files(request.parent, request.page_size, request.page_token)
+        files = [pb.TrainingFile(path=f.path, size_bytes=f.size, digest=f.digest) for f in found]
+        return pb.ListTrainingFilesResponse(files=files, next_page_token=token)
+
+    async def DownloadTrainingFile(
+        self, request: pb.DownloadTrainingFileRequest, context: Any
+    ) -> AsyncIterator[pb.DownloadTrainingFileResponse]:
+        names.parse(JOB, request.name)
+        what = (request.name, request.path, request.offset_bytes, request.digest)
+        pieces = await asyncio.to_thread(self._training.download, *what)
+        while data := await asyncio.to_thread(next, pieces, b""):
+            yield pb.DownloadTrainingFileResponse(data=data, crc32c=google_crc32c.value(data))
+
 
 def _paging(request: Any) -> dict[str, Any]:
     return {name: getattr(request, name) for name in PAGING}
@@ -100,6 +118,7 @@ def _job(record: Record) -> pb.TrainingJob:
         recipe=spec["recipe"],
         base_model=spec["base_model"],
         datasets=spec["datasets"],
+        validation_datasets=spec.get("validation_datasets", ()),
         overrides=wire.to_struct(spec["overrides"]),
         resume_from=spec["resume_from"],
         labels=spec["labels"],
@@ -120,7 +139,12 @@ def _checkpoint(ref: Ref) -> pb.Checkpoint:
     body = ref.body
     created = wire.timestamp(body["create_time"])
     return pb.Checkpoint(
-        name=ref.name, step=body["step"], digest=body["digest"], loss=body["loss"], create_time=created
+        name=ref.name,
+        step=body["step"],
+        digest=body["digest"],
+        loss=body["loss"],
+        create_time=created,
+        validation_loss=body.get("validation_loss"),
     )
 
 
@@ -138,6 +162,19 @@ def _event(sequence: int, event: dict[str, Any]) -> pb.TrainingEvent:
         told.sample.CopyFrom(pb.Sample(step=event["step"], prompt=event["prompt"], answer=event["answer"]))
     elif kind == "checkpoint":
         told.checkpoint.CopyFrom(pb.CheckpointSaved(name=event["name"], step=event["step"], digest=event["digest"]))
+    elif kind == "dataset":
+        told.dataset.CopyFrom(_dataset(event))
     elif kind == "progress":
         told.prepared.CopyFrom(pb.Prepared(done_rows=event["done_rows"], total_rows=event["total_rows"]))
     return told
+
+
+_LONGER = {"learned": "learned_tokens", "truncated": "truncated_rows", "dropped": "dropped_rows"} | {
+    "skipped": "skipped_rows",
+    "validation_learned": "validation_learned_tokens",
+}
+
+
+def _dataset(event: dict[str, Any]) -> pb.DatasetInfo:
+    counts = {_LONGER.get(name, name): value for name, value in event.items()}
+    return pb.DatasetInfo(**{name: counts[name] for name in pb.DatasetInfo.DESCRIPTOR.fields_by_name if name in counts})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.common import names
@@ -13,9 +14,19 @@ from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
 from services.finetune.prepare import check_weights
-from services.finetune.progress import Event
+from services.finetune.progress import Event, retained
 from services.finetune.store import Store
-from services.finetune.store.artifacts import Ref, delete_ref, get_ref, list_refs, load, put_ref
+from services.finetune.store.artifacts import (
+    File,
+    Manifest,
+    Ref,
+    delete_ref,
+    get_ref,
+    list_refs,
+    load,
+    put_ref,
+    stream_file,
+)
 from services.finetune.templates import check_name
 
 JOB = "workspaces/{workspace}/trainingJobs/{job}"
@@ -24,6 +35,8 @@ MODEL = "workspaces/{workspace}/models/{model}"
 REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
 
 
+REPORT = "report"
+"""The last part of the name under which a job's newest report is kept."""
 BITS = {"full": 0, "lora": 0, "qlora": 4, "int8_lora": 8}
 
 
@@ -73,17 +86,31 @@ class Training:
                 violations=[Violation("training_job.datasets", "is empty", "DATASET_MISSING")],
             )
         check_weights(config.data.weights, len(datasets))
+        looked = [self._revision(d, "training_job.validation_datasets") for d in spec["validation_datasets"]]
+        _validated(config, bool(looked))
         resume = self._checkpoint(spec["resume_from"]) if spec["resume_from"] else None
-        run = TrainRun(job=name, config=config, base=base, datasets=tuple(datasets), resume=resume)
+        run = TrainRun(
+            job=name, config=config, base=base, datasets=tuple(datasets), resume=resume, validation=tuple(looked)
+        )
         spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}
+        spec["validation_datasets"] = [d.name for d in looked]
         if dry:
             return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
-        return self.jobs.create(name, spec, *request)
+
+        def again() -> Any:
+            now = [self._revision(d.name) for d in datasets]
+            seen = [self._revision(d.name, "training_job.validation_datasets") for d in looked]
+            last = self._checkpoint(resume.name) if resume else None
+            new = replace(run, base=self._model(base.name), datasets=tuple(now), validation=tuple(seen), resume=last)
+            return to_json(new)
+
+        return self.jobs.create(name, spec, *request, again=again)
 
     def delete(self, name: str, etag: str) -> None:
         def forget() -> None:
             for ref in list(list_refs(self._store, f"{name}/checkpoints/")):
                 delete_ref(self._store, ref.name)
+            delete_ref(self._store, f"{name}/{REPORT}")
 
         self.jobs.delete(name, etag, forget)
 
@@ -96,24 +123,74 @@ class Training:
         found = list(list_refs(self._store, f"{parent}/checkpoints/"))
         return page(found, fields=fields, orders=["step"], default_order="step", **paging)
 
+    def files(self, parent: str, page_size: int, page_token: str) -> tuple[Sequence[File], str]:
+        """What a job left beside its checkpoints, by path."""
+        report = self._report(parent)
+        found = report.files if report else ()
+        return page(
+            found,
+            fields=lambda file: {"name": file.path},
+            orders=["name"],
+            default_order="name",
+            page_size=page_size,
+            page_token=page_token,
+            filter="",
+            order_by="",
+        )
+
+    def download(self, name: str, path: str, offset: int, digest: str) -> Iterator[bytes]:
+        """One file's bytes from `offset` on. NotFound (FILE_NOT_FOUND), Aborted (FILE_CHANGED), and as stream_file."""
+        report = self._report(name)
+        if report is None:
+            raise NotFound(f"{name} has no files yet", reason="FILE_NOT_FOUND", metadata={"path": path})
+        file = report.file(path)
+        if digest not in ("", file.digest):
+            raise Aborted(f"{path} was replaced meanwhile; list the files again", reason="FILE_CHANGED")
+        return stream_file(self._store, file, offset)
+
+    def _report(self, name: str) -> Manifest | None:
+        self.jobs.get(name)
+        ref = get_ref(self._store, f"{name}/{REPORT}")
+        return load(self._store, ref.body["digest"]) if ref else None
+
     # ------------------------------------------------------------------------------------------ for the supervisor
 
     def order(self, job: Record) -> Mapping[str, Any]:
         run: Mapping[str, Any] = job.body["spec"]["run"]
         return run
 
-    def _notice(self, job: Record, event: Event) -> Event:
-        """A checkpoint gets its name before anybody hears of it."""
+    def _notice(self, job: Record, event: Event) -> Event | None:
+        """A checkpoint gets its name before anybody hears of it; a report is the job's newest."""
+        if event["type"] == "report":
+            self._put_report(job, event["digest"])
+            return None
         if event["type"] != "checkpoint":
             return event
         name = f"{job.name}/checkpoints/{event['step']}"
-        body = {k: event[k] for k in ("digest", "step", "loss")}
-        try:
-            put_ref(self._store, name, {**body, "create_time": names.now(), "job": job.name}, if_absent=True)
-        except Aborted:
-            # A later attempt came to the same step again; what it saved is what it will go on from.
-            put_ref(self._store, name, {**body, "create_time": names.now(), "job": job.name})
+        body: dict[str, Any] = {k: event[k] for k in ("digest", "step", "loss", "validation_loss") if k in event}
+        # A later attempt may come to the same step again; what it saved is what it will go on from.
+        put_ref(self._store, name, {**body, "create_time": names.now(), "job": job.name})
+        if "report" in event:
+            self._put_report(job, event["report"])
+        self._let_go(job)
         return {**event, "name": name}
+
+    def _put_report(self, job: Record, digest: str) -> None:
+        put_ref(self._store, f"{job.name}/{REPORT}", {"digest": digest, "job": job.name})
+
+    def _let_go(self, job: Record) -> None:
+        """Forget the names of checkpoints that the job's config does not keep; those that another job begins from stay."""
+        report = job.body["spec"]["run"]["config"]["report"]
+        if not report.get("keep_last", 0):
+            return
+        found = {ref.body["step"]: ref for ref in list_refs(self._store, f"{job.name}/checkpoints/")}
+        kept = retained([ref.body for ref in found.values()], report["keep_last"], report["keep_best"])
+        gone = [ref.name for step, ref in found.items() if step not in kept]
+        if gone:
+            named = {other.body["spec"]["resume_from"] for other in self.jobs.records.find(self.work.kind)}
+            for name in gone:
+                if name not in named:
+                    delete_ref(self._store, name)
 
     def _succeed(self, job: Record, result: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"result": f"{job.name}/checkpoints/{result['step']}"}
@@ -173,8 +250,8 @@ class Training:
             )
         return ArtifactRef(name=name, digest=ref.body["digest"])
 
-    def _revision(self, name: str) -> ArtifactRef:
-        names.parse(REVISION, name, "training_job.datasets")
+    def _revision(self, name: str, field: str = "training_job.datasets") -> ArtifactRef:
+        names.parse(REVISION, name, field)
         if name.endswith("/revisions/latest"):
             dataset = get_ref(self._store, name.removesuffix("/revisions/latest"))
             name = dataset.body["latest_revision"] or name if dataset else name
@@ -209,6 +286,11 @@ def _positive(config: RunConfig) -> None:
         "report.checkpoint_every": (config.report.checkpoint_every, 1),
         "report.checkpoint_epochs": (config.report.checkpoint_epochs, 0),
         "report.sample_every": (config.report.sample_every, 0),
+        "report.keep_last": (config.report.keep_last, 0),
+        "validation.ratio": (config.validation.ratio, 0),
+        "validation.every": (config.validation.every, 0),
+        "validation.patience": (config.validation.patience, 0),
+        "validation.min_delta": (config.validation.min_delta, 0),
         "schedule.min_lr_ratio": (config.schedule.min_lr_ratio, 0),
         "schedule.decay_ratio": (config.schedule.decay_ratio, 0),
         "optim.lr": (config.optim.lr, 0),
@@ -221,6 +303,7 @@ def _positive(config: RunConfig) -> None:
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,
         "optim.momentum": config.optim.momentum,
+        "validation.ratio": config.validation.ratio,
     }.items():
         _must(0 <= value < 1, key, "be 0 or more and below 1", value)
     ratio, power = config.lora.loraplus_lr_ratio, config.schedule.power
@@ -234,6 +317,16 @@ def _must(true: bool, key: str, what: str, value: object) -> None:
     if not true:
         raise InvalidArgument(
             f"config key {key!r} must {what}, not {value}", reason="CONFIG_VALUE_INVALID", metadata={"key": key}
+        )
+
+
+def _validated(config: RunConfig, datasets: bool) -> None:
+    """A job that is to end by its validation loss has one."""
+    if config.validation.patience and not (config.validation.ratio or datasets):
+        raise InvalidArgument(
+            "validation.patience needs rows to look at: set validation.ratio, or name validation_datasets",
+            reason="CONFIG_VALUE_INVALID",
+            metadata={"key": "validation.patience"},
         )
 
 

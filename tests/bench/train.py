@@ -62,13 +62,13 @@ class Ours:
         self.steps = {
             batch: Stepper(
                 run_config(quantised, batch), self.model, self.parameters, blocks, self.engine, self._tell,
-                self.notes.append,
+                lambda text, _: self.notes.append(text),
             )
             for batch in batches
         }  # fmt: skip
 
     def _tell(self, told: Any) -> None:
-        self.tokens += told.tokens
+        self.tokens += told.taken.tokens
 
     def window(self, steps: int, batch: int) -> tuple[float, float]:
         """(tokens a second, peak GiB) of so many steps."""
@@ -240,7 +240,7 @@ def save_beside(ours: Ours, saver: ThreadPoolExecutor, store: Any, run: TrainRun
     """Begin a checkpoint as the trainer does."""
     taken = checkpoint.snapshot(ours.model, ours.parameters, ours.steps[4].optimizer)
     ours.steps[4].hold = taken.ready
-    return saver.submit(checkpoint.save, store, run, taken, {"step": ours.steps[4].step}, {}, folder)
+    return saver.submit(checkpoint.save, store, run, taken, {"step": ours.steps[4].step}, {}, (), folder)
 
 
 def seconds(do: Callable[[], object]) -> float:

@@ -147,7 +147,7 @@ def _train(model: Any, config: RunConfig, blocks: Any, dtype: torch.dtype, steps
         assert "fused" in why and "not covered" not in why, why
     losses: list[float] = []
     stepper = Stepper(
-        config, model, trainable(model), blocks, engine, lambda told: losses.append(told.loss), lambda _: None
+        config, model, trainable(model), blocks, engine, lambda told: losses.append(told.loss), lambda *_: None
     )
     for _ in range(steps):
         stepper.take()

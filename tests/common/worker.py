@@ -1,9 +1,11 @@
 """A small real worker for tests of jobs: python worker.py <verb> <run.json URI>. Its order's "plan" is a list of steps.
 
 ["events", n]            n metric events in one segment, numbered on within the attempt
-["checkpoint", step]     a checkpoint of that step
+["checkpoint", step]     a checkpoint of that step, with the validation loss that may follow
+["report"]               a report of two files
 ["sleep", seconds]       go on at once when SIGTERM comes, unless deaf
 ["wait", path]           until a file exists
+["await", key]           until an object is in the store
 ["only", attempt, ...]   the step in the rest, on that attempt only
 ["deaf"]                 ignore SIGTERM from here on
 ["die"]                  end like kill -9
@@ -62,8 +64,19 @@ class Worker:
             self.attempt.flush()
         elif what == "checkpoint":
             self.step = given[0]
-            self.attempt.checkpoint(self.step, f"sha256:{self.step:064d}", 0.5)
+            more = {"validation_loss": given[1]} if given[1:] else {}
+            self.attempt.checkpoint(self.step, f"sha256:{self.step:064d}", 0.5, **more)
             self.attempt.flush()
+        elif what == "report":
+            blobs = {"loss.png": b"a picture", "tensorboard/events": b"123" * 1_000_000}
+            kept = {path: self.attempt.store.put_blob(data) for path, data in blobs.items()}
+            files = tuple(File(path, blob.digest, blob.size) for path, blob in kept.items())
+            self.attempt.emit("report", digest=publish(self.attempt.store, Manifest("report", files)))
+            self.attempt.flush()
+        elif what == "await":
+            deadline = time.monotonic() + 60
+            while self.attempt.store.get(given[0]) is None and time.monotonic() < deadline:
+                time.sleep(0.02)
         elif what in ("sleep", "wait"):
             self.pause(what, given[0])
         elif what == "progress":
@@ -105,6 +118,11 @@ def room_plan(order: dict[str, Any]) -> list[list[Any]]:
         return [["events", 1], ["sleep", 60]]
     if "faulty" in order["job"]:
         return [["fail", "DATASET_EMPTY"]]
+    if "filed" in order["job"]:
+        return [["report"], ["checkpoint", 10], ["end"]]
+    if "keeps" in order["job"]:
+        looked: list[list[Any]] = [["checkpoint", 10, 0.9], ["checkpoint", 20, 0.1], ["await", f"go/{order['job']}"]]
+        return [*looked, *(["checkpoint", step, 0.5] for step in (30, 40, 50)), ["end"]]
     if order["kind"] == "train":
         return [["events", 3], ["checkpoint", 10], ["checkpoint", 20], ["end"]]
     kind = "base" if order["import_model"] else "adapter" if order["adapter"] else "merged"

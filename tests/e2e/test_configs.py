@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +133,35 @@ def test_the_seeds_edited_config_trains(run: Run, home: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "importing" not in again.stderr and json.loads(again.stdout)["base_model"] == job["base_model"]
     assert json.loads(again.stdout)["datasets"] == job["datasets"]
+
+
+def test_a_run_is_looked_at_and_leaves_its_files(run: Run, home: Path) -> None:
+    config = edited(
+        home,
+        "looked.py",
+        ("import oasst1_map_fn", "import alpaca_map_fn"),
+        ("dataset_map_fn=oasst1_map_fn", "dataset_map_fn=alpaca_map_fn"),
+        ("max_length = 2048", "max_length = 64"),
+        ("accumulative_counts = 16", "accumulative_counts = 2"),
+    )
+    options = ("--cfg-options", "validation.ratio=0.25", "validation.every=2", "schedule.max_steps=6")
+    kept = ("--save-every", "1", "--keep-last", "2", "--keep-best")
+    done = run("train", config, "--json", "--name", "looked", *kept, *options)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)
+    logs = run("job", "logs", "looked").stdout
+    assert "18 samples of 24 rows" in logs and "6 samples to look at" in logs
+    losses = dict(re.findall(r"step (\d+)  validation loss ([0-9.]+)", logs))
+    assert list(losses) == ["2", "4", "6"]
+    best = min(losses, key=lambda step: (float(losses[step]), int(step)))
+    assert job["result"].endswith(f"/checkpoints/{best}")
+    listed = json.loads(run("job", "files", "looked", "--json").stdout)["files"]
+    fetched = run("job", "download", "looked", "files")
+    assert fetched.returncode == 0, fetched.stderr
+    for file in listed:
+        assert (home / "files" / file["path"]).stat().st_size == file["size_bytes"]
+    assert (home / "files" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(gzip.decompress((home / "files" / "steps.jsonl.gz").read_bytes()).splitlines()) == 6
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.finetune.store.artifacts import load, materialise
+from services.finetune.store.holds import list_holds
 from tests.common.serving import refused
 from tests.inference.conftest import READY, Models, Service, until
 from tests.inference.published import WORKSPACE, adapter, tiny_adapter
@@ -60,6 +61,23 @@ def test_an_adapter_is_served_as_if_it_had_been_there_from_the_start(service: Se
     assert ask(service, live, "a") == ask(service, other.name, "a") != bare
     assert ask(service, live, "") == bare
     service.stub.DeleteEndpoint(pb.DeleteEndpointRequest(name=other.name))
+
+
+def test_what_is_served_is_held_and_nothing_else(service: Service, live: str, models: Models) -> None:
+    """The registry of models, another service, knows endpoints by what they hold."""
+
+    def held(name: str) -> list[set[str]]:
+        return [set(h.digests) for h in list_holds(service.store) if h.holder == name]
+
+    put(service, live, "h", "one")
+    assert models.tiny in held(live)[0] and models.one in held(live)[0]
+    for alias in [a.alias for a in drop(service, live, "h").adapters]:
+        drop(service, live, alias)
+    until(lambda: held(live) == [{models.tiny}])
+    brief = endpoint(service.stub, "brief", adapters=[("a", "one")]).name
+    assert held(brief) == [{models.tiny, models.one}]
+    service.stub.DeleteEndpoint(pb.DeleteEndpointRequest(name=brief))
+    until(lambda: held(brief) == [])
 
 
 def test_an_alias_goes_over_at_once_and_answers_under_way_keep_theirs(service: Service, live: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import grpc
 import pytest
 from google.protobuf import json_format
@@ -256,6 +258,57 @@ def test_delete_forgets_checkpoints(room: TrainingStub, store: Store) -> None:
         room.CreateTrainingJob(request(resume_from=f"{name}/checkpoints/20"))
     with refused(NotFound, "JOB_NOT_FOUND"):
         room.ListCheckpoints(pb.ListCheckpointsRequest(parent=name))
+
+
+def test_files_are_listed_and_sent(room: TrainingStub, store: Store) -> None:
+    name = room.CreateTrainingJob(request(fresh("filed"))).name
+    assert not room.ListTrainingFiles(pb.ListTrainingFilesRequest(parent=name)).files
+    assert watch(room, name)[-1].state.state == pb.TrainingJob.SUCCEEDED
+    listed = room.ListTrainingFiles(pb.ListTrainingFilesRequest(parent=name, page_size=1))
+    rest = room.ListTrainingFiles(pb.ListTrainingFilesRequest(parent=name, page_token=listed.next_page_token))
+    files = [*listed.files, *rest.files]
+    assert [f.path for f in files] == ["loss.png", "tensorboard/events"] and not rest.next_page_token
+
+    def sent(**what: Any) -> bytes:
+        pieces = list(room.DownloadTrainingFile(pb.DownloadTrainingFileRequest(name=name, **what)))
+        assert all(google_crc32c.value(p.data) == p.crc32c for p in pieces)
+        return b"".join(p.data for p in pieces)
+
+    data = sent(path="tensorboard/events", digest=files[1].digest)
+    assert len(data) == files[1].size_bytes == 3_000_000
+    assert sent(path="tensorboard/events", offset_bytes=2_999_998) == data[-2:]
+    with refused(NotFound, "FILE_NOT_FOUND"):
+        sent(path="../loss.png")
+    with refused(OutOfRange, "OFFSET_WRONG"):
+        sent(path="loss.png", offset_bytes=10**9)
+    with refused(Aborted, "FILE_CHANGED"):
+        sent(path="loss.png", digest=files[1].digest)
+    with refused(NotFound, "JOB_NOT_FOUND"):
+        room.ListTrainingFiles(pb.ListTrainingFilesRequest(parent=f"{W}/trainingJobs/none"))
+    room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name))
+    assert get_ref(store, f"{name}/report") is None
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "kept"), [(False, [40, 50]), (True, [20, 40, 50])], ids=["the last two", "and the best"]
+)
+def test_only_checkpoints_that_are_kept_keep_their_names(
+    room: TrainingStub, store: Store, keep_best: bool, kept: list[int]
+) -> None:
+    """The worker saves ten to fifty; of them twenty is the best, and another job begins from ten."""
+    asked = {"report.keep_last": 2, "report.keep_best": keep_best}
+    name = room.CreateTrainingJob(request(fresh("keeps"), asked)).name
+    ref = f"{name}/checkpoints/10"
+    deadline = time.monotonic() + 40
+    while get_ref(store, ref) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    room.CreateTrainingJob(request(fresh("after"), resume_from=ref))
+    store.put(f"go/{name}", b"")
+    assert watch(room, name)[-1].state.state == pb.TrainingJob.SUCCEEDED
+    listed = room.ListCheckpoints(pb.ListCheckpointsRequest(parent=name)).checkpoints
+    assert [c.step for c in listed] == [10, *kept]
+    assert [c.validation_loss for c in listed if c.step == 20] == [0.1] * keep_best
 
 
 def test_failed_job_tells_why(room: TrainingStub) -> None:

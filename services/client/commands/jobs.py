@@ -7,6 +7,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from quartet.conversion.v1 import conversion_pb2
@@ -14,8 +15,9 @@ from quartet.training.v1 import training_pb2
 
 from services.client.client import Client
 from services.client.commands import connect
+from services.client.download import download_job_files
 from services.client.retry import pages
-from services.client.show import event_line, out, plain, table, tell
+from services.client.show import bar, event_line, out, plain, table, tell
 from services.common.status import from_status
 from services.finetune.errors import QuartetError
 
@@ -53,6 +55,29 @@ def logs(a: Namespace) -> None:
         ended = plain(job)["state"] in ENDED
         for event in client.watch(job.name) if ended else _so_far(client, job.name):
             out(plain(event)) if a.json else print(f"{event.sequence:5d}  {event_line(event)}")
+
+
+def files(a: Namespace) -> None:
+    with connect(a) as client:
+        found = job_files(client, client.name("trainingJobs", a.job))
+    if a.json:
+        out({"files": [plain(f) for f in found]})
+        return
+    table(["file", "bytes"], [(f.path, f.size_bytes) for f in found])
+
+
+def download(a: Namespace) -> None:
+    with connect(a) as client, bar("downloading", a.json) as told:
+        name = client.name("trainingJobs", a.job)
+        found = job_files(client, name)
+        download_job_files(client, name, found, Path(a.directory), told)
+    paths = [str(Path(a.directory) / f.path) for f in found]
+    out({"files": paths}) if a.json else print("\n".join(paths) or f"{name} has no files yet")
+
+
+def job_files(client: Client, name: str) -> list[training_pb2.TrainingFile]:
+    request = training_pb2.ListTrainingFilesRequest(parent=name, page_size=1000)
+    return list(pages(client.training.ListTrainingFiles, request, "files"))
 
 
 def cancel(a: Namespace) -> None:

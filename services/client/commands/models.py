@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +18,12 @@ from services.client.retry import pages
 from services.client.show import bar, out, plain, table
 from services.finetune.errors import InvalidArgument, NotFound, PermissionDenied
 from services.finetune.formats import Reading
+
+SHOWN = (
+    "name", "display_name", "kind", "digest", "architecture", "parameter_count", "dtype", "context_length", "size_bytes",
+    "template", "system", "generation", "base_model", "source", "job", "labels", "report", "create_time", "etag",
+)  # fmt: skip
+"""What `model get` tells of a model before its certificate, parents and files."""
 
 
 def import_model(a: Namespace) -> int:
@@ -76,13 +83,28 @@ def list_all(a: Namespace) -> None:
 
 def get(a: Namespace) -> None:
     with connect(a) as client:
-        out(plain(client.model(a.model)))
+        model = client.model(a.model)
+    if a.json:
+        out(plain(model))
+        return
+    about = plain(model)
+    shown = {k: about[k] for k in SHOWN if about.get(k)}
+    if model.HasField("certificate"):
+        c = model.certificate
+        shown["certificate"] = (
+            f"{c.digest}\n  tokenizer {c.tokenizer_digest}\n  template {c.template} {c.template_digest}"
+        )
+    for title, value in shown.items():
+        print(f"{title:16} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    if model.parents:
+        table(["made from", "name", "digest"], [(p.role, p.name, p.digest) for p in model.parents])
+    table(["file", "bytes", "digest"], [(f.path, f.size_bytes, f.digest) for f in model.files])
 
 
 def delete(a: Namespace) -> None:
     with connect(a) as client:
         name = client.name("models", a.model)
-        client.conversion.DeleteModel(conversion_pb2.DeleteModelRequest(name=name))
+        client.conversion.DeleteModel(conversion_pb2.DeleteModelRequest(name=name, force=a.force))
     out({"deleted": name}) if a.json else print(f"{name} is forgotten")
 
 

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quartet.training.v1 import training_pb2
 
@@ -69,6 +70,12 @@ def train(a: Namespace) -> int:
     options = read_options(a.cfg_options)
     if a.seed is not None:
         options["schedule.seed"] = a.seed
+    if a.save_every is not None:
+        options["report.checkpoint_every"] = a.save_every
+    if a.keep_last is not None:
+        options["report.keep_last"] = a.keep_last
+    if a.keep_best:
+        options["report.keep_best"] = True
     if a.deepspeed:
         options["parallel.deepspeed"] = read_deepspeed(a.deepspeed)
     with connect(a) as client:
@@ -76,7 +83,7 @@ def train(a: Namespace) -> int:
         for note in asked.notes:
             _say(f"{a.config}: {note}")
         base, data = _sources(client, a, asked)
-        job = client.train(asked.recipe, base, data, asked.overrides, resume_from=a.resume, job_id=a.name)
+        job = client.train(asked.recipe, base, data, asked.overrides, job_id=a.name, **_beside(client, a))
         work_dir = a.work_dir or asked.work_dir
         if work_dir:
             _write_work_dir(Path(work_dir), asked.name, job)
@@ -87,6 +94,11 @@ def train(a: Namespace) -> int:
         if work_dir and (last := client.job(job.name).result):
             (Path(work_dir) / "last_checkpoint").write_text(last, "utf-8")
         return status
+
+
+def _beside(client: Client, a: Namespace) -> dict[str, Any]:
+    """What a job names beside its base, data and config."""
+    return {"resume_from": a.resume, "validation_datasets": [client.revision(d) for d in a.validation]}
 
 
 def _sources(client: Client, a: Namespace, asked: Asked) -> tuple[str, list[str]]:
@@ -103,7 +115,7 @@ def _sources(client: Client, a: Namespace, asked: Asked) -> tuple[str, list[str]
 def _check(client: Client, a: Namespace, asked: Asked, expected: Sequence[str]) -> None:
     """Before gigabytes are moved: whatever else than what is still to come would be refused."""
     try:
-        client.train(asked.recipe, a.base, a.data, asked.overrides, resume_from=a.resume, validate_only=True)
+        client.train(asked.recipe, a.base, a.data, asked.overrides, validate_only=True, **_beside(client, a))
     except QuartetError as error:
         if error.reason not in expected:
             raise

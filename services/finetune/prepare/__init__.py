@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ TOLD_S = 1.0
 def prepare(run: PrepareRun, attempt: Attempt, stop: threading.Event, workdir: Path) -> dict[str, Any]:
     """Do an order; {"prepared": digest}.
 
-    Raises Cancelled (STOPPED) when `stop` is set, InvalidArgument (DATASET_EMPTY, TEMPLATE_UNKNOWN, TEMPLATE_REFUSED),
-    FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING).
+    Raises Cancelled (STOPPED) when `stop` is set, InvalidArgument (DATASET_EMPTY, VALIDATION_EMPTY, TEMPLATE_UNKNOWN,
+    TEMPLATE_REFUSED), FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING).
     """
     from services.finetune.templates import load_template
     from services.finetune.tokenizer import FILES, Tokenizer
@@ -76,10 +77,11 @@ def obtain(
 def told(manifest: Manifest, made: bool) -> str:
     """What a prepared artifact holds, for people."""
     m = manifest.meta
+    held = f", {m['held_out']['samples']} held out" if "held_out" in m else ""
     drawn = f", {m['drawn']} of them drawn," if m.get("drawn") else ""
     return (
         f"{m['rows']} rows{drawn} in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
-        f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped"
+        f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped{held}"
     )
 
 
@@ -141,10 +143,17 @@ def _make(
         for n, (dataset, manifest, weight) in enumerate(zip(run.datasets, manifests, weights, strict=True))
     ]
     tell = progress(attempt, stop, sum(int(m.meta["rows"]) for m in manifests))
-    built = build(sources, run.data.template, model_dir, run.data, run.seed, out, on_rows=tell)
-    (out / "certificate.json").write_text(json.dumps(certificate, sort_keys=True, indent=1, ensure_ascii=False))
+    try:
+        built = build(
+            sources, run.data.template, model_dir, run.data, run.seed, out, held_out=run.held_out, on_rows=tell
+        )
+    except BrokenProcessPool:
+        # The signal to end met helpers that had just been started.
+        if not stop.is_set():
+            raise
     if stop.is_set():
         raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+    (out / "certificate.json").write_text(json.dumps(certificate, sort_keys=True, indent=1, ensure_ascii=False))
     parents = [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "prepared", out, parents, {**_counts(built), META: certificate})
 
@@ -152,7 +161,14 @@ def _make(
 def _counts(built: Built) -> dict[str, Any]:
     names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths", "drawn")
     good = built.index["rows"] - sum(built.index["skipped"].values())
-    return {"rows": good, **{name: built.index[name] for name in names}}
+    counts = {"rows": good, **{name: built.index[name] for name in names}}
+    counts |= {"samples": built.index["laid_out"], "skipped": built.index["skipped"]}
+    if "held_out" in built.index:
+        held = built.index["held_out"]
+        counts["held_out"] = {"samples": held["laid_out"]} | {
+            name: held[name] for name in ("blocks", "tokens", "learned")
+        }
+    return counts
 
 
 def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: float, folder: Path) -> Source:

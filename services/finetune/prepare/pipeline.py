@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from services.finetune.config import DataConfig
 from services.finetune.errors import InvalidArgument, from_json
 from services.finetune.formats import Problem
-from services.finetune.packing import Blocks, Flat, block_length, lay_out, offsets_of, order
+from services.finetune.packing import HELD_OUT, Blocks, Flat, block_length, held, lay_out, offsets_of, order
 from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, ready, start, work
 from services.finetune.prepare.shards import Shard, Source, cut, lines_before
 from services.finetune.templates import load_template
@@ -64,17 +64,19 @@ def build(
     seed: int,
     out: Path,
     *,
+    held_out: float = 0.0,
     processes: int = 0,
     on_rows: Callable[[int], None] | None = None,
 ) -> Built:
     """Write the blocks of all sources into the folder `out`; equal arguments write equal bytes.
 
-    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files. `processes` 0 is
-    one for each core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
+    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files. `held_out` is the
+    part of the distinct samples that is laid out apart, in the folder HELD_OUT, each once. `processes` 0 is one for each
+    core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
 
-    Raises InvalidArgument (DATASET_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition (TEMPLATE_MISSING,
-    TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped and told; a good row that
-    the template refuses is blamed by InvalidArgument with the template's reason.
+    Raises InvalidArgument (DATASET_EMPTY, VALIDATION_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition
+    (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped
+    and told; a good row that the template refuses is blamed by InvalidArgument with the template's reason.
     """
     _check(sources)
     tokenizer = Tokenizer.from_files(model_dir)
@@ -91,7 +93,7 @@ def build(
             except _Differs as error:
                 proof = Proof(HUGGING_FACE, proof.texts, str(error))
                 made = _Gathered(out, task, on_rows).run(team, shards, proof)
-    return _finish(made, sources, tokenizer, data, seed, out)
+    return _finish(made, sources, tokenizer, data, seed, held_out, out)
 
 
 class _Gathered:
@@ -160,28 +162,45 @@ class _Gathered:
 
 
 def _finish(
-    made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig, seed: int, out: Path
+    made: _Gathered,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    seed: int,
+    held_out: float,
+    out: Path,
 ) -> Built:
     import numpy as np
 
     total = made.total
     lengths, learned = np.concatenate([np.zeros((0, 2), np.int64), *made.sizes]).T
     chosen = _chosen([(s.weight, made.of_source[n]) for n, s in enumerate(sources)], seed)
-    if data.max_rows:
-        chosen = chosen[np.sort(order(len(chosen), _DRAW, seed)[: data.max_rows])]
     if not len(chosen):
         why = f"; the first bad one is {_told(total.problems[0])}" if total.problems else ""
         raise InvalidArgument(
             f"none of the {total.rows} rows has an answer within data.max_length = {data.max_length} tokens{why}",
             reason="DATASET_EMPTY",
         )
-    members, starts = lay_out(lengths[chosen], data.max_length, data.pack, seed)
-    length = block_length(lengths[chosen], data.max_length, data.pack)
     tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
-    flat = Flat(length, tokens, mask, offsets_of(lengths), chosen[members], starts)
+    offsets = offsets_of(lengths)
+
+    def laid_out(some: Longs) -> Blocks:
+        members, starts = lay_out(lengths[some], data.max_length, data.pack, seed)
+        flat = Flat(
+            block_length(lengths[some], data.max_length, data.pack), tokens, mask, offsets, some[members], starts
+        )
+        return Blocks.of(flat, int(learned[some].sum()), total.truncated, total.dropped)
+
     proof = replace(made.proof, texts=made.proof.texts + total.compared)
-    about = {**_about(made, sources, tokenizer, proof), "drawn": len(chosen) if data.max_rows else 0}
-    Blocks.of(flat, int(learned[chosen].sum()), total.truncated, total.dropped).save_layout(out, about)
+    about = _about(made, sources, tokenizer, proof)
+    if held_out:
+        apart = held(tokens, offsets, held_out, seed)
+        laid_out(np.flatnonzero(apart)).save_layout(out / HELD_OUT, {})
+        chosen = chosen[~apart[chosen]]
+        about["held_out"] = json.loads((out / HELD_OUT / "index.json").read_text("utf-8"))
+    if data.max_rows:
+        chosen = chosen[np.sort(order(len(chosen), _DRAW, seed)[: data.max_rows])]
+    laid_out(chosen).save_layout(out, {**about, "drawn": len(chosen) if data.max_rows else 0})
     index = json.loads((out / "index.json").read_text("utf-8"))
     return Built(Blocks.open(out), index, proof, tuple(total.problems))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +191,18 @@ def start(task: Task) -> None:
     global _worker
     # Each process has its core; threads of the tokenizers would only wait for each other.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    # A signal goes to the whole group; it is for the process that leads, and no other goes before that one or after it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_leader, daemon=True).start()
     _worker = Worker(task)
+
+
+def _leave_with_leader() -> None:
+    leader = parent_process()
+    assert leader is not None
+    leader.join()
+    os._exit(1)
 
 
 def ready() -> None:

@@ -42,6 +42,8 @@ def shelf_key(run: PrepareRun, certificate: Certificate) -> str:
         "max_rows": data.max_rows,
         "seed": run.seed,
     }
+    if run.held_out:
+        parts["held_out"] = run.held_out
     return hashlib.sha256(dump(parts)).hexdigest()
 
 

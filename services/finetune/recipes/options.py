@@ -31,6 +31,7 @@ _SAME = {
     "lora.modules_to_save": "model.lora.modules_to_save",
     "report.system": "SYSTEM",
     "report.prompts": "evaluation_inputs",
+    "report.keep_last": "save_total_limit default_hooks.checkpoint.max_keep_ckpts",
 }
 _OURS = {theirs: ours for ours, listed in _SAME.items() for theirs in listed.split()}
 # Counted by XTuner in iterations.

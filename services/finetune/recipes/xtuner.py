@@ -150,8 +150,6 @@ def _huggingface(top: Part) -> None:
         arguments.set(ours, read(arguments, key, default))
     if arguments.take("seed") is not None:
         arguments.set("schedule.seed", arguments.whole("seed", 0))
-    if arguments.take("save_total_limit"):
-        arguments.note("save_total_limit", "all checkpoints are kept")
     arguments.close()
 
 
@@ -192,6 +190,7 @@ _ARGUMENTS: Sequence[tuple[str, str, Callable[[Part, str, Any], Any], float]] = 
     ("num_train_epochs", "schedule.epochs", Part.whole, 3),
     ("logging_steps", "report.log_every", Part.whole, 500),
     ("save_steps", "report.checkpoint_every", Part.whole, 500),
+    ("save_total_limit", "report.keep_last", Part.whole, 0),
 )
 
 

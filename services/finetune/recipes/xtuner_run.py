@@ -181,8 +181,8 @@ def _saving(saver: Part, accumulate: int) -> None:
         saver.set("report.checkpoint_epochs", max(0, every))
     elif every > 0:
         saver.set("report.checkpoint_every", steps(every, accumulate))
-    if saver.whole("max_keep_ckpts", -1) > 0:
-        saver.note("max_keep_ckpts", "all checkpoints are kept")
+    if (most := saver.whole("max_keep_ckpts", -1)) > 0:
+        saver.set("report.keep_last", most)
     saver.close()
 
 
@@ -196,7 +196,9 @@ def read_runtime(top: Part) -> None:
         top.blame("resume", "is given by --resume CHECKPOINT")
     dice = top.part("randomness")
     if dice is not None:
-        dice.idle("deterministic", "diff_rank_seed")  # a run here is always the same for a seed
+        dice.idle("diff_rank_seed")
+        if dice.flag("deterministic", False):
+            dice.set("schedule.deterministic", True)
         if dice.take("seed") is not None:
             dice.set("schedule.seed", dice.whole("seed", 0))
         dice.close()

@@ -36,8 +36,11 @@ _ABOUT = {
     "optim": f"name: {', '.join(get_args(Optimizer))}. clip_norm: largest norm of the gradient; 0 does not clip.",
     "schedule": "One optimizer step reads batch_size * accumulate blocks. The rate climbs for warmup_ratio of all steps, or "
     f"warmup_steps, then falls to min_lr_ratio by kind: {', '.join(get_args(Schedule))}. power is polynomial's, decay_ratio "
-    "the part of all steps in which wsd falls.",
-    "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end.",
+    "the part of all steps in which wsd falls. deterministic: on a GPU, slower and bit-identical.",
+    "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end. keep_last: how "
+    "many checkpoints stay, 0 for all; keep_best: the best stays too and is the result. trackers: wandb, mlflow.",
+    "validation": "ratio: part of the rows that is held out. every: optimizer steps between looks, 0 for epochs. patience: "
+    "end after so many looks without a loss that is lower by min_delta, 0 for never.",
     "parallel": "deepspeed: a preset's name, or empty.",
 }
 

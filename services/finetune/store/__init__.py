@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.finetune.errors import InvalidArgument
-from services.finetune.store.port import Blob, Entry, Link, Object, Store, Upload
+from services.finetune.store.port import Blob, Entry, Leftover, Link, Object, Store, Stored, Upload
 
-__all__ = ["Blob", "Entry", "Link", "Object", "Store", "Upload", "open_store"]
+__all__ = ["Blob", "Entry", "Leftover", "Link", "Object", "Store", "Stored", "Upload", "open_store"]
 
 
 def open_store(uri: str) -> Store:

@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from services.finetune.errors import DataLoss, InvalidArgument, NotFound
+from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
 from services.finetune.store.port import Blob, Store
 
-Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "checkpoint"]
+Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "checkpoint", "report"]
+NEEDS_BASE: tuple[Kind, ...] = ("adapter", "checkpoint")
+"""Kinds that are of no use without the parent in the role "base"; all others are whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def publish(store: Store, manifest: Manifest) -> str:
     """Write a manifest whose blobs are all stored; its digest. InvalidArgument (PATH_UNSAFE, BLOB_MISSING)."""
     for f in manifest.files:
         check_path(f.path)
-        if store.stat_blob(f.digest) is None:
+        if store.touch_blob(f.digest) is None:
             raise InvalidArgument(f"{f.path}: blob {f.digest} is not in the store", reason="BLOB_MISSING")
     data = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
@@ -158,6 +160,24 @@ def read_file(store: Store, manifest: Manifest, path: str) -> bytes:
     if "sha256:" + hashlib.sha256(data).hexdigest() != f.digest:
         raise DataLoss(f"{path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": path})
     return data
+
+
+def stream_file(store: Store, file: File, offset: int = 0) -> Iterator[bytes]:
+    """A file's bytes from `offset` on, in pieces of at most 1 MiB. OutOfRange (OFFSET_WRONG), and after the last byte
+    DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
+    if not 0 <= offset <= file.size:
+        raise OutOfRange(f"{file.path} has {file.size} bytes, not {offset}", reason="OFFSET_WRONG")
+    return _verified(store.read_blob(file.digest, offset), file, offset)
+
+
+def _verified(pieces: Iterator[bytes], file: File, offset: int) -> Iterator[bytes]:
+    whole, size = hashlib.sha256(), offset
+    for piece in pieces:
+        whole.update(piece)
+        size += len(piece)
+        yield piece
+    if size != file.size or (offset == 0 and "sha256:" + whole.hexdigest() != file.digest):
+        raise DataLoss(f"{file.path}: stored bytes are damaged", reason="BLOB_CORRUPT", metadata={"path": file.path})
 
 
 def put_json_blob(store: Store, data: object) -> Blob:

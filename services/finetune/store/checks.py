@@ -20,6 +20,8 @@ from services.finetune.errors import (
 
 HEX = frozenset("0123456789abcdef")
 PIECE_BYTES = 1 << 20
+TOUCH_AFTER_S = 600.0
+"""A blob stored or touched within so many seconds is not touched again: garbage is older than that by far."""
 
 
 def blob_name(digest: str) -> str:

@@ -14,24 +14,21 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
 from services.finetune.errors import InvalidArgument
-from services.finetune.store import file_stream
+from services.finetune.store import file_garbage, file_stream
 from services.finetune.store.checks import (
     PIECE_BYTES,
+    TOUCH_AFTER_S,
     blob_name,
-    check_digest,
     check_key,
-    check_offset,
     check_prefix,
     check_same,
-    check_size,
     check_upload_id,
     corrupt,
     cut_short,
@@ -39,9 +36,9 @@ from services.finetune.store.checks import (
     lost_race,
     no_blob,
 )
-from services.finetune.store.port import Blob, Entry, Link, Object, Upload
-
-_HASHERS = ThreadPoolExecutor(4, thread_name_prefix="hash")
+from services.finetune.store.disk import etag_of, hash_file, link_or_copy, make_folder, sync_folder, write_synced
+from services.finetune.store.file_upload import FileUpload
+from services.finetune.store.port import Blob, Entry, Leftover, Object, Stored, Upload
 
 
 class FileStore:
@@ -66,9 +63,22 @@ class FileStore:
                 self._standing()
                 return None
 
+    def touch_blob(self, digest: str) -> Blob | None:
+        path = self.blob_path(digest)
+        with disk_errors(self.root):
+            try:
+                found = path.stat()
+                if found.st_mtime < time.time() - TOUCH_AFTER_S:
+                    with self._lock():
+                        os.utime(path)
+                return Blob(digest, found.st_size)
+            except (FileNotFoundError, NotADirectoryError):
+                self._standing()
+                return None
+
     def put_blob(self, data: bytes) -> Blob:
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        if self.stat_blob(digest) is None:
+        if self.touch_blob(digest) is None:
             with disk_errors(self.root), self._temporary() as path:
                 write_synced(path, data)
                 self.keep_blob(path, digest)
@@ -133,11 +143,12 @@ class FileStore:
     def keep_blob(self, path: Path, digest: str) -> None:
         """Move a synced temporary file into place."""
         target = self.blob_path(digest)
-        if target.exists():
+        if self.touch_blob(digest) is not None:
             path.unlink()
             return
         make_folder(target.parent)
         path.chmod(0o444)
+        os.utime(path)  # an upload may have got its last byte long ago
         path.rename(target)
         sync_folder(target.parent)
 
@@ -161,6 +172,30 @@ class FileStore:
             raise corrupt(digest, found)
         self._verified[digest] = mark
 
+    # ------------------------------------------------------------------------------------------ garbage
+
+    def clock_s(self) -> float:
+        return time.time()
+
+    def list_blobs(self) -> Iterator[Stored]:
+        with disk_errors(self.root):
+            yield from file_garbage.list_blobs(self.root)
+
+    def drop_blobs(self, digests: Sequence[str], before_s: float) -> int:
+        dropped = 0
+        for digest in digests:
+            path = self.blob_path(digest)
+            # The lock is touch_blob's too: a touch comes before the look at the time, or finds the blob gone.
+            with disk_errors(self.root), contextlib.suppress(FileNotFoundError), self._lock():
+                if path.stat().st_mtime < before_s:
+                    path.unlink()
+                    dropped += 1
+        return dropped
+
+    def leftovers(self, before_s: float, drop: bool) -> Iterator[Leftover]:
+        with disk_errors(self.root):
+            yield from file_garbage.leftovers(self.root, before_s, drop)
+
     # ------------------------------------------------------------------------------------------ uploads
 
     def begin_upload(self, upload_id: str, digest: str, size: int) -> Upload:
@@ -174,7 +209,7 @@ class FileStore:
                     path.rename(folder / "about.json")
             (folder / "data").touch()
             sync_folder(folder)
-            upload = _FileUpload(self, folder)
+            upload = FileUpload(self, folder)
         check_same((upload.digest, upload.size), (digest, size))
         return upload
 
@@ -182,7 +217,7 @@ class FileStore:
         folder = self.root / "uploads" / check_upload_id(upload_id)
         with disk_errors(self.root):
             begun = (folder / "about.json").exists() and (folder / "data").exists()
-            return _FileUpload(self, folder) if begun else None
+            return FileUpload(self, folder) if begun else None
 
     # ------------------------------------------------------------------------------------------ small objects
 
@@ -239,8 +274,14 @@ class FileStore:
             self._standing()
         after = start_after.encode()
         wanted = (k for k in walked if k.startswith(prefix) and k.encode() > after)
-        found = (self.get(key) for key in heapq.nsmallest(limit, wanted, key=str.encode))
-        return [Entry(read.key, read.etag) for read in found if read is not None]
+        return [e for key in heapq.nsmallest(limit, wanted, key=str.encode) if (e := self._entry(key)) is not None]
+
+    def _entry(self, key: str) -> Entry | None:
+        with contextlib.suppress(FileNotFoundError):
+            time_s = self._object_path(key).stat().st_mtime
+            read = self.get(key)
+            return Entry(key, read.etag, time_s) if read is not None else None
+        return None
 
     def _standing(self) -> None:
         """Nothing is absent from a store that is gone itself: then an OSError says so."""
@@ -267,127 +308,3 @@ class FileStore:
             yield path
         finally:
             path.unlink(missing_ok=True)
-
-
-class _FileUpload:
-    def __init__(self, store: FileStore, folder: Path) -> None:
-        about = json.loads((folder / "about.json").read_text())
-        self.digest: str = about["digest"]
-        self.size: int = about["size"]
-        self._store = store
-        self._folder = folder
-        self._data = folder / "data"
-        # The running hash knows an upload that was never cut; a resumed one is read once at the end.
-        self._hashed = 0
-        self._sha = hashlib.sha256()
-        self._hashing: Future[None] | None = None
-        self._committed = 0
-        self.flush()
-
-    @property
-    def committed(self) -> int:
-        return self._committed
-
-    def write(self, offset: int, data: bytes) -> None:
-        with disk_errors(self._store.root), self._data.open("r+b", buffering=0) as out:
-            fcntl.flock(out, fcntl.LOCK_EX)  # of two streams of one upload only one may find its offset right
-            end = out.seek(0, os.SEEK_END)
-            check_offset(offset, end)
-            try:
-                left = memoryview(data)
-                while left:
-                    left = left[out.write(left) :]
-            except OSError:
-                # A torn chunk is cut off again: the next one begins where this one should have.
-                out.truncate(end)
-                raise
-        if self._hashed == offset:
-            self._settle()
-            self._hashing = _HASHERS.submit(self._sha.update, data)
-            self._hashed += len(data)
-
-    def flush(self) -> None:
-        with disk_errors(self._store.root), self._data.open("rb") as data:
-            size = os.fstat(data.fileno()).st_size  # before the sync: bytes that arrive during it may not be in it
-            os.fsync(data.fileno())
-            self._committed = size
-
-    def links(self, count: int, valid_s: int) -> Sequence[Link]:
-        return ()
-
-    def finish(self) -> Blob:
-        try:
-            self.flush()
-            check_size(self._committed, self.size)
-            check_digest(self._whole_digest(), self.digest)
-        except InvalidArgument:
-            self._drop()
-            raise
-        with disk_errors(self._store.root):
-            self._store.keep_blob(self._data, self.digest)
-        self._drop()
-        return Blob(self.digest, self.size)
-
-    def _settle(self) -> None:
-        """Wait until the chunk before is hashed: it is hashed while the next one comes."""
-        if self._hashing is not None:
-            self._hashing.result()
-
-    def _whole_digest(self) -> str:
-        self._settle()
-        if self._hashed == self.size:
-            return "sha256:" + self._sha.hexdigest()
-        with disk_errors(self._store.root):
-            return hash_file(self._data)
-
-    def _drop(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def etag_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """The digest of a file's bytes."""
-    with path.open("rb") as source:
-        return "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def link_or_copy(blob: Path, new: Path, digest: str) -> None:
-    """Make `new` the blob's file, or on another disk a verified copy. DataLoss (BLOB_CORRUPT)."""
-    try:
-        os.link(blob, new)
-        return
-    except OSError:
-        shutil.copyfile(blob, new)
-    if (found := hash_file(new)) != digest:
-        raise corrupt(digest, found)
-    new.chmod(0o444)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each durably."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename or link in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,26 @@ class Entry:
 
     key: str
     etag: str
+    time_s: float
+    """When it was written, by the store's clock (seconds since 1970)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A blob as the store lists it: `time_s` is when it was stored or touched last, by the store's clock."""
+
+    digest: str
+    size: int
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a cut write left behind: of an "upload" or a "temporary" file, its bytes."""
+
+    kind: Literal["upload", "temporary"]
+    key: str
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +100,15 @@ class Store(Protocol):
     def stat_blob(self, digest: str) -> Blob | None:
         """The blob, or None if it is not there."""
 
+    def touch_blob(self, digest: str) -> Blob | None:
+        """As stat_blob, and the blob counts as stored now: whoever is about to name one that was there before touches it,
+        or it might be dropped meanwhile as garbage."""
+
     def put_blob(self, data: bytes) -> Blob:
-        """Keep bytes that are in memory."""
+        """Keep bytes that are in memory. A blob that is there already is touched."""
 
     def put_file(self, path: Path) -> Blob:
-        """Keep a file's bytes, streamed; nothing is visible before all are there."""
+        """Keep a file's bytes, streamed; nothing is visible before all are there. A blob that is there is touched."""
 
     def put_stream(self, stream_id: str, size: int, pieces: Iterable[bytes | memoryview]) -> Blob:
         """Keep `size` bytes as they come, whose digest nobody knows yet; nothing is visible before all are there, and what
@@ -123,3 +147,18 @@ class Store(Protocol):
 
     def list(self, prefix: str, *, start_after: str = "", limit: int = 1000) -> list[Entry]:
         """At most `limit` entries with that key prefix after `start_after`, in order of their keys (bytewise)."""
+
+    # What only the collector of garbage uses (services.finetune.store.garbage).
+
+    def clock_s(self) -> float:
+        """Now, in seconds since 1970, by the clock that dates blobs and objects."""
+
+    def list_blobs(self) -> Iterator[Stored]:
+        """All blobs, in no order."""
+
+    def drop_blobs(self, digests: Sequence[str], before_s: float) -> int:
+        """Remove those of these blobs that were neither stored nor touched since; how many were removed. Who puts or
+        touches one at the same time keeps it, or is told that it is gone. One caller at a time."""
+
+    def leftovers(self, before_s: float, drop: bool) -> Iterator[Leftover]:
+        """Uploads and temporary files that nobody wrote to since; with `drop` they are removed."""

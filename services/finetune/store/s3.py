@@ -12,31 +12,27 @@ import hashlib
 import heapq
 import io
 import json
-import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import urllib3
-from minio import Minio
 from minio.datatypes import Part
 from minio.error import MinioException, S3Error
-from minio.helpers import check_bucket_name
 
 from services.finetune.errors import (
     FailedPrecondition,
-    InvalidArgument,
     PermissionDenied,
     QuartetError,
     ResourceExhausted,
     Unavailable,
 )
-from services.finetune.store import s3_stream
+from services.finetune.store import s3_garbage, s3_stream
 from services.finetune.store.checks import (
     PIECE_BYTES,
     blob_name,
@@ -50,7 +46,8 @@ from services.finetune.store.checks import (
     lost_race,
     no_blob,
 )
-from services.finetune.store.port import Blob, Entry, Object, Upload
+from services.finetune.store.port import Blob, Entry, Leftover, Object, Stored, Upload
+from services.finetune.store.s3_client import connect
 from services.finetune.store.s3_upload import S3Upload, part_size
 
 FILE_PART_BYTES = 16 << 20
@@ -80,9 +77,12 @@ class S3Store:
         size = self.stat_size(self.blob_key(digest))
         return None if size is None else Blob(digest, size)
 
+    def touch_blob(self, digest: str) -> Blob | None:
+        return s3_garbage.touch(self, digest)
+
     def put_blob(self, data: bytes) -> Blob:
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        if self.stat_blob(digest) is None:
+        if self.touch_blob(digest) is None:
             with self.errors():
                 self.patient.put_object(self.bucket, self.blob_key(digest), io.BytesIO(data), len(data))
         return Blob(digest, len(data))
@@ -93,7 +93,7 @@ class S3Store:
             digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
             size = source.tell()
             source.seek(0)
-            if self.stat_blob(digest) is None:
+            if self.touch_blob(digest) is None:
                 self._send_file(source, size, digest)
         return Blob(digest, size)
 
@@ -237,7 +237,12 @@ class S3Store:
         base, after = f"{self.prefix}objects/", start_after.encode()
         with self.errors():
             listed = self.quick.list_objects(self.bucket, base + check_prefix(prefix), recursive=True)
-            entries = (Entry(str(o.object_name).removeprefix(base), str(o.etag).strip('"')) for o in listed)
+            entries = (
+                Entry(
+                    str(o.object_name).removeprefix(base), str(o.etag).strip('"'), s3_garbage.seconds(o.last_modified)
+                )
+                for o in listed
+            )
             wanted = (e for e in entries if e.key.encode() > after)
             return heapq.nsmallest(limit, wanted, key=lambda e: e.key.encode())
 
@@ -269,6 +274,23 @@ class S3Store:
                 if (present.metadata or {}).get("x-amz-meta-put") == mark:
                     return str(present.etag).strip('"')
             raise lost_race(key) from error
+
+    # ------------------------------------------------------------------------------------------ garbage
+
+    def clock_s(self) -> float:
+        self.put("garbage/clock.json", b"{}")
+        with self.errors():
+            about = self.quick.stat_object(self.bucket, f"{self.prefix}objects/garbage/clock.json")
+        return s3_garbage.seconds(about.last_modified)
+
+    def list_blobs(self) -> Iterator[Stored]:
+        return s3_garbage.list_blobs(self)
+
+    def drop_blobs(self, digests: Sequence[str], before_s: float) -> int:
+        return s3_garbage.drop_blobs(self, digests, before_s)
+
+    def leftovers(self, before_s: float, drop: bool) -> Iterator[Leftover]:
+        return s3_garbage.leftovers(self, before_s, drop)
 
     # ------------------------------------------------------------------------------------------ uploads
 
@@ -358,43 +380,7 @@ class S3Store:
         return Unavailable(f"the store {self.uri} fails ({code}); try again later", reason="STORE_UNREACHABLE")
 
 
-def connect(parts: SplitResult, read_s: float, reads: int) -> Minio:
-    """A client for a store URI. InvalidArgument (STORE_URI_INVALID)."""
-    query = {k: v[0] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
-    endpoint = urlsplit(query.get("endpoint", "https://s3.amazonaws.com"))
-    if set(query) - {"endpoint", "region"} or endpoint.scheme not in ("http", "https") or not endpoint.netloc:
-        raise _bad_uri(parts, "write s3://bucket/prefix?endpoint=http://host:port&region=name")
-    # A refused or silent address is given up after 3 tries of 2 s. Retry-After is not heeded: it may say hours.
-    retries = urllib3.Retry(
-        total=4,
-        connect=2,
-        read=reads,
-        status=3,
-        backoff_factor=0.2,
-        status_forcelist=(500, 502, 503, 504),
-        allowed_methods=None,
-        respect_retry_after_header=False,
-    )
-    timeout = urllib3.Timeout(connect=2, read=read_s)
-    try:
-        check_bucket_name(parts.netloc)
-        return Minio(
-            endpoint.netloc,
-            access_key=os.environ.get("AWS_ACCESS_KEY_ID"),
-            secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-            secure=endpoint.scheme == "https",
-            region=query.get("region", "us-east-1"),
-            http_client=urllib3.PoolManager(timeout=timeout, retries=retries, maxsize=16),
-        )
-    except ValueError as error:
-        raise _bad_uri(parts, str(error)) from error
-
-
 def check_unchanged(found: str, digest: str) -> None:
     """FailedPrecondition (FILE_CHANGED) if a file was written to between being hashed and being sent."""
     if "sha256:" + found != digest:
         raise FailedPrecondition("the file changed while it was stored; try again", reason="FILE_CHANGED")
-
-
-def _bad_uri(parts: SplitResult, why: str) -> InvalidArgument:
-    return InvalidArgument(f"not a store URI: {parts.geturl()!r}; {why}", reason="STORE_URI_INVALID")

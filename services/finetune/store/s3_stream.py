@@ -42,7 +42,7 @@ def put_stream(store: S3Store, stream_id: str, size: int, pieces: Iterable[bytes
     try:
         digest, found, sent = _send(store, staging, multipart, parts)
         check_size(found, size)
-        if store.stat_blob(digest) is None:
+        if store.touch_blob(digest) is None:
             with store.errors():
                 store.patient._complete_multipart_upload(store.bucket, staging, multipart, sent)
                 store.patient.copy_object(store.bucket, store.blob_key(digest), CopySource(store.bucket, staging))

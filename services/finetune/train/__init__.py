@@ -11,7 +11,8 @@ from services.finetune.progress import Attempt
 
 
 def train(run: TrainRun, attempt: Attempt, stop: threading.Event, workdir: Path) -> dict[str, Any]:
-    """Run an order to its end; {"checkpoint": digest, "step": n} of the last checkpoint.
+    """Run an order to its end; {"checkpoint": digest, "step": n} of the last checkpoint, or of the best if that is asked
+    for, and as "message" why it ended early, if it did.
 
     Raises Cancelled (STOPPED) after saving when `stop` is set, and every QuartetError that the data, the config or the
     model deserve.

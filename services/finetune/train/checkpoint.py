@@ -4,9 +4,10 @@ adapter_model.safetensors, adapter_config.json   a PEFT adapter, usable as it is
 model.safetensors                                the weights that full training changed, in float32
 optimizer.safetensors                            the optimizer's tensors, "<parameter>|<slot>"
 rng.safetensors                                  torch's generator states
-state.json                                       step, loss, the optimizer's plain numbers and the loss scale; of a whole
-                                                 model also other names of its weights ("tied")
+state.json                                       step, loss, what validation said, the optimizer's plain numbers and the
+                                                 loss scale; of a whole model also other names of its weights ("tied")
 run_config.json                                  the run's config
+steps.jsonl.gz                                   the step log; see steplog.py
 
 What is large is in several files: model-00001-of-00004.safetensors.
 """
@@ -26,6 +27,7 @@ from services.finetune.config import TrainRun, from_json, to_json
 from services.finetune.errors import FailedPrecondition
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
+from services.finetune.train.steplog import NAME, write_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,13 @@ class _Copies:
 
 
 def save(
-    store: Store, run: TrainRun, taken: Snapshot, state: Mapping[str, Any], meta: Mapping[str, Any], folder: Path
+    store: Store,
+    run: TrainRun,
+    taken: Snapshot,
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    lines: Sequence[str],
+    folder: Path,
 ) -> str:
     """Write a checkpoint below `folder`, store it, and return its digest. It is complete or absent."""
     if taken.ready is not None:
@@ -107,6 +115,7 @@ def save(
     write_tensors(taken.rng, folder / "rng.safetensors")
     (folder / "state.json").write_text(_dump({**state, "optimizer": taken.numbers}))
     (folder / "run_config.json").write_text(_dump(to_json(run.config)))
+    write_log(lines, folder / NAME)
     parents = [Parent("base", run.base.digest, run.base.name)]
     parents += [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "checkpoint", folder, parents, meta)
@@ -203,6 +212,8 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
     for config in (then, now):
         config.pop("report")
         config["schedule"].pop("max_steps")
+        # How often is free; which rows are held out is not.
+        config["validation"] = {"ratio": config["validation"]["ratio"]}
         # Where base and rows came from; what they are is compared by digest.
         config["model"].pop("checkpoint")
         config["data"].pop("sources")

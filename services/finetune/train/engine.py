@@ -32,6 +32,14 @@ class Engine(Protocol):
         its gradients times `scale` are added. `seed` belongs to this micro-step alone."""
         ...
 
+    def look(self, blocks: Blocks, batch: Batch) -> Tensor:
+        """The loss of some of any blocks, summed over their learned tokens, without dropout and gradients."""
+        ...
+
+    def spare(self) -> str:
+        """Take less memory and more time from now on; what was done, or "" if there is nothing to do."""
+        ...
+
 
 class Autograd:
     """Any model, through its own forward."""
@@ -47,30 +55,27 @@ class Autograd:
         return ""
 
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
-        loss = summed_loss(self.model, *self._tensors(batch), dtype=self.dtype) / learned
+        loss = summed_loss(self.model, *tensors(self.blocks, batch, self.device), dtype=self.dtype) / learned
         (loss * scale if scale != 1.0 else loss).backward()
         return loss.detach()
 
-    def _tensors(self, batch: Batch) -> list[Tensor]:
-        """ids, labels, positions, segments of blocks; labels stay in host memory (see summed_loss)."""
-        arrays = (self.blocks.ids, self.blocks.labels, self.blocks.positions, self.blocks.segments)
-        ids, labels, positions, segments = (torch.from_numpy(np.array(a[batch])).long() for a in arrays)
-        if self.device.type == "cuda":
-            # Only from pinned memory does a copy not wait for the GPU.
-            ids, positions, segments = (
-                t.pin_memory().to(self.device, non_blocking=True) for t in (ids, positions, segments)
-            )
-        return [ids, labels, positions, segments]
+    @torch.no_grad()
+    def look(self, blocks: Blocks, batch: Batch) -> Tensor:
+        self.model.eval()
+        return summed_loss(self.model, *tensors(blocks, batch, self.device), dtype=self.dtype)
+
+    def spare(self) -> str:
+        return memory.spare(causal_of(self.model))
 
 
 class Handmade:
     """Llama-shaped models on a GPU; see fused.py."""
 
-    def __init__(self, model: Any, blocks: Blocks, device: torch.device, config: ModelConfig) -> None:
+    def __init__(self, model: Any, blocks: Blocks, device: torch.device, config: ModelConfig, positions: int) -> None:
         from services.finetune.train import ops_triton
         from services.finetune.train.fused import Fused
 
-        self.fused = Fused(model, ops_triton, int(blocks.ids.shape[1]))
+        self.fused = Fused(model, ops_triton, positions)
         self.blocks = blocks
         self.device = device
         self.config = config
@@ -87,17 +92,49 @@ class Handmade:
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed, scale)
 
+    def look(self, blocks: Blocks, batch: Batch) -> Tensor:
+        self.fused.adapters.begin()
+        return self.fused.loss(flatten(blocks, batch, self.device))
+
+    def spare(self) -> str:
+        layers = len(self.fused.layers)
+        if self.fused.recomputed == layers:
+            return ""
+        self.fused.recomputed = layers
+        return "all layers run forward twice"
+
+
+def tensors(blocks: Blocks, batch: Batch, device: torch.device) -> list[Tensor]:
+    """ids, labels, positions, segments of blocks; labels stay in host memory (see summed_loss)."""
+    arrays = (blocks.ids, blocks.labels, blocks.positions, blocks.segments)
+    ids, labels, positions, segments = (torch.from_numpy(np.array(a[batch])).long() for a in arrays)
+    if device.type == "cuda":
+        # Only from pinned memory does a copy not wait for the GPU.
+        ids, positions, segments = (t.pin_memory().to(device, non_blocking=True) for t in (ids, positions, segments))
+    return [ids, labels, positions, segments]
+
 
 def choose(
-    model: Any, blocks: Blocks, device: torch.device, dtype: torch.dtype, config: ModelConfig
+    model: Any,
+    blocks: Blocks,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    longest: int = 0,
+    fixed: bool = False,
 ) -> tuple[Engine, str]:
-    """(engine, which and why). FailedPrecondition (MODEL_NOT_TRAINABLE) as memory.recompute."""
+    """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` asks for sums in a
+    fixed order, which flash attention's backward does not have. FailedPrecondition (MODEL_NOT_TRAINABLE) as
+    memory.recompute."""
     why = "no GPU" if device.type != "cuda" else ""
+    if fixed:
+        why = why or "sums in a fixed order are asked for"
     if dtype not in (torch.bfloat16, torch.float16):
         why = why or f"flash attention knows no {str(dtype).removeprefix('torch.')}"
     if not why:
         try:
-            return Handmade(model, blocks, device, config), "fused kernels, attention by document"
+            made = Handmade(model, blocks, device, config, max(longest, int(blocks.ids.shape[1])))
+            return made, "fused kernels, attention by document"
         except (Uncovered, ImportError) as error:
             why = f"not covered by the fused kernels: {error}"
     twice = memory.recompute(causal_of(model), config, device)

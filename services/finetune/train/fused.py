@@ -7,7 +7,8 @@ are made anew from what is kept anyway. Gradients of LoRA weights are written wh
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,6 +122,30 @@ class Fused:
                 saved = self._forward(layer, saved, None, turns, flat, _mixed(seed, n))[2]
             self._backward(layer, grad_TD, saved, turns, flat, _mixed(seed, n), first=n == 0)
         return loss
+
+    @torch.no_grad()
+    def loss(self, flat: Flat) -> Tensor:
+        """The cross entropy summed over `flat`'s learned tokens, without dropout."""
+        turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
+        h_TD, delta_TD = functional.embedding(flat.ids_T, self.embedding), None
+        with self._without_dropout():
+            for layer in self.layers:
+                h_TD, delta_TD, _ = self._forward(layer, h_TD, delta_TD, turns, flat, 0)
+        x_KD = self.ops.add_norm(h_TD, delta_TD, self.norm, self.eps)[1].index_select(0, flat.where_K)
+        pairs = zip(x_KD.split(self.head_rows), flat.wanted_K.split(self.head_rows), strict=True)
+        return torch.cat([self.ops.cross_entropy(rows @ self.head.t(), wanted, 1.0) for rows, wanted in pairs]).sum()
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        groups = [group for layer in self.layers for group in layer.groups]
+        before = [group.p for group in groups]
+        for group in groups:
+            group.p = 0.0
+        try:
+            yield
+        finally:
+            for group, p in zip(groups, before, strict=True):
+                group.p = p
 
     @torch.no_grad()
     def logits(self, flat: Flat) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
+import os
 import shutil
 import threading
 import time
@@ -12,18 +16,22 @@ from typing import Any
 import torch
 
 from services.finetune.config import TrainRun
-from services.finetune.errors import Cancelled
+from services.finetune.errors import Cancelled, InvalidArgument, QuartetError
 from services.finetune.formats import Message
 from services.finetune.prepare.certificate import META, certify
-from services.finetune.progress import Attempt, newest_checkpoint
+from services.finetune.progress import Attempt, best_checkpoint, checkpoints
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.train import checkpoint
 from services.finetune.train.data import prepare
 from services.finetune.train.engine import choose
+from services.finetune.train.flops import cost, peak, peak_memory
 from services.finetune.train.model import choose_dtype, computing, load_model, trainable
+from services.finetune.train.report import Report
 from services.finetune.train.step import Stepper, Told
+from services.finetune.train.steplog import NAME, Replay, StepLog, read_lines
+from services.finetune.train.validation import Looks, mean_loss
 
 
 class Trainer:
@@ -35,53 +43,109 @@ class Trainer:
         self.attempt = attempt
         self.stop = stop
         self.workdir = workdir
+        self.report = Report(run, attempt, workdir)
+        self.log = StepLog()
+        self.looks = Looks()
+        self.replay = Replay()
         self._saved = -1
         """The step of the newest checkpoint, saved or being saved."""
         self._digest: Future[str] = Future()
+        self._known = checkpoints(attempt.store, attempt.job_key, attempt.number)
+        """What was said of the job's complete checkpoints, by step."""
         self._saver = ThreadPoolExecutor(1, "checkpoint")
 
     def run(self) -> dict[str, Any]:
         """See services.finetune.train.train."""
+        result: dict[str, Any] = {}
+        state = "FAILED"
+        try:
+            result = self._run()
+            state = "SUCCEEDED"
+        except Cancelled:
+            state = "CANCELLED"
+            raise
+        except InvalidArgument as error:
+            raise self._with_last(error) from error
+        finally:
+            self._close(state)
+        return result
+
+    def _run(self) -> dict[str, Any]:
         self._load()
         self._resume()
-        report, steps = self.config.report, self.steps
-        self._began, self._first = time.monotonic(), steps.step
+        self._began, self._first = time.monotonic(), self.steps.step
         with self._saver:
-            while steps.step < steps.total:
-                if self.stop.is_set():
-                    self._save().result()
-                    raise Cancelled(f"stopped after step {steps.step}; its checkpoint is kept", reason="STOPPED")
-                steps.take()
-                each = report.checkpoint_epochs * steps.per_epoch
-                if steps.step % report.checkpoint_every == 0 or (each and steps.step % each == 0):
-                    self._save()
-                if report.sample_every and steps.step % report.sample_every == 0 and steps.step < steps.total:
-                    self._sample()
-                if self._digest.done():
-                    self._digest.result()  # a checkpoint that could not be saved ends the run
-            digest = self._save().result()
+            if message := self._train():
+                self.report.log(message)
+            self._save().result()
         self._sample()
-        return {"checkpoint": digest, "step": steps.step}
+        best = best_checkpoint(self._known.values()) if self.config.report.keep_best else None
+        kept = best or self._known[self.steps.step]
+        return {"checkpoint": kept["digest"], "step": kept["step"], "message": message}
+
+    def _train(self) -> str:
+        """All steps that are left; why there were fewer than planned, or ""."""
+        report, steps, began = self.config.report, self.steps, self.steps.step
+        while True:
+            step, last = steps.step, steps.step >= steps.total
+            if self._look_due(step, last) and self._look() and report.keep_best:
+                self._save()
+            ended = self._ended_early()
+            if step > began:
+                each = report.checkpoint_epochs * steps.per_epoch
+                if step % report.checkpoint_every == 0 or (each and step % each == 0):
+                    self._save()
+                if report.sample_every and step % report.sample_every == 0 and not (last or ended):
+                    self._sample()
+            if self._digest.done():
+                self._digest.result()  # a checkpoint that could not be saved ends the run
+            if (last or ended) and not self._look_due(step, last):
+                return ended
+            self._check_stop()
+            steps.take()
+
+    def _check_stop(self) -> None:
+        """Cancelled (STOPPED) if that is asked, after what was learned is saved."""
+        if not self.stop.is_set():
+            return
+        step = self.steps.step
+        if step == 0:
+            raise Cancelled("stopped before the first step", reason="STOPPED")
+        self._save().result()
+        raise Cancelled(f"stopped after step {step}; its checkpoint is kept", reason="STOPPED")
+
+    # ------------------------------------------------------------------------------------------ before the first step
 
     def _load(self) -> None:
-        torch.use_deterministic_algorithms(not torch.cuda.is_available())
+        fixed = self.config.schedule.deterministic or not torch.cuda.is_available()
+        torch.use_deterministic_algorithms(fixed)
+        if fixed:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         store, base = self.attempt.store, load(self.attempt.store, self.order.base.digest)
         folder = materialise(store, base, self.workdir / "base")
+        self._begin_nothing_more()
         self.tokenizer = Tokenizer.from_files(folder)
         self.template = load_template(self.config.data.template or base.meta["template"], self.tokenizer)
         certificate = certify(self.tokenizer, self.template)
-        self.blocks = prepare(self.order, self.template, certificate, folder, self.attempt, self.stop, self.workdir)
+        self.data = prepare(self.order, self.template, certificate, folder, self.attempt, self.stop, self.workdir)
+        self.attempt.emit("dataset", **self.data.about)
+        self._begin_nothing_more()
         dtype, why = choose_dtype(self.config.model.dtype)
-        self._log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
+        self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
         self.model = load_model(folder, self.config, dtype)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
-        engine, why = choose(self.model, self.blocks, self.device, dtype, self.config.model)
-        self._log(f"gradients by {why}")
+        blocks = self.data.blocks
+        longest = max((int(b.ids.shape[1]) for b in self.data.validation), default=0)
+        self.engine, why = choose(self.model, blocks, self.device, dtype, self.config.model, longest, fixed)
+        self.report.log(f"gradients by {why}")
         self.steps = Stepper(
-            self.config, self.model, self.parameters, self.blocks, engine, self._tell, self._log, dtype
+            self.config, self.model, self.parameters, blocks, self.engine, self._tell, self.report.log, dtype
         )
         self.dtype = dtype
+        self.cost, self.peak = cost(self.model), peak(self.device, dtype)
+        if self.cost and self.peak:
+            self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,
@@ -91,45 +155,84 @@ class Trainer:
             META: certificate,
         }
 
+    def _begin_nothing_more(self) -> None:
+        """Cancelled (STOPPED) while there is nothing to save."""
+        if self.stop.is_set():
+            raise Cancelled("stopped before the first step", reason="STOPPED")
+
     def _resume(self) -> None:
         """Go on from what earlier attempts saved, else from the checkpoint that the order names."""
-        own = newest_checkpoint(self.attempt.store, self.attempt.job_key, self.attempt.number)
-        digest = own[1] if own else self.order.resume.digest if self.order.resume else ""
-        if digest:
-            state = checkpoint.restore(
-                self.attempt.store,
-                digest,
-                self.order,
-                self.model,
-                self.parameters,
-                self.steps.optimizer,
-                self.workdir / "resume",
-            )
-            self.steps.go_on(state)
+        own = self._known[max(self._known)] if self._known else None
+        digest = own["digest"] if own else self.order.resume.digest if self.order.resume else ""
+        if not digest:
+            return
+        folder = self.workdir / "resume"
+        state = checkpoint.restore(
+            self.attempt.store, digest, self.order, self.model, self.parameters, self.steps.optimizer, folder
+        )
+        self.steps.go_on(state)
+        if (folder / NAME).exists():
+            self.log = StepLog(read_lines(folder / NAME))
+        if own:
+            self.looks = Looks(**state.get("looks", {}))
             self._saved = self.steps.step
             self._digest.set_result(digest)
-            self._log(f"going on after step {self.steps.step}")
+            self.replay = Replay.of(self.attempt, self.steps.step)
+            if "report" in own:
+                self.report.recall(own["report"], self.steps.step)
+        self.report.log(f"going on after step {self.steps.step}")
 
-    def _log(self, text: str) -> None:
-        self.attempt.emit("log", level="info", text=text)
+    # ------------------------------------------------------------------------------------------ numbers
 
     def _tell(self, told: Told) -> None:
+        self.log.add(told)
+        if found := self.replay.add(told):
+            self.report.warn(
+                f"{found}: sums are not in a fixed order on this device, so it goes on near to that attempt"
+            )
         if told.step % self.config.report.log_every and told.step not in (1, self.steps.total):
             return
-        pace = (time.monotonic() - self._began) / (told.step - self._first)
-        self.attempt.emit(
-            "metric",
-            step=told.step,
-            values={
-                "loss": told.loss,
-                "lr": told.lr,
-                "grad_norm": told.grad_norm,
-                "tokens_per_s": told.tokens / told.seconds,
-                "epoch": told.step / self.steps.per_epoch,
-                "total_steps": self.steps.total,
-                "eta_s": pace * (self.steps.total - told.step),
-            },
+        pace, taken = (time.monotonic() - self._began) / (told.step - self._first), told.taken
+        values = {
+            "loss": told.loss,
+            "lr": told.lr,
+            "grad_norm": told.grad_norm,
+            "tokens_per_s": taken.tokens / told.seconds,
+            "epoch": told.step / self.steps.per_epoch,
+            "total_steps": self.steps.total,
+            "eta_s": pace * (self.steps.total - told.step),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        if self.cost and self.peak:
+            flops = self.cost.flops(taken.tokens, taken.learned, taken.squares)
+            values["mfu"] = flops / told.seconds / self.peak
+        self.report.metric(told.step, values)
+
+    def _look_due(self, step: int, last: bool) -> bool:
+        every = self.config.validation.every or self.steps.per_epoch
+        return bool(self.data.validation) and step != self.looks.step and step > 0 and (last or step % every == 0)
+
+    def _look(self) -> bool:
+        """Tell the validation loss; whether it is the least so far. When stopped meanwhile, it is looked at on resume."""
+        self.steps.settle()
+        began, step = time.monotonic(), self.steps.step
+        loss = mean_loss(self.engine, self.data.validation, self.steps.micro, self.stop)
+        if loss is None:
+            return False
+        values = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+        self.report.metric(step, values | {"validation_seconds": time.monotonic() - began})
+        return self.looks.add(step, loss, self.config.validation.min_delta)
+
+    def _ended_early(self) -> str:
+        looks, patience = self.looks, self.config.validation.patience
+        if not patience or looks.stale < patience:
+            return ""
+        return (
+            f"ended early after step {self.steps.step} of {self.steps.total}: the validation loss was not below "
+            f"{looks.bar:.6g} in {looks.stale} looks"
         )
+
+    # ------------------------------------------------------------------------------------------ what is kept
 
     def _save(self) -> Future[str]:
         """Begin to save the step that was last taken; its digest, once it is stored and known to later attempts."""
@@ -140,23 +243,64 @@ class Trainer:
                 self._digest.result()  # one at a time
             snapshot = checkpoint.snapshot(self.model, self.parameters, steps.optimizer)
             steps.hold, self._saved = snapshot.ready, steps.step
-            self._digest = self._saver.submit(self._store, snapshot, steps.state())
+            state = {**steps.state(), "looks": dataclasses.asdict(self.looks)}
+            self._digest = self._saver.submit(self._store, snapshot, state, self.log.upto(), self._summary("RUNNING"))
         return self._digest
 
-    def _store(self, snapshot: checkpoint.Snapshot, state: dict[str, Any]) -> str:
-        step, loss = state["step"], state["loss"]
+    def _store(
+        self, snapshot: checkpoint.Snapshot, state: dict[str, Any], lines: tuple[str, ...], summary: dict[str, Any]
+    ) -> str:
+        step, loss, looks = state["step"], state["loss"], state["looks"]
+        told = {"validation_loss": looks["loss"]} if looks["step"] == step else {}
         folder = self.workdir / f"checkpoint-{step}"
-        meta = {**self.meta, "step": step, "loss": loss}
-        digest = checkpoint.save(self.attempt.store, self.order, snapshot, state, meta, folder)
+        meta = {**self.meta, "step": step, "loss": loss, **told}
+        digest = checkpoint.save(self.attempt.store, self.order, snapshot, state, meta, lines, folder)
         # The store has it; a long run would fill the disk with copies.
         shutil.rmtree(folder)
-        self.attempt.checkpoint(step, digest, loss)
+        told["report"] = self.report.write(lines, summary, last=False)
+        self.attempt.checkpoint(step, digest, loss, **told)
+        self._known[step] = {"step": step, "digest": digest, "loss": loss, **told}
         return digest
+
+    def _with_last(self, error: InvalidArgument) -> InvalidArgument:
+        """A loss that is not finite, with the checkpoint before it."""
+        if error.reason == "LOSS_NOT_FINITE" and self._known:
+            last = max(self._known)
+            told = f"{error.message}; the last good checkpoint is of step {last}"
+            metadata = {**error.metadata, "checkpoint_step": str(last)}
+            return InvalidArgument(told, reason=error.reason, metadata=metadata)
+        return error
+
+    def _summary(self, state: str) -> dict[str, Any]:
+        steps, looks, parted = self.steps, self.looks, self.replay.parted
+        return {
+            "job": self.order.job,
+            "state": state,
+            "attempt": self.attempt.number,
+            "step": steps.step,
+            "total_steps": steps.total,
+            "loss": steps.loss,
+            "validation_loss": looks.loss,
+            "least_validation_loss": looks.best,
+            "data": dict(self.data.about),
+            "blocks_at_once": steps.micro,
+            "peak_flops_per_s": self.peak,
+            "replayed_steps": self.replay.steps,
+            "first_difference": dataclasses.asdict(parted) if parted else None,
+        }
+
+    def _close(self, state: str) -> None:
+        """Leave the report; that it cannot be left must not hide how the run ended."""
+        if not hasattr(self, "steps"):
+            return  # there was nothing to report of
+        with contextlib.suppress(QuartetError, OSError):
+            self.report.close(self.log.upto(), self._summary(state))
 
     def _sample(self) -> None:
         """Let the model answer the recipe's prompts, greedily, and report what it says."""
         self.model.eval()
         system = self.config.report.system or self.config.data.system
+        stopping: Any = [lambda *_: self.stop.is_set()]
         for prompt in self.config.report.prompts:
             ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
             prompt_BL = torch.tensor([ids], device=self.device)
@@ -169,6 +313,8 @@ class Trainer:
                     use_cache=True,
                     eos_token_id=list(self.tokenizer.eos_ids),
                     pad_token_id=(self.tokenizer.eos_ids or (0,))[0],
+                    stopping_criteria=stopping,
                 )
-            answer = self.tokenizer.decode(out_BL[0, len(ids) :].tolist())
-            self.attempt.emit("sample", step=self.steps.step, prompt=prompt, answer=answer)
+            if self.stop.is_set():
+                return  # half an answer is none
+            self.report.sample(self.steps.step, prompt, self.tokenizer.decode(out_BL[0, len(ids) :].tolist()))

@@ -91,6 +91,18 @@ def recompute(causal: Any, config: ModelConfig, device: torch.device) -> str:
     return f"{-(-len(layers) // every)} of {len(layers)} layers run forward twice"
 
 
+def spare(causal: Any) -> str:
+    """Let all layers run forward again, if they do not yet and can; what was done, in words."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in causal.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not causal.supports_gradient_checkpointing or all(layer.gradient_checkpointing for layer in layers):
+        return ""
+    causal.gradient_checkpointing_enable({"use_reentrant": False})
+    causal.disable_input_require_grads()
+    return "layers run forward twice"
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that torch can still hand out on a GPU: free on it, or held by torch's allocator and unused."""
     free, _ = torch.cuda.mem_get_info(device)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from services.finetune import packing
 from services.finetune.config import RunConfig
-from services.finetune.errors import InvalidArgument
+from services.finetune.errors import InvalidArgument, ResourceExhausted, out_of_memory
 from services.finetune.packing import Blocks
 from services.finetune.train.batch import ROUND
-from services.finetune.train.engine import Batch, Engine
+from services.finetune.train.engine import Engine
 from services.finetune.train.optim import make_optimizer, rate, state_bytes
 
 
@@ -29,15 +31,26 @@ class Told:
     grad_norm: float
     """0 for a step that was skipped."""
     lr: float
-    tokens: int
+    taken: Taken
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a step read."""
+
+    blocks: tuple[int, ...]
+    tokens: int
+    learned: int
+    squares: int
+    """The squared lengths of its documents, summed: what attention costs."""
 
 
 @dataclass(slots=True)
 class _Pending:
     step: int
     lr: float
-    tokens: int
+    taken: Taken
     began: float
     numbers: Tensor
     """loss and gradient norm, in host memory once `ready`."""
@@ -48,8 +61,8 @@ class Stepper:
     """A model, its data and its optimizer, one step at a time.
 
     On a GPU a step's loss is looked at while the next one runs; `settle` waits for it. `tell` hears of every step, in order,
-    `log` of what is decided. In float16 gradients are scaled, so that small ones do not vanish; the host waits for each
-    step, and one whose gradients overflow is skipped.
+    `log` of what is decided, as (text, level). In float16 gradients are scaled, so that small ones do not vanish; the host
+    waits for each step, and one whose gradients overflow is skipped.
     """
 
     def __init__(
@@ -60,7 +73,7 @@ class Stepper:
         blocks: Blocks,
         engine: Engine,
         tell: Callable[[Told], None],
-        log: Callable[[str], None],
+        log: Callable[[str, str], None],
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
@@ -72,7 +85,7 @@ class Stepper:
         self.log = log
         self.device = self.parameters[0].device
         self.optimizer, told = make_optimizer(config, model, parameters)
-        self.log(told)
+        self.log(told, "info")
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
         schedule = config.schedule
         self.per_epoch = math.ceil(len(blocks) / (schedule.batch_size * schedule.accumulate))
@@ -80,34 +93,80 @@ class Stepper:
         self.step = 0
         self.loss = 0.0
         """Of the last settled step."""
+        self.micro = config.schedule.batch_size
+        """Blocks that are computed at once; fewer than batch_size once memory ran out, and then more often."""
+        self.spared = False
+        """Whether memory ran out before."""
         self.hold: Any = None
         """A CUDA event that the next change of the weights must wait for: something still reads them."""
         self._pending: _Pending | None = None
         self._settled = 0.0
 
     def take(self) -> None:
-        """One step: the mean loss over all its learned tokens, whatever micro-batch they are in."""
+        """One step: the mean loss over all its learned tokens, whatever micro-batch they are in.
+
+        ResourceExhausted (OUT_OF_MEMORY) if memory runs out a second time; the first time the step is computed anew by
+        halves, from the same weights and seed.
+        """
         began, schedule = time.monotonic(), self.config.schedule
-        # Dropout depends on seed and step only: a resumed step draws what the first try drew.
-        seed = (schedule.seed << 32) + self.step + 1
-        torch.manual_seed(seed)
-        batches = self._batches()
-        learned = sum(int((self.blocks.labels[b] >= 0).sum()) for b in batches)
-        self.model.train()
-        if text := self.engine.begin(self._most_tokens(), state_bytes(self.optimizer)):
-            self.log(text)
-        total = torch.zeros((), device=self.device)
-        scale = float(self.scaler.scale(torch.ones_like(total))) if self.scaler else 1.0
-        for n, batch in enumerate(batches):
-            total += self.engine.backprop(batch, learned, (seed << 16) + n, scale)
+        taken = self._coming()
+        total = self._within_memory(taken)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm or math.inf)
         lr = self.config.optim.lr * rate(self.step, self.total, schedule)
-        tokens = sum(int((self.blocks.segments[b] > 0).sum()) for b in batches)
-        self._update(torch.stack((total, norm)), lr, tokens, began)
+        self._update(torch.stack((total, norm)), lr, taken, began)
 
-    def _update(self, numbers: Tensor, lr: float, tokens: int, began: float) -> None:
+    def _within_memory(self, taken: Taken) -> Tensor:
+        while True:
+            try:
+                return self._gradients(taken)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._spare()
+            # Only here is the error gone, and with it what its traceback held.
+            free()
+
+    def _gradients(self, taken: Taken) -> Tensor:
+        """Backpropagate the coming step; its loss."""
+        # Dropout depends on seed and step only: a resumed step draws what the first try drew.
+        seed = (self.config.schedule.seed << 32) + self.step + 1
+        torch.manual_seed(seed)
+        self.model.train()
+        if text := self.engine.begin(self._most_tokens(), state_bytes(self.optimizer)):
+            self.log(text, "info")
+        total = torch.zeros((), device=self.device)
+        scale = float(self.scaler.scale(torch.ones_like(total))) if self.scaler else 1.0
+        order = np.array(taken.blocks)
+        for n, at in enumerate(range(0, len(order), self.micro)):
+            total += self.engine.backprop(order[at : at + self.micro], taken.learned, (seed << 16) + n, scale)
+        return total
+
+    def _spare(self) -> None:
+        """Take less memory from now on, once. ResourceExhausted (OUT_OF_MEMORY)."""
+        step, at_once = self.step + 1, self.micro
+        instead = "" if self.spared else self._halve() or self.engine.spare()
+        if not instead:
+            again = ", again" if self.spared else ""
+            raise ResourceExhausted(
+                f"memory ran out at step {step}{again}, with {at_once} blocks of {self.blocks.ids.shape[1]} tokens at a "
+                "time; lower schedule.batch_size (and raise schedule.accumulate) or data.max_length, or use the qlora "
+                "method",
+                reason="OUT_OF_MEMORY",
+                metadata={"step": str(step), "blocks_at_once": str(at_once)},
+            )
+        self.spared = True
+        told = f"memory ran out at step {step}: {instead}, for as many in each step as before"
+        self.log(told + (", under another draw of dropout" if self.config.lora.dropout else ""), "warning")
+
+    def _halve(self) -> str:
+        if self.micro == 1:
+            return ""
+        self.micro //= 2
+        return f"{self.micro} blocks at a time in place of {self.config.schedule.batch_size}"
+
+    def _update(self, numbers: Tensor, lr: float, taken: Taken, began: float) -> None:
         before, ready = self._pending, None
         if self.device.type == "cuda":
             host = torch.empty(2, pin_memory=True)
@@ -115,7 +174,7 @@ class Stepper:
             ready = torch.cuda.Event()
             ready.record()
         self.step += 1
-        self._pending = _Pending(self.step, lr, tokens, began, numbers, ready)
+        self._pending = _Pending(self.step, lr, taken, began, numbers, ready)
         if ready is None or self.scaler:
             self.settle()  # before it can do harm
         for group in self.optimizer.param_groups:
@@ -137,17 +196,19 @@ class Stepper:
         if scaler.get_scale() < scale:
             self.log(
                 f"step {self.step} was skipped: its float16 gradients overflowed at a loss scale of {scale:g}, which is "
-                f"{scaler.get_scale():g} from now on"
+                f"{scaler.get_scale():g} from now on",
+                "warning",
             )
 
     def state(self) -> dict[str, Any]:
         """The plain numbers that the coming step follows from."""
         scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
-        return {"step": self.step, "loss": self.loss, **scaler}
+        return {"step": self.step, "loss": self.loss, "micro": self.micro, "spared": self.spared, **scaler}
 
-    def go_on(self, state: dict[str, Any]) -> None:
+    def go_on(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         self.step, self.loss = state["step"], state["loss"]
+        self.micro, self.spared = state.get("micro", self.micro), state.get("spared", False)
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -172,19 +233,30 @@ class Stepper:
             )
         now = time.monotonic()
         seconds, self._settled = now - max(pending.began, self._settled), now
-        self.tell(Told(pending.step, self.loss, grad_norm, pending.lr, pending.tokens, seconds))
+        self.tell(Told(pending.step, self.loss, grad_norm, pending.lr, pending.taken, seconds))
 
-    def _batches(self) -> list[Batch]:
-        """The block numbers of each micro-batch of the coming step; the last step of an epoch may be short.
+    def _coming(self) -> Taken:
+        """What the coming step reads; the last step of an epoch may be short.
 
         The cursor is the step itself: order and place follow from it, so nothing else need be saved.
         """
-        schedule = self.config.schedule
+        schedule, blocks = self.config.schedule, self.blocks
         epoch, place = divmod(self.step, self.per_epoch)
         per_step = schedule.batch_size * schedule.accumulate
-        order = packing.order(len(self.blocks), epoch, schedule.seed)[place * per_step : (place + 1) * per_step]
-        return [order[at : at + schedule.batch_size] for at in range(0, len(order), schedule.batch_size)]
+        order = packing.order(len(blocks), epoch, schedule.seed)[place * per_step : (place + 1) * per_step]
+        flat = blocks.flat
+        members = flat.members[packing.ranges(flat.starts[order], flat.starts[order + 1] - flat.starts[order])]
+        sizes = flat.offsets[members + 1] - flat.offsets[members]
+        learned = int((blocks.labels[order] >= 0).sum())
+        return Taken(tuple(order.tolist()), int(sizes.sum()), learned, int((sizes**2).sum()))
 
     def _most_tokens(self) -> int:
-        tokens = self.config.schedule.batch_size * int(self.blocks.ids.shape[1])
+        tokens = self.micro * int(self.blocks.ids.shape[1])
         return -(-tokens // ROUND) * ROUND
+
+
+def free() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

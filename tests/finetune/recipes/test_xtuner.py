@@ -48,6 +48,8 @@ def test_a_stock_config_is_its_recipe_but_for_the_optimizers_pages(name: str) ->
     read, recipe = read_xtuner(text(name), f"{name}.py"), resolve(name)
     assert read.config.method == recipe.method
     found = differences(recipe.config, read.config)
+    # XTuner 0.1.9 kept all checkpoints; these texts are of a later one, whose configs say that two are enough.
+    assert found.pop("report.keep_last") == (0, 2)
     assert found in ({}, {"optim.name": ("paged_adamw_32bit", "adamw")})
     assert (not found) == (recipe.method == "full" or name.endswith(("_hf", "_e2_gpu8")))
     assert any("float16" in n or "fp16" in n for n in read.notes)

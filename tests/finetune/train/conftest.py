@@ -115,7 +115,11 @@ class Bench:
 
     def files(self, checkpoint: str) -> dict[str, str]:
         """Digests of what a run goes on from."""
-        return {f.path: f.digest for f in load(self.store, checkpoint).files if f.path != "run_config.json"}
+        return {
+            f.path: f.digest
+            for f in load(self.store, checkpoint).files
+            if f.path not in ("run_config.json", "steps.jsonl.gz")
+        }
 
     def _attempt(self, key: str) -> Attempt:
         raise_fence(self.store, key, 1)

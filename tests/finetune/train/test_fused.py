@@ -112,6 +112,20 @@ def test_a_loss_scale_is_on_gradients_alone() -> None:
         torch.testing.assert_close(parameter.grad / 1024, plain[name])
 
 
+@pytest.mark.parametrize("family", COVERED)
+def test_a_look_is_the_models_own_loss_without_dropout(family: str) -> None:
+    model = adapted(COVERED[family](), dropout=0.5).eval()
+    blocks = packing.pack(samples(), 64, True)
+    fused = Fused(model, ops_torch, 64)
+    fused.head_rows = 7
+    fused.adapters.begin()
+    flat = flatten(blocks, np.arange(len(blocks)), CPU)
+    with torch.no_grad():
+        theirs = float(summed_loss(model, *tensors(blocks)))
+    assert float(fused.loss(flat)) == pytest.approx(theirs, rel=1e-5)
+    assert float(fused.backprop(flat, 1, 7)) != pytest.approx(theirs, rel=1e-3), "training still drops"
+
+
 def test_restored_weights_are_the_ones_that_train() -> None:
     model = adapted(LlamaConfig(**SMALL))
     blocks = packing.pack(samples(), 64, True)

@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&quartet/conversion/v1/conversion.proto\x12\x15quartet.conversion.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xd8\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x38\n\x06labels\x18\x03 \x03(\x0b\x32(.quartet.conversion.v1.Model.LabelsEntry\x12/\n\x04kind\x18\x04 \x01(\x0e\x32!.quartet.conversion.v1.Model.Kind\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12/\n\x05\x66iles\x18\x06 \x03(\x0b\x32 .quartet.conversion.v1.ModelFile\x12.\n\x07parents\x18\x07 \x03(\x0b\x32\x1d.quartet.conversion.v1.Parent\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x10\n\x08template\x18\t \x01(\t\x12+\n\ngeneration\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x0e\n\x06source\x18\x0e \x01(\t\x12\'\n\x06report\x18\x14 \x01(\x0b\x32\x17.google.protobuf.Struct\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42\x41SE\x10\x01\x12\x0b\n\x07\x41\x44\x41PTER\x10\x02\x12\n\n\x06MERGED\x10\x03\"=\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"4\n\x06Parent\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xa4\x06\n\rConversionJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x14\n\x0ctarget_model\x18\x03 \x01(\t\x12\x39\n\x0cimport_model\x18\x04 \x01(\x0b\x32!.quartet.conversion.v1.ImportTaskH\x00\x12\x35\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\".quartet.conversion.v1.AdapterTaskH\x00\x12\x31\n\x05merge\x18\x06 \x01(\x0b\x32 .quartet.conversion.v1.MergeTaskH\x00\x12@\n\x06labels\x18\x07 \x03(\x0b\x32\x30.quartet.conversion.v1.ConversionJob.LabelsEntry\x12\x39\n\x05state\x18\x08 \x01(\x0e\x32*.quartet.conversion.v1.ConversionJob.State\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x31\n\x08progress\x18\n \x01(\x0b\x32\x1f.quartet.conversion.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\r\n\tSUCCEEDED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06\x12\r\n\tCANCELLED\x10\x07\x42\x06\n\x04task\"\x81\x01\n\nImportTask\x12\x10\n\x06hub_id\x18\x01 \x01(\tH\x00\x12\x14\n\nlocal_path\x18\x02 \x01(\tH\x00\x12\x12\n\x08revision\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08template\x18\x06 \x01(\tB\x08\n\x06source\"\x82\x01\n\x0b\x41\x64\x61pterTask\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\t\x12\x12\n\nlora_alpha\x18\x05 \x01(\x01\x12\x1c\n\x14max_shard_size_bytes\x18\x06 \x01(\x03\"k\n\tMergeTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1c\n\x14max_shard_size_bytes\x18\x04 \x01(\x03\x12\x12\n\nbase_dtype\x18\x05 \x01(\t\"3\n\x08Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\"\x80\x02\n\x0f\x43onversionEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x33\n\x05state\x18\x04 \x01(\x0b\x32\".quartet.conversion.v1.StateChangeH\x00\x12-\n\x03log\x18\x05 \x01(\x0b\x32\x1e.quartet.conversion.v1.LogLineH\x00\x12\x33\n\x08progress\x18\x06 \x01(\x0b\x32\x1f.quartet.conversion.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"Y\n\x0bStateChange\x12\x39\n\x05state\x18\x01 \x01(\x0e\x32*.quartet.conversion.v1.ConversionJob.State\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x01\n\x07LogLine\x12\x33\n\x05level\x18\x01 \x01(\x0e\x32$.quartet.conversion.v1.LogLine.Level\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x08\n\x04INFO\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\t\n\x05\x45RROR\x10\x03\"\xb0\x01\n\x1a\x43reateConversionJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x19\n\x11\x63onversion_job_id\x18\x02 \x01(\t\x12<\n\x0e\x63onversion_job\x18\x03 \x01(\x0b\x32$.quartet.conversion.v1.ConversionJob\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\'\n\x17GetConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"t\n\x19ListConversionJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"t\n\x1aListConversionJobsResponse\x12=\n\x0f\x63onversion_jobs\x18\x01 \x03(\x0b\x32$.quartet.conversion.v1.ConversionJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x1a\x43\x61ncelConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"A\n\x19WatchConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"l\n\x11ListModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"[\n\x12ListModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.quartet.conversion.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"H\n\x14\x44ownloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\"5\n\x15\x44ownloadModelResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x32\xb8\x07\n\nConversion\x12n\n\x13\x43reateConversionJob\x12\x31.quartet.conversion.v1.CreateConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12h\n\x10GetConversionJob\x12..quartet.conversion.v1.GetConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12y\n\x12ListConversionJobs\x12\x30.quartet.conversion.v1.ListConversionJobsRequest\x1a\x31.quartet.conversion.v1.ListConversionJobsResponse\x12n\n\x13\x43\x61ncelConversionJob\x12\x31.quartet.conversion.v1.CancelConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12p\n\x12WatchConversionJob\x12\x30.quartet.conversion.v1.WatchConversionJobRequest\x1a&.quartet.conversion.v1.ConversionEvent0\x01\x12P\n\x08GetModel\x12&.quartet.conversion.v1.GetModelRequest\x1a\x1c.quartet.conversion.v1.Model\x12\x61\n\nListModels\x12(.quartet.conversion.v1.ListModelsRequest\x1a).quartet.conversion.v1.ListModelsResponse\x12P\n\x0b\x44\x65leteModel\x12).quartet.conversion.v1.DeleteModelRequest\x1a\x16.google.protobuf.Empty\x12l\n\rDownloadModel\x12+.quartet.conversion.v1.DownloadModelRequest\x1a,.quartet.conversion.v1.DownloadModelResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&quartet/conversion/v1/conversion.proto\x12\x15quartet.conversion.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x82\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x38\n\x06labels\x18\x03 \x03(\x0b\x32(.quartet.conversion.v1.Model.LabelsEntry\x12/\n\x04kind\x18\x04 \x01(\x0e\x32!.quartet.conversion.v1.Model.Kind\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12/\n\x05\x66iles\x18\x06 \x03(\x0b\x32 .quartet.conversion.v1.ModelFile\x12.\n\x07parents\x18\x07 \x03(\x0b\x32\x1d.quartet.conversion.v1.Parent\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x10\n\x08template\x18\t \x01(\t\x12+\n\ngeneration\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x0e\n\x06source\x18\x0e \x01(\t\x12\x37\n\x0b\x63\x65rtificate\x18\x0f \x01(\x0b\x32\".quartet.conversion.v1.Certificate\x12\x0e\n\x06system\x18\x10 \x01(\t\x12\r\n\x05\x64type\x18\x11 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x12 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x13 \x01(\x03\x12\x12\n\nbase_model\x18\x14 \x01(\t\x12\'\n\x06report\x18\x15 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0b\n\x03job\x18\x16 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42\x41SE\x10\x01\x12\x0b\n\x07\x41\x44\x41PTER\x10\x02\x12\n\n\x06MERGED\x10\x03\"b\n\x0b\x43\x65rtificate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x10\n\x08template\x18\x03 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x04 \x01(\t\"=\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"4\n\x06Parent\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xa4\x06\n\rConversionJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x14\n\x0ctarget_model\x18\x03 \x01(\t\x12\x39\n\x0cimport_model\x18\x04 \x01(\x0b\x32!.quartet.conversion.v1.ImportTaskH\x00\x12\x35\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\".quartet.conversion.v1.AdapterTaskH\x00\x12\x31\n\x05merge\x18\x06 \x01(\x0b\x32 .quartet.conversion.v1.MergeTaskH\x00\x12@\n\x06labels\x18\x07 \x03(\x0b\x32\x30.quartet.conversion.v1.ConversionJob.LabelsEntry\x12\x39\n\x05state\x18\x08 \x01(\x0e\x32*.quartet.conversion.v1.ConversionJob.State\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x31\n\x08progress\x18\n \x01(\x0b\x32\x1f.quartet.conversion.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\r\n\tSUCCEEDED\x10\x05\x12\n\n\x06\x46\x41ILED\x10\x06\x12\r\n\tCANCELLED\x10\x07\x42\x06\n\x04task\"\x81\x01\n\nImportTask\x12\x10\n\x06hub_id\x18\x01 \x01(\tH\x00\x12\x14\n\nlocal_path\x18\x02 \x01(\tH\x00\x12\x12\n\x08revision\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x10\n\x08template\x18\x06 \x01(\tB\x08\n\x06source\"\x82\x01\n\x0b\x41\x64\x61pterTask\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\t\x12\x12\n\nlora_alpha\x18\x05 \x01(\x01\x12\x1c\n\x14max_shard_size_bytes\x18\x06 \x01(\x03\"k\n\tMergeTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1c\n\x14max_shard_size_bytes\x18\x04 \x01(\x03\x12\x12\n\nbase_dtype\x18\x05 \x01(\t\"3\n\x08Progress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\"\x80\x02\n\x0f\x43onversionEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x33\n\x05state\x18\x04 \x01(\x0b\x32\".quartet.conversion.v1.StateChangeH\x00\x12-\n\x03log\x18\x05 \x01(\x0b\x32\x1e.quartet.conversion.v1.LogLineH\x00\x12\x33\n\x08progress\x18\x06 \x01(\x0b\x32\x1f.quartet.conversion.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"Y\n\x0bStateChange\x12\x39\n\x05state\x18\x01 \x01(\x0e\x32*.quartet.conversion.v1.ConversionJob.State\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x01\n\x07LogLine\x12\x33\n\x05level\x18\x01 \x01(\x0e\x32$.quartet.conversion.v1.LogLine.Level\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x08\n\x04INFO\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\t\n\x05\x45RROR\x10\x03\"\xb0\x01\n\x1a\x43reateConversionJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x19\n\x11\x63onversion_job_id\x18\x02 \x01(\t\x12<\n\x0e\x63onversion_job\x18\x03 \x01(\x0b\x32$.quartet.conversion.v1.ConversionJob\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\'\n\x17GetConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"t\n\x19ListConversionJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"t\n\x1aListConversionJobsResponse\x12=\n\x0f\x63onversion_jobs\x18\x01 \x03(\x0b\x32$.quartet.conversion.v1.ConversionJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x1a\x43\x61ncelConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"A\n\x19WatchConversionJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"l\n\x11ListModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"[\n\x12ListModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.quartet.conversion.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"?\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"H\n\x14\x44ownloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\"5\n\x15\x44ownloadModelResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\"\xbf\x01\n\x11GetLineageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x45\n\tdirection\x18\x02 \x01(\x0e\x32\x32.quartet.conversion.v1.GetLineageRequest.Direction\x12\r\n\x05\x64\x65pth\x18\x03 \x01(\x05\"F\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\r\n\tANCESTORS\x10\x01\x12\x0f\n\x0b\x44\x45SCENDANTS\x10\x02\"\x8b\x01\n\x07Lineage\x12\r\n\x05start\x18\x01 \x01(\t\x12\x31\n\x05nodes\x18\x02 \x03(\x0b\x32\".quartet.conversion.v1.LineageNode\x12\x31\n\x05\x65\x64ges\x18\x03 \x03(\x0b\x32\".quartet.conversion.v1.LineageEdge\x12\x0b\n\x03\x63ut\x18\x04 \x01(\x08\"k\n\x0bLineageNode\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05names\x18\x03 \x03(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x15\n\rconfig_digest\x18\x05 \x01(\t\x12\x0c\n\x04jobs\x18\x06 \x03(\t\"H\n\x0bLineageEdge\x12\r\n\x05\x63hild\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"R\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x81\x04\n\x16\x43ollectGarbageResponse\x12\x42\n\x05phase\x18\x01 \x01(\x0e\x32\x33.quartet.conversion.v1.CollectGarbageResponse.Phase\x12\x16\n\x0e\x61rtifact_count\x18\x02 \x01(\x03\x12\x31\n\x04live\x18\x03 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\x12\x32\n\x05young\x18\x04 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\x12\x34\n\x07\x64ropped\x18\x05 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\x12\x34\n\x07uploads\x18\x06 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\x12<\n\x0ftemporary_files\x18\x07 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\x12\x35\n\x08prepared\x18\x08 \x01(\x0b\x32#.quartet.conversion.v1.GarbageCount\"C\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0b\n\x07MARKING\x10\x01\x12\x0c\n\x08SWEEPING\x10\x02\x12\x08\n\x04\x44ONE\x10\x03\"1\n\x0cGarbageCount\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x32\x81\t\n\nConversion\x12n\n\x13\x43reateConversionJob\x12\x31.quartet.conversion.v1.CreateConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12h\n\x10GetConversionJob\x12..quartet.conversion.v1.GetConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12y\n\x12ListConversionJobs\x12\x30.quartet.conversion.v1.ListConversionJobsRequest\x1a\x31.quartet.conversion.v1.ListConversionJobsResponse\x12n\n\x13\x43\x61ncelConversionJob\x12\x31.quartet.conversion.v1.CancelConversionJobRequest\x1a$.quartet.conversion.v1.ConversionJob\x12p\n\x12WatchConversionJob\x12\x30.quartet.conversion.v1.WatchConversionJobRequest\x1a&.quartet.conversion.v1.ConversionEvent0\x01\x12P\n\x08GetModel\x12&.quartet.conversion.v1.GetModelRequest\x1a\x1c.quartet.conversion.v1.Model\x12\x61\n\nListModels\x12(.quartet.conversion.v1.ListModelsRequest\x1a).quartet.conversion.v1.ListModelsResponse\x12P\n\x0b\x44\x65leteModel\x12).quartet.conversion.v1.DeleteModelRequest\x1a\x16.google.protobuf.Empty\x12l\n\rDownloadModel\x12+.quartet.conversion.v1.DownloadModelRequest\x1a,.quartet.conversion.v1.DownloadModelResponse0\x01\x12V\n\nGetLineage\x12(.quartet.conversion.v1.GetLineageRequest\x1a\x1e.quartet.conversion.v1.Lineage\x12o\n\x0e\x43ollectGarbage\x12,.quartet.conversion.v1.CollectGarbageRequest\x1a-.quartet.conversion.v1.CollectGarbageResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,62 +40,82 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CONVERSIONJOB_LABELSENTRY']._loaded_options = None
   _globals['_CONVERSIONJOB_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_MODEL']._serialized_start=183
-  _globals['_MODEL']._serialized_end=783
-  _globals['_MODEL_LABELSENTRY']._serialized_start=673
-  _globals['_MODEL_LABELSENTRY']._serialized_end=718
-  _globals['_MODEL_KIND']._serialized_start=720
-  _globals['_MODEL_KIND']._serialized_end=783
-  _globals['_MODELFILE']._serialized_start=785
-  _globals['_MODELFILE']._serialized_end=846
-  _globals['_PARENT']._serialized_start=848
-  _globals['_PARENT']._serialized_end=900
-  _globals['_CONVERSIONJOB']._serialized_start=903
-  _globals['_CONVERSIONJOB']._serialized_end=1707
-  _globals['_CONVERSIONJOB_LABELSENTRY']._serialized_start=673
-  _globals['_CONVERSIONJOB_LABELSENTRY']._serialized_end=718
-  _globals['_CONVERSIONJOB_STATE']._serialized_start=1575
-  _globals['_CONVERSIONJOB_STATE']._serialized_end=1699
-  _globals['_IMPORTTASK']._serialized_start=1710
-  _globals['_IMPORTTASK']._serialized_end=1839
-  _globals['_ADAPTERTASK']._serialized_start=1842
-  _globals['_ADAPTERTASK']._serialized_end=1972
-  _globals['_MERGETASK']._serialized_start=1974
-  _globals['_MERGETASK']._serialized_end=2081
-  _globals['_PROGRESS']._serialized_start=2083
-  _globals['_PROGRESS']._serialized_end=2134
-  _globals['_CONVERSIONEVENT']._serialized_start=2137
-  _globals['_CONVERSIONEVENT']._serialized_end=2393
-  _globals['_STATECHANGE']._serialized_start=2395
-  _globals['_STATECHANGE']._serialized_end=2484
-  _globals['_LOGLINE']._serialized_start=2487
-  _globals['_LOGLINE']._serialized_end=2629
-  _globals['_LOGLINE_LEVEL']._serialized_start=2565
-  _globals['_LOGLINE_LEVEL']._serialized_end=2629
-  _globals['_CREATECONVERSIONJOBREQUEST']._serialized_start=2632
-  _globals['_CREATECONVERSIONJOBREQUEST']._serialized_end=2808
-  _globals['_GETCONVERSIONJOBREQUEST']._serialized_start=2810
-  _globals['_GETCONVERSIONJOBREQUEST']._serialized_end=2849
-  _globals['_LISTCONVERSIONJOBSREQUEST']._serialized_start=2851
-  _globals['_LISTCONVERSIONJOBSREQUEST']._serialized_end=2967
-  _globals['_LISTCONVERSIONJOBSRESPONSE']._serialized_start=2969
-  _globals['_LISTCONVERSIONJOBSRESPONSE']._serialized_end=3085
-  _globals['_CANCELCONVERSIONJOBREQUEST']._serialized_start=3087
-  _globals['_CANCELCONVERSIONJOBREQUEST']._serialized_end=3149
-  _globals['_WATCHCONVERSIONJOBREQUEST']._serialized_start=3151
-  _globals['_WATCHCONVERSIONJOBREQUEST']._serialized_end=3216
-  _globals['_GETMODELREQUEST']._serialized_start=3218
-  _globals['_GETMODELREQUEST']._serialized_end=3249
-  _globals['_LISTMODELSREQUEST']._serialized_start=3251
-  _globals['_LISTMODELSREQUEST']._serialized_end=3359
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3361
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3452
-  _globals['_DELETEMODELREQUEST']._serialized_start=3454
-  _globals['_DELETEMODELREQUEST']._serialized_end=3502
-  _globals['_DOWNLOADMODELREQUEST']._serialized_start=3504
-  _globals['_DOWNLOADMODELREQUEST']._serialized_end=3576
-  _globals['_DOWNLOADMODELRESPONSE']._serialized_start=3578
-  _globals['_DOWNLOADMODELRESPONSE']._serialized_end=3631
-  _globals['_CONVERSION']._serialized_start=3634
-  _globals['_CONVERSION']._serialized_end=4586
+  _globals['_MODEL']._serialized_start=215
+  _globals['_MODEL']._serialized_end=985
+  _globals['_MODEL_LABELSENTRY']._serialized_start=875
+  _globals['_MODEL_LABELSENTRY']._serialized_end=920
+  _globals['_MODEL_KIND']._serialized_start=922
+  _globals['_MODEL_KIND']._serialized_end=985
+  _globals['_CERTIFICATE']._serialized_start=987
+  _globals['_CERTIFICATE']._serialized_end=1085
+  _globals['_MODELFILE']._serialized_start=1087
+  _globals['_MODELFILE']._serialized_end=1148
+  _globals['_PARENT']._serialized_start=1150
+  _globals['_PARENT']._serialized_end=1202
+  _globals['_CONVERSIONJOB']._serialized_start=1205
+  _globals['_CONVERSIONJOB']._serialized_end=2009
+  _globals['_CONVERSIONJOB_LABELSENTRY']._serialized_start=875
+  _globals['_CONVERSIONJOB_LABELSENTRY']._serialized_end=920
+  _globals['_CONVERSIONJOB_STATE']._serialized_start=1877
+  _globals['_CONVERSIONJOB_STATE']._serialized_end=2001
+  _globals['_IMPORTTASK']._serialized_start=2012
+  _globals['_IMPORTTASK']._serialized_end=2141
+  _globals['_ADAPTERTASK']._serialized_start=2144
+  _globals['_ADAPTERTASK']._serialized_end=2274
+  _globals['_MERGETASK']._serialized_start=2276
+  _globals['_MERGETASK']._serialized_end=2383
+  _globals['_PROGRESS']._serialized_start=2385
+  _globals['_PROGRESS']._serialized_end=2436
+  _globals['_CONVERSIONEVENT']._serialized_start=2439
+  _globals['_CONVERSIONEVENT']._serialized_end=2695
+  _globals['_STATECHANGE']._serialized_start=2697
+  _globals['_STATECHANGE']._serialized_end=2786
+  _globals['_LOGLINE']._serialized_start=2789
+  _globals['_LOGLINE']._serialized_end=2931
+  _globals['_LOGLINE_LEVEL']._serialized_start=2867
+  _globals['_LOGLINE_LEVEL']._serialized_end=2931
+  _globals['_CREATECONVERSIONJOBREQUEST']._serialized_start=2934
+  _globals['_CREATECONVERSIONJOBREQUEST']._serialized_end=3110
+  _globals['_GETCONVERSIONJOBREQUEST']._serialized_start=3112
+  _globals['_GETCONVERSIONJOBREQUEST']._serialized_end=3151
+  _globals['_LISTCONVERSIONJOBSREQUEST']._serialized_start=3153
+  _globals['_LISTCONVERSIONJOBSREQUEST']._serialized_end=3269
+  _globals['_LISTCONVERSIONJOBSRESPONSE']._serialized_start=3271
+  _globals['_LISTCONVERSIONJOBSRESPONSE']._serialized_end=3387
+  _globals['_CANCELCONVERSIONJOBREQUEST']._serialized_start=3389
+  _globals['_CANCELCONVERSIONJOBREQUEST']._serialized_end=3451
+  _globals['_WATCHCONVERSIONJOBREQUEST']._serialized_start=3453
+  _globals['_WATCHCONVERSIONJOBREQUEST']._serialized_end=3518
+  _globals['_GETMODELREQUEST']._serialized_start=3520
+  _globals['_GETMODELREQUEST']._serialized_end=3551
+  _globals['_LISTMODELSREQUEST']._serialized_start=3553
+  _globals['_LISTMODELSREQUEST']._serialized_end=3661
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3663
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3754
+  _globals['_DELETEMODELREQUEST']._serialized_start=3756
+  _globals['_DELETEMODELREQUEST']._serialized_end=3819
+  _globals['_DOWNLOADMODELREQUEST']._serialized_start=3821
+  _globals['_DOWNLOADMODELREQUEST']._serialized_end=3893
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_start=3895
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_end=3948
+  _globals['_GETLINEAGEREQUEST']._serialized_start=3951
+  _globals['_GETLINEAGEREQUEST']._serialized_end=4142
+  _globals['_GETLINEAGEREQUEST_DIRECTION']._serialized_start=4072
+  _globals['_GETLINEAGEREQUEST_DIRECTION']._serialized_end=4142
+  _globals['_LINEAGE']._serialized_start=4145
+  _globals['_LINEAGE']._serialized_end=4284
+  _globals['_LINEAGENODE']._serialized_start=4286
+  _globals['_LINEAGENODE']._serialized_end=4393
+  _globals['_LINEAGEEDGE']._serialized_start=4395
+  _globals['_LINEAGEEDGE']._serialized_end=4467
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=4469
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=4551
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_start=4554
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_end=5067
+  _globals['_COLLECTGARBAGERESPONSE_PHASE']._serialized_start=5000
+  _globals['_COLLECTGARBAGERESPONSE_PHASE']._serialized_end=5067
+  _globals['_GARBAGECOUNT']._serialized_start=5069
+  _globals['_GARBAGECOUNT']._serialized_end=5118
+  _globals['_CONVERSION']._serialized_start=5121
+  _globals['_CONVERSION']._serialized_end=6274
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -87,7 +88,14 @@ class Model(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/models/{model}"""
     display_name: _builtins.str
@@ -105,6 +113,18 @@ class Model(_message.Message):
     """Output only: changes whenever the model does."""
     source: _builtins.str
     """Output only: the hub id that it was imported from, as "internlm/internlm-chat-7b"; empty for all others."""
+    system: _builtins.str
+    """System text that it was tuned with; empty for none."""
+    dtype: _builtins.str
+    """"bfloat16", "float16" or "float32": what most of its numbers are."""
+    context_length: _builtins.int
+    """Tokens that fit, 0 where the model does not say."""
+    parameter_count: _builtins.int
+    """Numbers in its weights."""
+    base_model: _builtins.str
+    """workspaces/{workspace}/models/{model}: the model that was tuned, by its name then; empty for what was not tuned here."""
+    job: _builtins.str
+    """Output only: the conversion job that made it; empty if none did."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs of the caller."""
@@ -124,6 +144,10 @@ class Model(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
+
+    @_builtins.property
+    def certificate(self) -> Global___Certificate:
+        """What its token ids were checked by when its data was prepared; unset for models that were never tuned here."""
 
     @_builtins.property
     def report(self) -> _struct_pb2.Struct:
@@ -149,15 +173,58 @@ class Model(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         source: _builtins.str = ...,
+        certificate: Global___Certificate | None = ...,
+        system: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        context_length: _builtins.int = ...,
+        parameter_count: _builtins.int = ...,
+        base_model: _builtins.str = ...,
         report: _struct_pb2.Struct | None = ...,
+        job: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "create_time", b"create_time", "generation", b"generation", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "etag", b"etag", "files", b"files", "generation", b"generation", "kind", b"kind", "labels", b"labels", "name", b"name", "parents", b"parents", "report", b"report", "size_bytes", b"size_bytes", "source", b"source", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_model", b"base_model", "certificate", b"certificate", "context_length", b"context_length", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "dtype", b"dtype", "etag", b"etag", "files", b"files", "generation", b"generation", "job", b"job", "kind", b"kind", "labels", b"labels", "name", b"name", "parameter_count", b"parameter_count", "parents", b"parents", "report", b"report", "size_bytes", b"size_bytes", "source", b"source", "system", b"system", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Certificate(_message.Message):
+    """The parity certificate: what a template and a tokenizer make of a fixed set of conversations. Equal digests mean equal
+    token ids.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256:<hex> of the whole certificate, probes included."""
+    tokenizer_digest: _builtins.str
+    """sha256:<hex> of tokenizer.json."""
+    template: _builtins.str
+    """The prompt template's name, or "tokenizer"."""
+    template_digest: _builtins.str
+    """sha256:<hex> of what the template writes, where it stops, and of its source if it is the tokenizer's own."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        tokenizer_digest: _builtins.str = ...,
+        template: _builtins.str = ...,
+        template_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "template", b"template", "template_digest", b"template_digest", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Certificate: _TypeAlias = Certificate  # noqa: Y015
 
 @_typing.final
 class ModelFile(_message.Message):
@@ -840,9 +907,11 @@ class ListModelsRequest(_message.Message):
     page_token: _builtins.str
     """next_page_token of the answer before."""
     filter: _builtins.str
-    """AIP-160, equalities joined by AND: `kind = "ADAPTER"`."""
+    """AIP-160, equalities joined by AND: `kind = "ADAPTER" AND labels.team = "a"`. Fields: name, display_name, kind, digest,
+    source, job, labels.*, architecture, template, dtype, base_model.
+    """
     order_by: _builtins.str
-    """"name" (the default) or "name desc", "create_time", "create_time desc"."""
+    """"name" (the default), "create_time", "size_bytes" or "parameter_count", each with " desc" or without."""
     def __init__(
         self,
         *,
@@ -890,19 +959,23 @@ class DeleteModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/models/{model}"""
     etag: _builtins.str
     """When set, it must be the present one."""
+    force: _builtins.bool
+    """Forget it also if it is needed. Who needs it goes on: the bytes stay for as long as they are needed."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         etag: _builtins.str = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "force", b"force", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,3 +1032,305 @@ class DownloadModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadModelResponse: _TypeAlias = DownloadModelResponse  # noqa: Y015
+
+@_typing.final
+class GetLineageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Direction:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[GetLineageRequest._Direction.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DIRECTION_UNSPECIFIED: GetLineageRequest._Direction.ValueType  # 0
+        """The same as ANCESTORS."""
+        ANCESTORS: GetLineageRequest._Direction.ValueType  # 1
+        """What it was made from."""
+        DESCENDANTS: GetLineageRequest._Direction.ValueType  # 2
+        """What was made from it."""
+
+    class Direction(_Direction, metaclass=_DirectionEnumTypeWrapper):
+        """Which way to look."""
+
+    DIRECTION_UNSPECIFIED: GetLineageRequest.Direction.ValueType  # 0
+    """The same as ANCESTORS."""
+    ANCESTORS: GetLineageRequest.Direction.ValueType  # 1
+    """What it was made from."""
+    DESCENDANTS: GetLineageRequest.Direction.ValueType  # 2
+    """What was made from it."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A model's, dataset revision's, checkpoint's or endpoint's name; or a digest, sha256:<hex>."""
+    direction: Global___GetLineageRequest.Direction.ValueType
+    depth: _builtins.int
+    """At most so many steps; 0 means all."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        direction: Global___GetLineageRequest.Direction.ValueType = ...,
+        depth: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "direction", b"direction", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLineageRequest: _TypeAlias = GetLineageRequest  # noqa: Y015
+
+@_typing.final
+class Lineage(_message.Message):
+    """A part of the history of artifacts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    start: _builtins.str
+    """The id of the node that was asked for."""
+    cut: _builtins.bool
+    """There is more beyond the depth that was asked for."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineageNode]:
+        """In the order of their distance from it, itself first."""
+
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineageEdge]: ...
+    def __init__(
+        self,
+        *,
+        start: _builtins.str = ...,
+        nodes: _abc.Iterable[Global___LineageNode] | None = ...,
+        edges: _abc.Iterable[Global___LineageEdge] | None = ...,
+        cut: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut", b"cut", "edges", b"edges", "nodes", b"nodes", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lineage: _TypeAlias = Lineage  # noqa: Y015
+
+@_typing.final
+class LineageNode(_message.Message):
+    """An artifact, or an endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CONFIG_DIGEST_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """sha256:<hex> of the artifact's manifest; of an endpoint its name."""
+    kind: _builtins.str
+    """"dataset", "base", "checkpoint", "adapter", "merged", …, or "endpoint"; empty if only the digest is known."""
+    source: _builtins.str
+    """Of an imported model: the hub id that it came from."""
+    config_digest: _builtins.str
+    """Of a checkpoint: sha256:<hex> of the config that its job ran with."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names that it has now; none if they were deleted."""
+
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The jobs that made it, as its names tell."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        source: _builtins.str = ...,
+        config_digest: _builtins.str = ...,
+        jobs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_digest", b"config_digest", "id", b"id", "jobs", b"jobs", "kind", b"kind", "names", b"names", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LineageNode: _TypeAlias = LineageNode  # noqa: Y015
+
+@_typing.final
+class LineageEdge(_message.Message):
+    """One artifact was made from another, or is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHILD_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    child: _builtins.str
+    """LineageNode.id"""
+    parent: _builtins.str
+    """LineageNode.id"""
+    role: _builtins.str
+    """"base", "adapter", "checkpoint", "dataset", "source", or "served" where the child is an endpoint."""
+    name: _builtins.str
+    """The parent's name when the child was made."""
+    def __init__(
+        self,
+        *,
+        child: _builtins.str = ...,
+        parent: _builtins.str = ...,
+        role: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["child", b"child", "name", b"name", "parent", b"parent", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LineageEdge: _TypeAlias = LineageEdge  # noqa: Y015
+
+@_typing.final
+class CollectGarbageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Look and tell, drop nothing."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """What was written within this time stays, whatever names it: whoever wrote it may be about to. Unset means 24 h, the
+        least is 1 h. An upload that is committed later than this after its last byte may have to be sent again.
+        """
+
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+        grace: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "grace", b"grace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectGarbageRequest: _TypeAlias = CollectGarbageRequest  # noqa: Y015
+
+@_typing.final
+class CollectGarbageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Phase:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CollectGarbageResponse._Phase.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: CollectGarbageResponse._Phase.ValueType  # 0
+        MARKING: CollectGarbageResponse._Phase.ValueType  # 1
+        """Looks what is reached."""
+        SWEEPING: CollectGarbageResponse._Phase.ValueType  # 2
+        """Looks at each blob, and drops it or not."""
+        DONE: CollectGarbageResponse._Phase.ValueType  # 3
+        """The last message; its numbers are final."""
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+        """How far it is."""
+
+    PHASE_UNSPECIFIED: CollectGarbageResponse.Phase.ValueType  # 0
+    MARKING: CollectGarbageResponse.Phase.ValueType  # 1
+    """Looks what is reached."""
+    SWEEPING: CollectGarbageResponse.Phase.ValueType  # 2
+    """Looks at each blob, and drops it or not."""
+    DONE: CollectGarbageResponse.Phase.ValueType  # 3
+    """The last message; its numbers are final."""
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    ARTIFACT_COUNT_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    YOUNG_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    TEMPORARY_FILES_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
+    phase: Global___CollectGarbageResponse.Phase.ValueType
+    artifact_count: _builtins.int
+    """Artifacts that are reached."""
+    @_builtins.property
+    def live(self) -> Global___GarbageCount:
+        """Blobs that stay because something reaches them."""
+
+    @_builtins.property
+    def young(self) -> Global___GarbageCount:
+        """Blobs that nothing reaches, and that stay because they are younger than the grace."""
+
+    @_builtins.property
+    def dropped(self) -> Global___GarbageCount:
+        """Blobs that are dropped, or with `dry_run` would be."""
+
+    @_builtins.property
+    def uploads(self) -> Global___GarbageCount:
+        """Uploads that were cut, dropped."""
+
+    @_builtins.property
+    def temporary_files(self) -> Global___GarbageCount:
+        """Temporary files of writers that were cut, dropped."""
+
+    @_builtins.property
+    def prepared(self) -> Global___GarbageCount:
+        """Prepared data that was forgotten, because a revision that it was made of is no more; its bytes are among `dropped`."""
+
+    def __init__(
+        self,
+        *,
+        phase: Global___CollectGarbageResponse.Phase.ValueType = ...,
+        artifact_count: _builtins.int = ...,
+        live: Global___GarbageCount | None = ...,
+        young: Global___GarbageCount | None = ...,
+        dropped: Global___GarbageCount | None = ...,
+        uploads: Global___GarbageCount | None = ...,
+        temporary_files: Global___GarbageCount | None = ...,
+        prepared: Global___GarbageCount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "live", b"live", "prepared", b"prepared", "temporary_files", b"temporary_files", "uploads", b"uploads", "young", b"young"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_count", b"artifact_count", "dropped", b"dropped", "live", b"live", "phase", b"phase", "prepared", b"prepared", "temporary_files", b"temporary_files", "uploads", b"uploads", "young", b"young"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectGarbageResponse: _TypeAlias = CollectGarbageResponse  # noqa: Y015
+
+@_typing.final
+class GarbageCount(_message.Message):
+    """How many, and how large together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GarbageCount: _TypeAlias = GarbageCount  # noqa: Y015

@@ -86,6 +86,16 @@ class ConversionStub:
                 request_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelRequest.SerializeToString,
                 response_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelResponse.FromString,
                 _registered_method=True)
+        self.GetLineage = channel.unary_unary(
+                '/quartet.conversion.v1.Conversion/GetLineage',
+                request_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.GetLineageRequest.SerializeToString,
+                response_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.Lineage.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_stream(
+                '/quartet.conversion.v1.Conversion/CollectGarbage',
+                request_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
 
 
 class ConversionServicer:
@@ -156,8 +166,10 @@ class ConversionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModel(self, request, context):
-        """Forgets a model by name; blobs that other artifacts share stay.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH).
+        """Forgets a model by name; its bytes stay until CollectGarbage finds that nothing needs them. A model that is needed is
+        refused: by adapters and checkpoints that were trained on it, by endpoints that serve it, by jobs that work with it.
+        Each is told as a violation.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +178,28 @@ class ConversionServicer:
     def DownloadModel(self, request, context):
         """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLineage(self, request, context):
+        """Tells what an artifact was made from, down to dataset revisions and the hub id of its base; or what was made from it,
+        up to the endpoints that serve it. It is read from the store as it is now. What has lost its name is told by digest;
+        among descendants it is found where something made from it has a name.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND, ENDPOINT_NOT_FOUND, ARTIFACT_NOT_FOUND),
+        INVALID_ARGUMENT (DEPTH_INVALID, DIGEST_MALFORMED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Drops bytes of the whole store that nothing needs: blobs that no name, endpoint or job reaches, uploads and temporary
+        files that were cut, prepared data of revisions that are no more; all of them only if older than `grace`. Streams how
+        far it is, at last with DONE. It ends with the call and may be cut anywhere; called again it goes on.
+        Errors: INVALID_ARGUMENT (GRACE_TOO_SHORT), FAILED_PRECONDITION (COLLECTOR_BUSY), DATA_LOSS (MANIFEST_CORRUPT: what a
+        damaged manifest needs cannot be told, so nothing is dropped).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,6 +252,16 @@ def add_ConversionServicer_to_server(servicer, server):
                     servicer.DownloadModel,
                     request_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelRequest.FromString,
                     response_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelResponse.SerializeToString,
+            ),
+            'GetLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLineage,
+                    request_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.GetLineageRequest.FromString,
+                    response_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.Lineage.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -469,6 +513,60 @@ class Conversion:
             '/quartet.conversion.v1.Conversion/DownloadModel',
             quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelRequest.SerializeToString,
             quartet_dot_conversion_dot_v1_dot_conversion__pb2.DownloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.conversion.v1.Conversion/GetLineage',
+            quartet_dot_conversion_dot_v1_dot_conversion__pb2.GetLineageRequest.SerializeToString,
+            quartet_dot_conversion_dot_v1_dot_conversion__pb2.Lineage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quartet.conversion.v1.Conversion/CollectGarbage',
+            quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageRequest.SerializeToString,
+            quartet_dot_conversion_dot_v1_dot_conversion__pb2.CollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,12 +69,28 @@ class ConversionStub:
     Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
     """
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.DeleteModelRequest, _empty_pb2.Empty]
-    """Forgets a model by name; blobs that other artifacts share stay.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH).
+    """Forgets a model by name; its bytes stay until CollectGarbage finds that nothing needs them. A model that is needed is
+    refused: by adapters and checkpoints that were trained on it, by endpoints that serve it, by jobs that work with it.
+    Each is told as a violation.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]
     """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
+    """
+    GetLineage: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]
+    """Tells what an artifact was made from, down to dataset revisions and the hub id of its base; or what was made from it,
+    up to the endpoints that serve it. It is read from the store as it is now. What has lost its name is told by digest;
+    among descendants it is found where something made from it has a name.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND, ENDPOINT_NOT_FOUND, ARTIFACT_NOT_FOUND),
+    INVALID_ARGUMENT (DEPTH_INVALID, DIGEST_MALFORMED).
+    """
+    CollectGarbage: _grpc.UnaryStreamMultiCallable[_conversion_pb2.CollectGarbageRequest, _conversion_pb2.CollectGarbageResponse]
+    """Drops bytes of the whole store that nothing needs: blobs that no name, endpoint or job reaches, uploads and temporary
+    files that were cut, prepared data of revisions that are no more; all of them only if older than `grace`. Streams how
+    far it is, at last with DONE. It ends with the call and may be cut anywhere; called again it goes on.
+    Errors: INVALID_ARGUMENT (GRACE_TOO_SHORT), FAILED_PRECONDITION (COLLECTOR_BUSY), DATA_LOSS (MANIFEST_CORRUPT: what a
+    damaged manifest needs cannot be told, so nothing is dropped).
     """
 
 @_typing.type_check_only
@@ -117,12 +133,28 @@ class ConversionAsyncStub(ConversionStub):
     Errors: INVALID_ARGUMENT (FILTER_MALFORMED, PAGE_TOKEN_MALFORMED, ORDER_BY_UNKNOWN).
     """
     DeleteModel: _aio.UnaryUnaryMultiCallable[_conversion_pb2.DeleteModelRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Forgets a model by name; blobs that other artifacts share stay.
-    Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH).
+    """Forgets a model by name; its bytes stay until CollectGarbage finds that nothing needs them. A model that is needed is
+    refused: by adapters and checkpoints that were trained on it, by endpoints that serve it, by jobs that work with it.
+    Each is told as a violation.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]  # type: ignore[assignment]
     """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
+    """
+    GetLineage: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]  # type: ignore[assignment]
+    """Tells what an artifact was made from, down to dataset revisions and the hub id of its base; or what was made from it,
+    up to the endpoints that serve it. It is read from the store as it is now. What has lost its name is told by digest;
+    among descendants it is found where something made from it has a name.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND, ENDPOINT_NOT_FOUND, ARTIFACT_NOT_FOUND),
+    INVALID_ARGUMENT (DEPTH_INVALID, DIGEST_MALFORMED).
+    """
+    CollectGarbage: _aio.UnaryStreamMultiCallable[_conversion_pb2.CollectGarbageRequest, _conversion_pb2.CollectGarbageResponse]  # type: ignore[assignment]
+    """Drops bytes of the whole store that nothing needs: blobs that no name, endpoint or job reaches, uploads and temporary
+    files that were cut, prepared data of revisions that are no more; all of them only if older than `grace`. Streams how
+    far it is, at last with DONE. It ends with the call and may be cut anywhere; called again it goes on.
+    Errors: INVALID_ARGUMENT (GRACE_TOO_SHORT), FAILED_PRECONDITION (COLLECTOR_BUSY), DATA_LOSS (MANIFEST_CORRUPT: what a
+    damaged manifest needs cannot be told, so nothing is dropped).
     """
 
 class ConversionServicer(metaclass=_abc_1.ABCMeta):
@@ -210,8 +242,10 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
         request: _conversion_pb2.DeleteModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Forgets a model by name; blobs that other artifacts share stay.
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH).
+        """Forgets a model by name; its bytes stay until CollectGarbage finds that nothing needs them. A model that is needed is
+        refused: by adapters and checkpoints that were trained on it, by endpoints that serve it, by jobs that work with it.
+        Each is told as a violation.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
         """
 
     @_abc_1.abstractmethod
@@ -222,6 +256,32 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_conversion_pb2.DownloadModelResponse], _abc.AsyncIterator[_conversion_pb2.DownloadModelResponse]]:
         """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
+        """
+
+    @_abc_1.abstractmethod
+    def GetLineage(
+        self,
+        request: _conversion_pb2.GetLineageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_conversion_pb2.Lineage, _abc.Awaitable[_conversion_pb2.Lineage]]:
+        """Tells what an artifact was made from, down to dataset revisions and the hub id of its base; or what was made from it,
+        up to the endpoints that serve it. It is read from the store as it is now. What has lost its name is told by digest;
+        among descendants it is found where something made from it has a name.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND, ENDPOINT_NOT_FOUND, ARTIFACT_NOT_FOUND),
+        INVALID_ARGUMENT (DEPTH_INVALID, DIGEST_MALFORMED).
+        """
+
+    @_abc_1.abstractmethod
+    def CollectGarbage(
+        self,
+        request: _conversion_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_conversion_pb2.CollectGarbageResponse], _abc.AsyncIterator[_conversion_pb2.CollectGarbageResponse]]:
+        """Drops bytes of the whole store that nothing needs: blobs that no name, endpoint or job reaches, uploads and temporary
+        files that were cut, prepared data of revisions that are no more; all of them only if older than `grace`. Streams how
+        far it is, at last with DONE. It ends with the call and may be cut anywhere; called again it goes on.
+        Errors: INVALID_ARGUMENT (GRACE_TOO_SHORT), FAILED_PRECONDITION (COLLECTOR_BUSY), DATA_LOSS (MANIFEST_CORRUPT: what a
+        damaged manifest needs cannot be told, so nothing is dropped).
         """
 
 def add_ConversionServicer_to_server(servicer: ConversionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -159,6 +159,7 @@ class TrainingJob(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    VALIDATION_DATASETS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/trainingJobs/{job}"""
     display_name: _builtins.str
@@ -215,6 +216,10 @@ class TrainingJob(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Output only: when the state became terminal."""
 
+    @_builtins.property
+    def validation_datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Revisions to look at and not to learn from, named as `datasets`; `validation.ratio` holds rows of `datasets` out."""
+
     def __init__(
         self,
         *,
@@ -236,10 +241,11 @@ class TrainingJob(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        validation_datasets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "overrides", b"overrides", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_model", b"base_model", "config", b"config", "create_time", b"create_time", "datasets", b"datasets", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "labels", b"labels", "name", b"name", "overrides", b"overrides", "progress", b"progress", "recipe", b"recipe", "result", b"result", "resume_from", b"resume_from", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_model", b"base_model", "config", b"config", "create_time", b"create_time", "datasets", b"datasets", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "labels", b"labels", "name", b"name", "overrides", b"overrides", "progress", b"progress", "recipe", b"recipe", "result", b"result", "resume_from", b"resume_from", "start_time", b"start_time", "state", b"state", "validation_datasets", b"validation_datasets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -290,6 +296,7 @@ class Checkpoint(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/trainingJobs/{job}/checkpoints/{step}"""
     step: _builtins.int
@@ -298,6 +305,8 @@ class Checkpoint(_message.Message):
     """sha256:<hex> of the artifact's manifest."""
     loss: _builtins.float
     """Training loss at that step."""
+    validation_loss: _builtins.float
+    """Loss for each learned token of the validation rows at that step, if they were looked at."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
@@ -310,14 +319,46 @@ class Checkpoint(_message.Message):
         digest: _builtins.str = ...,
         loss: _builtins.float = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        validation_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "loss", b"loss", "name", b"name", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "digest", b"digest", "loss", b"loss", "name", b"name", "step", b"step", "validation_loss", b"validation_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
+    _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class TrainingFile(_message.Message):
+    """One of the files that a job leaves beside its checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Relative, with forward slashes: "loss.png", "tensorboard/events.out.tfevents.…"."""
+    size_bytes: _builtins.int
+    digest: _builtins.str
+    """sha256:<hex> of its bytes."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+Global___TrainingFile: _TypeAlias = TrainingFile  # noqa: Y015
 
 @_typing.final
 class TrainingEvent(_message.Message):
@@ -334,6 +375,7 @@ class TrainingEvent(_message.Message):
     SAMPLE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     PREPARED_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """From 1, without gaps, over all attempts."""
     attempt: _builtins.int
@@ -352,6 +394,8 @@ class TrainingEvent(_message.Message):
     def checkpoint(self) -> Global___CheckpointSaved: ...
     @_builtins.property
     def prepared(self) -> Global___Prepared: ...
+    @_builtins.property
+    def dataset(self) -> Global___DatasetInfo: ...
     def __init__(
         self,
         *,
@@ -364,16 +408,79 @@ class TrainingEvent(_message.Message):
         sample: Global___Sample | None = ...,
         checkpoint: Global___CheckpointSaved | None = ...,
         prepared: Global___Prepared | None = ...,
+        dataset: Global___DatasetInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "state", b"state", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dataset", b"dataset", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "state", b"state", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "dataset", b"dataset", "event", b"event", "log", b"log", "metric", b"metric", "prepared", b"prepared", "sample", b"sample", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "metric", "log", "sample", "checkpoint", "prepared"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "metric", "log", "sample", "checkpoint", "prepared", "dataset"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___TrainingEvent: _TypeAlias = TrainingEvent  # noqa: Y015
+
+@_typing.final
+class DatasetInfo(_message.Message):
+    """What a run learns from, once it is tokenised and packed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LEARNED_TOKENS_FIELD_NUMBER: _builtins.int
+    FILL_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    DROPPED_ROWS_FIELD_NUMBER: _builtins.int
+    SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
+    VALIDATION_SAMPLES_FIELD_NUMBER: _builtins.int
+    VALIDATION_LEARNED_TOKENS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Good rows of all datasets."""
+    samples: _builtins.int
+    """Rows as they are learned from: taken by their weights, without those held out."""
+    blocks: _builtins.int
+    """Blocks that they are packed into; one optimizer step reads batch_size * accumulate."""
+    tokens: _builtins.int
+    """Tokens in the blocks, padding not counted."""
+    learned_tokens: _builtins.int
+    """Tokens whose prediction is learned."""
+    fill: _builtins.float
+    """Part of the blocks' places that hold a token."""
+    truncated_rows: _builtins.int
+    """Rows that were cut at data.max_length."""
+    dropped_rows: _builtins.int
+    """Rows without an answer within data.max_length."""
+    skipped_rows: _builtins.int
+    """Rows that could not be read."""
+    validation_samples: _builtins.int
+    """Rows to look at and not to learn from: held out, and those of validation_datasets."""
+    validation_learned_tokens: _builtins.int
+    """Tokens in them whose prediction is measured."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        learned_tokens: _builtins.int = ...,
+        fill: _builtins.float = ...,
+        truncated_rows: _builtins.int = ...,
+        dropped_rows: _builtins.int = ...,
+        skipped_rows: _builtins.int = ...,
+        validation_samples: _builtins.int = ...,
+        validation_learned_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "dropped_rows", b"dropped_rows", "fill", b"fill", "learned_tokens", b"learned_tokens", "rows", b"rows", "samples", b"samples", "skipped_rows", b"skipped_rows", "tokens", b"tokens", "truncated_rows", b"truncated_rows", "validation_learned_tokens", b"validation_learned_tokens", "validation_samples", b"validation_samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetInfo: _TypeAlias = DatasetInfo  # noqa: Y015
 
 @_typing.final
 class Prepared(_message.Message):
@@ -457,7 +564,10 @@ class Metric(_message.Message):
     step: _builtins.int
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By name: loss, lr, grad_norm, tokens_per_s, epoch, …"""
+        """By name. Of training: loss, lr, grad_norm, tokens_per_s, epoch, total_steps, eta_s, peak_memory_bytes (of the GPU's
+        tensors, or of the whole process without one), and mfu, the model FLOPs utilisation, where the device's peak is known.
+        Of a look at validation rows: validation_loss, validation_perplexity, validation_seconds.
+        """
 
     def __init__(
         self,
@@ -897,3 +1007,113 @@ class ListCheckpointsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class ListTrainingFilesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    page_size: _builtins.int
+    """At most so many; 0 means 50, above 1000 means 1000."""
+    page_token: _builtins.str
+    """next_page_token of the answer before."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTrainingFilesRequest: _TypeAlias = ListTrainingFilesRequest  # noqa: Y015
+
+@_typing.final
+class ListTrainingFilesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainingFile]:
+        """By path."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___TrainingFile] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTrainingFilesResponse: _TypeAlias = ListTrainingFilesResponse  # noqa: Y015
+
+@_typing.final
+class DownloadTrainingFileRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    path: _builtins.str
+    """One of the job's files."""
+    offset_bytes: _builtins.int
+    """Where to begin: what a cut download has already."""
+    digest: _builtins.str
+    """The version that is wanted; empty takes the newest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        offset_bytes: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "offset_bytes", b"offset_bytes", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadTrainingFileRequest: _TypeAlias = DownloadTrainingFileRequest  # noqa: Y015
+
+@_typing.final
+class DownloadTrainingFileResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """At most 1 MiB."""
+    crc32c: _builtins.int
+    """crc32c of `data`."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        crc32c: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadTrainingFileResponse: _TypeAlias = DownloadTrainingFileResponse  # noqa: Y015

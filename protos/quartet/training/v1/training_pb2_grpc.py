@@ -85,6 +85,16 @@ class TrainingStub:
                 request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.ListTrainingFiles = channel.unary_unary(
+                '/quartet.training.v1.Training/ListTrainingFiles',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesResponse.FromString,
+                _registered_method=True)
+        self.DownloadTrainingFile = channel.unary_stream(
+                '/quartet.training.v1.Training/DownloadTrainingFile',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServicer:
@@ -170,6 +180,26 @@ class TrainingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTrainingFiles(self, request, context):
+        """Lists the files that a job leaves beside its checkpoints: the step log (steps.jsonl.gz), metrics, answers to prompts,
+        a picture of the losses (loss.png), TensorBoard's files, what each process said, and a summary. They are there from
+        the first checkpoint on, and once more when the worker ends, however it ends.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), INVALID_ARGUMENT (PAGE_TOKEN_MALFORMED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadTrainingFile(self, request, context):
+        """Streams one of a job's files from `offset_bytes` on, in pieces with their crc32c. A running job replaces its files at
+        its next checkpoint: with `digest` only that very version is sent.
+        Errors: NOT_FOUND (JOB_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), ABORTED (FILE_CHANGED: list again),
+        and DATA_LOSS (BLOB_CORRUPT) after the last piece if the stored bytes are damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -217,6 +247,16 @@ def add_TrainingServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'ListTrainingFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTrainingFiles,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesResponse.SerializeToString,
+            ),
+            'DownloadTrainingFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadTrainingFile,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -467,6 +507,60 @@ class Training:
             '/quartet.training.v1.Training/ListCheckpoints',
             quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
             quartet_dot_training_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTrainingFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.training.v1.Training/ListTrainingFiles',
+            quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.ListTrainingFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadTrainingFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quartet.training.v1.Training/DownloadTrainingFile',
+            quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.DownloadTrainingFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

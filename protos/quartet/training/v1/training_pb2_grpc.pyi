@@ -76,6 +76,18 @@ class TrainingStub:
     """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]
     """Lists a job's complete checkpoints by step. Errors: as ListTrainingJobs, and NOT_FOUND (JOB_NOT_FOUND)."""
+    ListTrainingFiles: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListTrainingFilesRequest, _training_pb2.ListTrainingFilesResponse]
+    """Lists the files that a job leaves beside its checkpoints: the step log (steps.jsonl.gz), metrics, answers to prompts,
+    a picture of the losses (loss.png), TensorBoard's files, what each process said, and a summary. They are there from
+    the first checkpoint on, and once more when the worker ends, however it ends.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), INVALID_ARGUMENT (PAGE_TOKEN_MALFORMED).
+    """
+    DownloadTrainingFile: _grpc.UnaryStreamMultiCallable[_training_pb2.DownloadTrainingFileRequest, _training_pb2.DownloadTrainingFileResponse]
+    """Streams one of a job's files from `offset_bytes` on, in pieces with their crc32c. A running job replaces its files at
+    its next checkpoint: with `digest` only that very version is sent.
+    Errors: NOT_FOUND (JOB_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), ABORTED (FILE_CHANGED: list again),
+    and DATA_LOSS (BLOB_CORRUPT) after the last piece if the stored bytes are damaged.
+    """
 
 @_typing.type_check_only
 class TrainingAsyncStub(TrainingStub):
@@ -124,6 +136,18 @@ class TrainingAsyncStub(TrainingStub):
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists a job's complete checkpoints by step. Errors: as ListTrainingJobs, and NOT_FOUND (JOB_NOT_FOUND)."""
+    ListTrainingFiles: _aio.UnaryUnaryMultiCallable[_training_pb2.ListTrainingFilesRequest, _training_pb2.ListTrainingFilesResponse]  # type: ignore[assignment]
+    """Lists the files that a job leaves beside its checkpoints: the step log (steps.jsonl.gz), metrics, answers to prompts,
+    a picture of the losses (loss.png), TensorBoard's files, what each process said, and a summary. They are there from
+    the first checkpoint on, and once more when the worker ends, however it ends.
+    Errors: NOT_FOUND (JOB_NOT_FOUND), INVALID_ARGUMENT (PAGE_TOKEN_MALFORMED).
+    """
+    DownloadTrainingFile: _aio.UnaryStreamMultiCallable[_training_pb2.DownloadTrainingFileRequest, _training_pb2.DownloadTrainingFileResponse]  # type: ignore[assignment]
+    """Streams one of a job's files from `offset_bytes` on, in pieces with their crc32c. A running job replaces its files at
+    its next checkpoint: with `digest` only that very version is sent.
+    Errors: NOT_FOUND (JOB_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), ABORTED (FILE_CHANGED: list again),
+    and DATA_LOSS (BLOB_CORRUPT) after the last piece if the stored bytes are damaged.
+    """
 
 class TrainingServicer(metaclass=_abc_1.ABCMeta):
     """Training runs fine-tuning jobs: a recipe, a base model and dataset revisions go in, checkpoints come out.
@@ -223,5 +247,29 @@ class TrainingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_pb2.ListCheckpointsResponse]]:
         """Lists a job's complete checkpoints by step. Errors: as ListTrainingJobs, and NOT_FOUND (JOB_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def ListTrainingFiles(
+        self,
+        request: _training_pb2.ListTrainingFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ListTrainingFilesResponse, _abc.Awaitable[_training_pb2.ListTrainingFilesResponse]]:
+        """Lists the files that a job leaves beside its checkpoints: the step log (steps.jsonl.gz), metrics, answers to prompts,
+        a picture of the losses (loss.png), TensorBoard's files, what each process said, and a summary. They are there from
+        the first checkpoint on, and once more when the worker ends, however it ends.
+        Errors: NOT_FOUND (JOB_NOT_FOUND), INVALID_ARGUMENT (PAGE_TOKEN_MALFORMED).
+        """
+
+    @_abc_1.abstractmethod
+    def DownloadTrainingFile(
+        self,
+        request: _training_pb2.DownloadTrainingFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.DownloadTrainingFileResponse], _abc.AsyncIterator[_training_pb2.DownloadTrainingFileResponse]]:
+        """Streams one of a job's files from `offset_bytes` on, in pieces with their crc32c. A running job replaces its files at
+        its next checkpoint: with `digest` only that very version is sent.
+        Errors: NOT_FOUND (JOB_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), ABORTED (FILE_CHANGED: list again),
+        and DATA_LOSS (BLOB_CORRUPT) after the last piece if the stored bytes are damaged.
+        """
 
 def add_TrainingServicer_to_server(servicer: TrainingServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,98 @@
+"""Model FLOPs utilisation: the arithmetic that a step needs, over what the device could do in that time.
+
+Counted are the matrix products of the model and of attention (Chowdhery et al. 2022, appendix B), with two differences
+that fine-tuning makes: a frozen weight has no gradient of its own, so a token costs it 4 operations where a trained one
+costs 6; and the output head is counted for learned tokens only. Layers that run forward twice count once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from services.finetune.train.model import causal_of
+
+PEAKS = (
+    # Dense 16-bit tensor operations a second, by a part of the device's name; the makers' data sheets. Longer names first.
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("H20", 148e12),
+    ("H800", 989e12),
+    ("A800", 312e12),
+    ("A100", 312e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 6000 Ada", 364e12),
+    ("RTX A6000", 155e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a token costs."""
+
+    frozen: int
+    """Weights that are multiplied by and not trained."""
+    trained: int
+    head: int
+    """FLOPs of the output head for a learned token."""
+    attention: int
+    """FLOPs for each token pair that attention sees as a square: 6 * layers * heads * size of a head, causal."""
+
+    def flops(self, tokens: int, learned: int, squares: int) -> int:
+        """Of a step: its tokens, its learned tokens, and the sum of its documents' squared lengths."""
+        return tokens * (4 * self.frozen + 6 * self.trained) + learned * self.head + squares * self.attention
+
+
+def cost(model: Any) -> Cost | None:
+    """The cost of a token; None where it is not known, as with experts, of which a token sees some only."""
+    causal = causal_of(model)
+    config = causal.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    head, frozen, trained, heads = causal.get_output_embeddings(), 0, 0, 0
+    for layer in causal.modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        # By its features: a quantised weight has another shape.
+        size, learns = layer.in_features * layer.out_features, layer.weight.requires_grad
+        if layer is head:
+            heads = size * (6 if learns else 4)
+        elif learns:
+            trained += size
+        else:
+            frozen += size
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Cost(frozen, trained, heads, 6 * config.num_hidden_layers * config.num_attention_heads * width)
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a device can do in a dtype; None where nobody says, as of a CPU."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAKS if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use at once: tensors on a GPU, else all of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
