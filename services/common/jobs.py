@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common import holding, names
-from services.common.launchers import Launcher
+from services.common.launchers import ONE, Launcher, Shape
 from services.common.paging import page
 from services.common.records import Record, Records
 from services.finetune import progress
@@ -59,6 +59,8 @@ class Work:
     """Called for each event before it becomes visible; may change it, or drop it by None."""
     keeps: Callable[[Record], set[str]] = lambda job: set()
     """Digests that an ended job's record is of no use without, and no ref names."""
+    shape: Callable[[Record], Shape] = lambda job: ONE
+    """How many machines and GPUs an attempt takes."""
 
 
 class Jobs:
@@ -269,7 +271,7 @@ class Jobs:
         uri = progress.run_uri(self.store.uri, key, attempt)
         command = [sys.executable, "-m", "services.finetune", self.work.verb, uri]
         try:
-            handle = self.launcher.launch(command, self._process_name(job), {})
+            handle = self.launcher.launch(command, self._process_name(job), {}, self.work.shape(job))
         except Unavailable:
             raise  # perhaps it was started all the same: `_adopt` will see
         except OSError as error:
@@ -331,7 +333,8 @@ class Jobs:
             self._end(job, "SUCCEEDED", str(outcome.result.get("message", "")))
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
-            self._lost(job, taken=True)
+            handle = job.body["handle"]
+            self._lost(job, taken=handle is None or not self.launcher.broken(handle))
         else:
             error = dict(outcome.error) if outcome.error else None
             self._end(_with(job, error=error), outcome.state, error["message"] if error else "")
