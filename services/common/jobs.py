@@ -3,13 +3,15 @@
     QUEUED -> PREPARING -> RUNNING -> SUCCEEDED | FAILED | CANCELLED
        ^__________|___________|  (the worker was lost: another attempt, after a pause)
 
-A supervisor thread moves jobs along. Every step can be cut by kill -9 and is done again by the next supervisor: events
-get their numbers in the transaction that moves the reading cursor; attempts are fenced (services.finetune.progress), so
-starting one too many is harmless; what a room does on success must bear being done twice.
+A supervisor thread moves jobs along; of several replicas that of the one with the lease. Every step can be cut by
+kill -9 and is done again by the next supervisor: events get their numbers in the transaction that moves the reading
+cursor; attempts are fenced (services.finetune.progress), so starting one too many is harmless; what a room does on
+success must bear being done twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -22,6 +24,7 @@ from typing import Any
 
 from services.common import holding, names
 from services.common.launchers import ONE, Launcher, Shape
+from services.common.leases import Lease
 from services.common.paging import page
 from services.common.records import Record, Records
 from services.finetune import progress
@@ -75,6 +78,7 @@ class Jobs:
         self.work = work
         self._max_workers = max_workers
         self._grace_s = grace_s
+        self._lease = Lease(records, f"{work.kind} jobs")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name=f"{work.kind}-jobs", daemon=True)
         self._asked: set[str] = set()  # cancelled attempts that this process has sent a signal
@@ -188,15 +192,19 @@ class Jobs:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        with contextlib.suppress(Unavailable):
+            self._lease.release()
 
     def _supervise(self) -> None:
         mended = False
         while not self._stopping.wait(TICK_S):
             try:
+                if not self._lease.held():
+                    continue
                 if not mended:
                     holding.mend(self.store, self.records, self.work.kind, self._needs)
                     mended = True
-                self.tick()
+                self.tick(self._lease.held)
             except QuartetError as error:
                 log.warning("%s: %s", self.work.kind, error.message)
                 self._stopping.wait(2.0)
@@ -204,14 +212,16 @@ class Jobs:
                 log.exception("a defect in supervising %s", self.work.kind)
                 self._stopping.wait(2.0)
 
-    def tick(self) -> None:
-        """Move every live job one step."""
+    def tick(self, leads: Callable[[], bool] = lambda: True) -> None:
+        """Move every live job one step, for as long as this is the replica that `leads`."""
         live = self.records.find(self.work.kind, states=("QUEUED", "PREPARING", "RUNNING"))
         running = sum(job.state != "QUEUED" for job in live)
         for job in live:
             waits = job.state == "QUEUED" and not job.body["cancel"]
             if waits and (running >= self._max_workers or job.body.get("not_before", 0) > time.time()):
                 continue
+            if not leads():
+                return
             running += waits
             try:
                 self._step(job)
