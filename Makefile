@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OVERLAY ?= local
+SERVICES := datasets training conversion inference
 OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
 # Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
 BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
@@ -100,7 +101,7 @@ up: install ## serve all four services on 127.0.0.1:50050
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	$(LOCK) --extra services --extra kubernetes -o docker/locks/service.txt
+	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
 	$(LOCK) --extra worker $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve -o docker/locks/inference-cuda.txt
 	$(LOCK) --extra worker $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
@@ -109,7 +110,7 @@ locks: install ## pin what the images install, with hashes, from pyproject.toml
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
 HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")
 images: ## build the six images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
-	for s in datasets training conversion inference; do \
+	for s in $(SERVICES); do \
 	  $(BUILD) --build-arg SERVICE=$$s -f docker/service.Dockerfile -t $(REGISTRY)/$$s:$(TAG) . || exit 1; done
 	$(HEAVY) -f docker/worker.Dockerfile -t $(REGISTRY)/worker:$(TAG)-$(VARIANT) .
 	$(HEAVY) -f docker/inference.Dockerfile -t $(REGISTRY)/engine:$(TAG)-$(VARIANT) .

@@ -4,9 +4,10 @@
 ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS packages
+ARG SERVICE
 ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_FIND_LINKS=""
-COPY docker/locks/service.txt /lock.txt
+COPY docker/locks/${SERVICE}.txt /lock.txt
 # The environment gets no pip of its own: what is in it was put there here, by hash.
 RUN python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt

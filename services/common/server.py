@@ -24,12 +24,18 @@ from grpc_status import rpc_status
 from services.common import auth
 from services.common.settings import Settings
 from services.common.status import DEFAULT_STATUS_BYTES, MAX_STATUS_BYTES, STATUS_BYTES_KEY, fitted
-from services.finetune.errors import FailedPrecondition, Internal, QuartetError
+from services.finetune.errors import FailedPrecondition, Internal, QuartetError, Unavailable
 
 log = logging.getLogger("quartet")
 
 MAX_MESSAGE_BYTES = 4 << 20
+LEAVE_S = 1.0
+"""A server that is told to end goes on so long after it says that it does not serve: clients turn to other replicas, and no
+call meets the end of the connection."""
 DRAIN_S = 10.0
+"""Calls under way have so long then."""
+CONNECTION_AGE_S = 300
+"""Clients ask for addresses anew after so long, and find replicas that came later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, token: str) -> None:
         self._token = token
+        self.leaving = asyncio.Event()
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="rpc")
 
     async def intercept_service(
@@ -58,7 +65,8 @@ class Guard(grpc.aio.ServerInterceptor):
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
-        wrap = self._streaming if handler.response_streaming else self._single
+        watches = details.method.rpartition("/")[2].startswith("Watch")
+        wrap = self._watching if watches else self._streaming if handler.response_streaming else self._single
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
             wrap(getattr(handler, kind)),
@@ -89,6 +97,26 @@ class Guard(grpc.aio.ServerInterceptor):
                 await self._abort(context, error)
 
         return call
+
+    def _watching(self, method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        """A stream that may go on for hours: its caller turns to another replica when this one leaves."""
+
+        async def until_leaving(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            answers, leaving = aiter(method(request, context)), asyncio.ensure_future(self.leaving.wait())
+            try:
+                while True:
+                    answer = asyncio.ensure_future(anext(answers))
+                    await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+                    if not answer.done():
+                        answer.cancel()
+                        raise Unavailable("this replica ends; watch again from where you are", reason="SERVER_LEAVING")
+                    yield answer.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                leaving.cancel()
+
+        return self._streaming(until_leaving)
 
     def _check(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         if self._token:
@@ -133,7 +161,8 @@ class Server:
     async def open(self) -> None:
         """Listen and start the rooms' background work. FailedPrecondition (PORT_IN_USE, ADDRESS_UNUSABLE)."""
         token = auth.read_token(self.settings.token_file) if self.settings.token_file else ""
-        self._server = grpc.aio.server(interceptors=[Guard(token)], options=_options())
+        self._guard = Guard(token)
+        self._server = grpc.aio.server(interceptors=[self._guard], options=_options())
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for room in self.rooms:
@@ -155,8 +184,11 @@ class Server:
             part.rename(self.settings.address_file)
 
     async def close(self) -> None:
-        """Turn away new calls, let running ones end, stop the background work."""
+        """Let clients turn to others and running calls end, then stop the background work."""
         await self._health.enter_graceful_shutdown()
+        self._guard.leaving.set()
+        if self.settings.replicated:
+            await asyncio.sleep(LEAVE_S)
         await self._server.stop(DRAIN_S)
         for room in self.rooms:
             await asyncio.to_thread(room.stop)
@@ -200,6 +232,8 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Calls under way are let end, however long they take.
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_S * 1000),
     ]
 
 

@@ -108,6 +108,11 @@ class Settings:
             )
 
     @property
+    def replicated(self) -> bool:
+        """There may be other replicas of this service; not so on a SQLite file of its own."""
+        return not self.database_url.startswith("sqlite:") and self.database_url != ""
+
+    @property
     def loopback(self) -> bool:
         """Nobody outside this machine can reach the address."""
         if self.host.startswith("unix:") or self.host == "localhost":
