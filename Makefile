@@ -98,10 +98,12 @@ up: install ## serve all four services on 127.0.0.1:50050
 	@$(BIN)/quartet up
 
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
-LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+LOCK := $(COMPILE) pyproject.toml
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
 	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve -o docker/locks/inference-cuda.txt
 	$(LOCK) --extra worker $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt

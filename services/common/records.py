@@ -137,6 +137,13 @@ class Records:
         with self._begin() as db:
             return [_record(row) for row in db.execute(query)]
 
+    def counts(self, *kinds: str) -> dict[tuple[str, str], int]:
+        """How many resources of these kinds there are, by (kind, state)."""
+        query = sa.select(_resources.c.kind, _resources.c.state, sa.func.count())
+        query = query.where(_resources.c.kind.in_(kinds)).group_by(_resources.c.kind, _resources.c.state)
+        with self._begin() as db:
+            return {(kind, state): number for kind, state, number in db.execute(query)}
+
     def update(self, record: Record, new_events: Sequence[dict[str, Any]] = ()) -> Record:
         """Write a resource that was read at `record.version`, and append events, in one transaction.
 

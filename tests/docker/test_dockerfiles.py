@@ -107,7 +107,8 @@ def test_images_are_built_in_two_steps_from_a_base_that_can_be_chosen(path: Path
 def test_the_worker_holds_the_library_and_nothing_else() -> None:
     text = (ROOT / "docker" / "worker.Dockerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE)
-    assert copied == ["docker/locks/worker-${VARIANT}.txt", "services/__init__.py", "services/finetune"]
+    locks = ["docker/locks/worker-${VARIANT}.txt", "docker/locks/sbom.txt"]
+    assert copied == [*locks, "services/__init__.py", "services/finetune"]
 
 
 def test_what_the_dockerfiles_copy_is_not_ignored() -> None:
