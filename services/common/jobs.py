@@ -257,7 +257,13 @@ class Jobs:
 
         In this order nothing can be told after the last look, and an outcome is always of the attempt on record.
         """
-        outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        try:
+            outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        except progress.Fenced:
+            # The database was brought back from a backup, and knows less than the store: go on from there.
+            there = progress.current_attempt(self.store, job.body["key"])
+            job = self.records.update(_with(job, attempt=there, cursor=-1, handle=None))
+            outcome = progress.raise_fence(self.store, job.body["key"], there + 1)
         return self._ingest(job), outcome
 
     def _withdraw(self, job: Record) -> None:
