@@ -16,7 +16,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-inference bench-train locks images manifests deploy
+  bench-inference bench-train locks images manifests check-manifests test-cluster deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ test-containers: VARIANT := cpu
 test-containers: install images ## build the CPU images and run the whole flow in containers
 	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
 
+test-cluster: install ## run the whole flow on the cluster that kubectl points at, after make deploy
+	$(BIN)/python -m pytest -m cluster tests/k8s
+
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench
 
@@ -121,6 +124,15 @@ manifests: install ## render every overlay to build/manifests/
 	@mkdir -p build/manifests
 	@for o in $(OVERLAYS); do $(BIN)/kubectl kustomize k8s/overlays/$$o > build/manifests/$$o.yaml || exit 1; \
 	  echo "build/manifests/$$o.yaml"; done
+
+# It wants other versions of much that is in .venv, so it has an environment of its own.
+build/checkov/bin/checkov:
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/python -m pip install --quiet checkov==3.3.30
+
+check-manifests: manifests build/checkov/bin/checkov ## hold every overlay against Kubernetes' schemas, our rules and checkov's
+	$(BIN)/python -m pytest tests/k8s
+	build/checkov/bin/checkov --config-file k8s/checkov.yaml -d build/manifests
 
 deploy: install ## apply an overlay to the cluster that kubectl points at (OVERLAY=local|gpu)
 	$(BIN)/kubectl apply -k k8s/overlays/$(OVERLAY)

@@ -117,7 +117,9 @@ def test_connections_are_made_anew_after_a_while(tmp_path: Path, monkeypatch: py
         yield b"b"
 
     with grpc.insecure_channel(probe.address, OPTIONS) as channel:
-        running: Any = channel.stream_unary(CALL + "stream_unary").future(asked())
+        summed: Any = channel.stream_unary(CALL + "stream_unary")
+        ask: Any = channel.unary_unary(CALL + "unary_unary")
+        running = summed.future(asked())
         lost = threading.Event()
         begun = threading.Event()
 
@@ -126,12 +128,12 @@ def test_connections_are_made_anew_after_a_while(tmp_path: Path, monkeypatch: py
                 lost.set()
 
         channel.subscribe(changed)
-        assert channel.unary_unary(CALL + "unary_unary")(b"x", timeout=10) == b"x"
+        assert ask(b"x", timeout=10) == b"x"
         begun.set()
         assert lost.wait(20), "the connection was kept"
         go.set()
         assert running.result(timeout=20) == b"ab"
-        assert channel.unary_unary(CALL + "unary_unary")(b"x", timeout=10) == b"x"
+        assert ask(b"x", timeout=10) == b"x"
     assert probe.stop() == 0
 
 
@@ -146,7 +148,8 @@ def test_who_watches_is_sent_on_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     )
     probe = Probe(tmp_path)
     with grpc.insecure_channel(probe.address, OPTIONS) as channel:
-        answers = channel.unary_stream(CALL + "WatchIt")(b"x")
+        watching: Any = channel.unary_stream(CALL + "WatchIt")
+        answers = watching(b"x")
         assert next(answers) == b"here"
         probe.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as caught:
