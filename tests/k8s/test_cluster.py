@@ -1,4 +1,4 @@
-"""The whole flow on a real cluster: what `make deploy` put there, by port-forwards, as a user's first hour. make test-cluster
+"""The whole flow on a real cluster, on what `make deploy` put there, by port-forwards: `make test-cluster`.
 
 NAMESPACE names another namespace than quartet.
 """
@@ -104,8 +104,8 @@ def worker_of(name: str, limit_s: float = 600) -> str:
     while True:
         found = json.loads(kubectl("get", "pods", "-l", "app.kubernetes.io/name=quartet-worker", "-o", "json"))["items"]
         for pod in found:
-            if f"-{name}-" in pod["metadata"]["name"] and "trainingjobs" in pod["metadata"]["name"]:
-                if pod["status"]["phase"] == "Running":
-                    return str(pod["metadata"]["name"])
+            own = f"trainingjobs-{name}-" in pod["metadata"]["name"]
+            if own and pod["status"]["phase"] == "Running":
+                return str(pod["metadata"]["name"])
         assert time.monotonic() < deadline, [p["metadata"]["name"] for p in found]
         time.sleep(0.5)
