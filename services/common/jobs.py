@@ -3,13 +3,15 @@
     QUEUED -> PREPARING -> RUNNING -> SUCCEEDED | FAILED | CANCELLED
        ^__________|___________|  (the worker was lost: another attempt, after a pause)
 
-A supervisor thread moves jobs along. Every step can be cut by kill -9 and is done again by the next supervisor: events
-get their numbers in the transaction that moves the reading cursor; attempts are fenced (services.finetune.progress), so
-starting one too many is harmless; what a room does on success must bear being done twice.
+A supervisor thread moves jobs along; of several replicas that of the one with the lease. Every step can be cut by
+kill -9 and is done again by the next supervisor: events get their numbers in the transaction that moves the reading
+cursor; attempts are fenced (services.finetune.progress), so starting one too many is harmless; what a room does on
+success must bear being done twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -21,7 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common import holding, names
-from services.common.launchers import Launcher
+from services.common.launchers import ONE, Launcher, Shape
+from services.common.leases import Lease
 from services.common.paging import page
 from services.common.records import Record, Records
 from services.finetune import progress
@@ -59,6 +62,8 @@ class Work:
     """Called for each event before it becomes visible; may change it, or drop it by None."""
     keeps: Callable[[Record], set[str]] = lambda job: set()
     """Digests that an ended job's record is of no use without, and no ref names."""
+    shape: Callable[[Record], Shape] = lambda job: ONE
+    """How many machines and GPUs an attempt takes."""
 
 
 class Jobs:
@@ -73,6 +78,7 @@ class Jobs:
         self.work = work
         self._max_workers = max_workers
         self._grace_s = grace_s
+        self._lease = Lease(records, f"{work.kind} jobs")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name=f"{work.kind}-jobs", daemon=True)
         self._asked: set[str] = set()  # cancelled attempts that this process has sent a signal
@@ -186,15 +192,19 @@ class Jobs:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        with contextlib.suppress(Unavailable):
+            self._lease.release()
 
     def _supervise(self) -> None:
         mended = False
         while not self._stopping.wait(TICK_S):
             try:
+                if not self._lease.held():
+                    continue
                 if not mended:
                     holding.mend(self.store, self.records, self.work.kind, self._needs)
                     mended = True
-                self.tick()
+                self.tick(self._lease.held)
             except QuartetError as error:
                 log.warning("%s: %s", self.work.kind, error.message)
                 self._stopping.wait(2.0)
@@ -202,14 +212,16 @@ class Jobs:
                 log.exception("a defect in supervising %s", self.work.kind)
                 self._stopping.wait(2.0)
 
-    def tick(self) -> None:
-        """Move every live job one step."""
+    def tick(self, leads: Callable[[], bool] = lambda: True) -> None:
+        """Move every live job one step, for as long as this is the replica that `leads`."""
         live = self.records.find(self.work.kind, states=("QUEUED", "PREPARING", "RUNNING"))
         running = sum(job.state != "QUEUED" for job in live)
         for job in live:
             waits = job.state == "QUEUED" and not job.body["cancel"]
             if waits and (running >= self._max_workers or job.body.get("not_before", 0) > time.time()):
                 continue
+            if not leads():
+                return
             running += waits
             try:
                 self._step(job)
@@ -245,7 +257,13 @@ class Jobs:
 
         In this order nothing can be told after the last look, and an outcome is always of the attempt on record.
         """
-        outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        try:
+            outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        except progress.Fenced:
+            # The database was brought back from a backup, and knows less than the store: go on from there.
+            there = progress.current_attempt(self.store, job.body["key"])
+            job = self.records.update(_with(job, attempt=there, cursor=-1, handle=None))
+            outcome = progress.raise_fence(self.store, job.body["key"], there + 1)
         return self._ingest(job), outcome
 
     def _withdraw(self, job: Record) -> None:
@@ -269,7 +287,7 @@ class Jobs:
         uri = progress.run_uri(self.store.uri, key, attempt)
         command = [sys.executable, "-m", "services.finetune", self.work.verb, uri]
         try:
-            handle = self.launcher.launch(command, self._process_name(job), {})
+            handle = self.launcher.launch(command, self._process_name(job), {}, self.work.shape(job))
         except Unavailable:
             raise  # perhaps it was started all the same: `_adopt` will see
         except OSError as error:
@@ -331,7 +349,8 @@ class Jobs:
             self._end(job, "SUCCEEDED", str(outcome.result.get("message", "")))
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
-            self._lost(job, taken=True)
+            handle = job.body["handle"]
+            self._lost(job, taken=handle is None or not self.launcher.broken(handle))
         else:
             error = dict(outcome.error) if outcome.error else None
             self._end(_with(job, error=error), outcome.state, error["message"] if error else "")

@@ -35,6 +35,8 @@ class Settings:
     """With these three, mutual TLS; with the first two, TLS."""
     address_file: str = ""
     """Write the address to this file once the server answers."""
+    metrics_port: int = 0
+    """Where Prometheus finds /metrics, without a token; none if 0."""
     reflection: str = "auto"
     """on, off, or auto: on for loopback only."""
     import_roots: str = ""
@@ -106,6 +108,11 @@ class Settings:
                 "--tls-client-ca",
                 reason="ADDRESS_EXPOSED",
             )
+
+    @property
+    def replicated(self) -> bool:
+        """There may be other replicas of this service; not so on a SQLite file of its own."""
+        return not self.database_url.startswith("sqlite:") and self.database_url != ""
 
     @property
     def loopback(self) -> bool:

@@ -31,6 +31,7 @@ def build(settings: Settings) -> Room:
         lambda server: add_TrainingServicer_to_server(servicer, server),
         training.jobs.start,
         training.jobs.stop,
+        lambda: training.jobs.records.counts(training.work.kind),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from services.common import names
 from services.common.jobs import Jobs, Work
+from services.common.launchers import Shape
 from services.common.paging import page
 from services.common.records import Record
 from services.finetune import recipes
@@ -47,7 +48,7 @@ class Training:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice)
+        self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice, shape=shape)
 
     # ------------------------------------------------------------------------------------------ recipes
 
@@ -266,6 +267,12 @@ class Training:
         if ref is None:
             raise NotFound(f"there is no checkpoint {name}", reason="CHECKPOINT_NOT_FOUND", metadata={"name": name})
         return ArtifactRef(name=name, digest=ref.body["digest"])
+
+
+def shape(job: Record) -> Shape:
+    """The machines and GPUs that a job's config asks for."""
+    parallel = job.body["spec"]["run"]["config"]["parallel"]
+    return Shape(parallel.get("nodes", 1), parallel.get("processes", 0))
 
 
 def _positive(config: RunConfig) -> None:
