@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from services.finetune.config import MergeTask, to_json
+from services.finetune.convert import merge_report
 from services.finetune.convert.adapter import CONFIG, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
 from services.finetune.convert.shards import INDEX, Stored, progress
@@ -58,6 +59,7 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     shards = layout(base, made.changes.tensors, made.changed, task.dtype, task.max_shard_size_bytes)
     mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
     files = Writer(attempt, mark, progress(attempt, stop)).write(shards, made.pieces)
+    weights = Manifest("merged", tuple(files))
     files += _rest(store, base, made, task.dtype, adapter.meta["template"])
     parents = (
         Parent("base", task.base.digest, task.base.name),
@@ -67,6 +69,7 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     meta = {k: v for k, v in base.meta.items() if k != META} | carried(adapter.meta)
     meta |= {k: adapter.meta[k] for k in ("template", "system", "base_name")}
     meta["dtype"] = task.dtype or base.meta["dtype"]
+    meta["report"] = _report(attempt, made, base, adapter.meta, weights)
     return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
@@ -118,6 +121,12 @@ class Merge:
         if change == Change() and tensor.name not in self._rounded:
             return cast(self._store, source, tensor)
         return computed(tensor, Summed(self._store, self._rows(tensor.name), source.shape, change).blocks)
+
+    def before(self, tensor: Stored) -> Tensor:
+        """A whole tensor of the base that the adapter is added to."""
+        if tensor.name not in self._rounded:
+            return read_rows(self._store, tensor)
+        return self._rows(tensor.name)(0, tensor.shape[0])
 
     def _rows(self, name: str) -> Rows:
         source = self.changes.by_name.get(name, Change()).replaced or self._sources[name]
@@ -194,6 +203,28 @@ class Summed:
 
     def _whole(self, tensor: Stored) -> Tensor:
         return read_rows(self._store, tensor).float()
+
+
+def _report(
+    attempt: Attempt, made: Merge, base: Manifest, meta: Mapping[str, Any], weights: Manifest
+) -> Mapping[str, Any]:
+    """The merge report, which is told as an event too; a warning if the model answers otherwise than it should."""
+    store = attempt.store
+    read = functools.partial(read_rows, store)
+    config = untie(made.config) if made.changes.untied else made.config
+    found = merge_report.report(
+        (made.config, config),
+        made.adapter_config,
+        functools.partial(Tokenizer.from_artifact, store, base),
+        meta,
+        (made.base, made.before),
+        (made.adapter, read),
+        (read_model(store, weights), read),
+    )
+    text = "merge report: " + ", ".join(f"{k} {v}" for k, v in found.items())
+    level = "warning" if merge_report.is_worrying(found) else "info"
+    attempt.emit("log", level=level, text=text)
+    return found
 
 
 def _rest(store: Store, base: Manifest, made: Merge, dtype: str, template: str) -> list[File]:
