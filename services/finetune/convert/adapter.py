@@ -136,12 +136,6 @@ def _incomplete(why: str, tensor: str) -> InvalidArgument:
     )
 
 
-def scaling(config: Mapping[str, Any]) -> float:
-    """alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
-    rank = int(config["r"])
-    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, if it is a plain LoRA. InvalidArgument (ADAPTER_UNSUPPORTED) naming what is not."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())

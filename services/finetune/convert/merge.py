@@ -219,7 +219,7 @@ def _report(
         meta,
         (made.base, made.before),
         (made.adapter, read),
-        (read_model(store, weights), read),
+        (lambda: read_model(store, weights), read),
     )
     text = "merge report: " + ", ".join(f"{k} {v}" for k, v in found.items())
     level = "warning" if merge_report.is_worrying(found) else "info"

@@ -36,7 +36,7 @@ def report(
     meta: Mapping[str, Any],
     base: tuple[Iterable[Stored], Read],
     adapter: tuple[Iterable[Stored], Read],
-    merged: tuple[Iterable[Stored], Read],
+    merged: tuple[Callable[[], Iterable[Stored]], Read],
 ) -> Report:
     """{"kl_nats", "kl_nats_max", "top1_agreement", "tokens"}, or {"not_measured": why}. `configs` are the
     base's and the merged model's config.json; each pair is a model's tensors and what reads one.
@@ -50,7 +50,7 @@ def report(
         with warnings.catch_warnings(action="ignore"):
             ids = _probes(tokenizer(), meta)
             on = _logits(_model(configs[0], *base), ids, (adapter_config, *adapter))
-            off = _logits(_model(configs[1], *merged), ids)
+            off = _logits(_model(configs[1], merged[0](), merged[1]), ids)
     # Whatever a library says of a model: it is merged all the same.
     except (QuartetError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
