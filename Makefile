@@ -16,7 +16,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-inference bench-train locks images manifests check-manifests test-cluster deploy
+  bench-convert bench-inference bench-train locks images manifests check-manifests test-cluster deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ bench-upload: install ## only the upload's part of it
 bench-datasets: install ## chat text to packed blocks, against datasets.map and TRL; installs the bench extra
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m tests.bench.datasets
+
+bench-convert: install ## merging beside PEFT, cp and a bucket's own client; memory for 70B (WHAT="disk 1b 3" picks)
+	$(BIN)/python -m tests.bench.convert $(WHAT)
 
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference

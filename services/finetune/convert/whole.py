@@ -10,7 +10,7 @@ import torch
 
 from services.finetune.config import AdapterTask, ArtifactRef, to_json
 from services.finetune.convert.shards import Stored, progress
-from services.finetune.convert.stream import Piece, Writer, cast_pieces, check_layout, layout, read_model
+from services.finetune.convert.stream import Piece, Writer, cast, check_layout, layout, read_model
 from services.finetune.errors import InvalidArgument
 from services.finetune.prepare.certificate import META, carried
 from services.finetune.progress import Attempt
@@ -36,7 +36,7 @@ def make_whole(
     kept, trained = _tensors(store, checkpoint, base)
 
     def pieces(tensor: Stored) -> Iterable[Piece]:
-        return cast_pieces(store, trained.get(tensor.name) or kept[tensor.name], task.dtype)
+        return cast(store, trained.get(tensor.name) or kept[tensor.name], tensor)
 
     shards = layout(base, list(kept.values()), trained.keys(), task.dtype, task.max_shard_size_bytes)
     mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
