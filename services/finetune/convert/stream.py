@@ -228,7 +228,7 @@ class Writer:
         if (
             record.get("mark") != self._mark
             or record["size"] != size
-            or self._store.stat_blob(record["digest"]) is None
+            or self._store.touch_blob(record["digest"]) is None
         ):
             return ""
         return str(record["digest"])
