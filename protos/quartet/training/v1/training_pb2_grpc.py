@@ -127,6 +127,7 @@ class TrainingServicer:
         Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
         (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
         REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again),
         UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
