@@ -226,8 +226,14 @@ def _training(verbs: Any) -> None:
     )
     p.add_argument("job")
     p.add_argument("directory")
+    p = _verb(group, "pause", "commands.jobs:pause", "save, stop and free the GPU; go on later by resume")
+    p.add_argument("job")
+    p.add_argument("--wait", action="store_true", help="until its worker is gone")
+    p = _verb(group, "resume", "commands.jobs:resume", "let a paused job go on from its newest checkpoint")
+    p.add_argument("job")
+    p.add_argument("--wait", action="store_true", help="follow it to its end")
     _verb(group, "cancel", "commands.jobs:cancel", "end a job; its last checkpoint is kept").add_argument("job")
-    _verb(group, "delete", "commands.jobs:delete", "forget an ended training job").add_argument("job")
+    _verb(group, "delete", "commands.jobs:delete", "forget an ended or paused training job").add_argument("job")
 
 
 def _inference(verbs: Any) -> None:

@@ -325,6 +325,14 @@ class Client:
         """Ask a job to end, by its full name; the job."""
         return self._job("Cancel", name, request_id=str(uuid.uuid4()))
 
+    def pause(self, name: str) -> Any:
+        """Ask a training job to save and stop, by its full name; the job, PAUSED once its worker is gone."""
+        return self._job("Pause", name, request_id=str(uuid.uuid4()))
+
+    def resume(self, name: str) -> Any:
+        """Let a paused training job go on, by its full name; the job."""
+        return self._job("Resume", name, request_id=str(uuid.uuid4()))
+
     def _job(self, verb: str, name: str, **fields: Any) -> Any:
         """One rpc on a job of any kind."""
         kind = next((kind for kind in JOBS if f"/{kind}/" in name), "trainingJobs")

@@ -11,7 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 from quartet.training.v1 import training_pb2 as pb
 from quartet.training.v1.training_pb2_grpc import TrainingServicer
 
-from services.common import names, wire
+from services.common import names, wire, wishes
 from services.common.records import Record
 from services.finetune.config import to_json
 from services.finetune.recipes import Recipe
@@ -58,6 +58,17 @@ class Servicer(TrainingServicer):
     def CancelTrainingJob(self, request: pb.CancelTrainingJobRequest, context: Any) -> pb.TrainingJob:
         names.parse(JOB, request.name)
         return _job(self._training.jobs.cancel(request.name))
+
+    def PauseTrainingJob(self, request: pb.PauseTrainingJobRequest, context: Any) -> pb.TrainingJob:
+        return self._ask(request, wishes.pause)
+
+    def ResumeTrainingJob(self, request: pb.ResumeTrainingJobRequest, context: Any) -> pb.TrainingJob:
+        return self._ask(request, wishes.resume)
+
+    def _ask(self, request: Any, wish: wishes.Wish) -> pb.TrainingJob:
+        names.parse(JOB, request.name)
+        asked = f"{type(request).__name__} {wire.fingerprint(request)}"
+        return _job(self._training.jobs.ask(request.name, wishes.once(wish, request.request_id, asked)))
 
     def DeleteTrainingJob(self, request: pb.DeleteTrainingJobRequest, context: Any) -> Empty:
         names.parse(JOB, request.name)

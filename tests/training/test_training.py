@@ -249,6 +249,41 @@ def test_cancel_and_delete(room: TrainingStub) -> None:
         room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
 
 
+def test_pause_and_resume(room: TrainingStub) -> None:
+    name = room.CreateTrainingJob(request(fresh("slow"))).name
+    stream = room.WatchTrainingJob(pb.WatchTrainingJobRequest(name=name), timeout=40)
+    while next(stream).WhichOneof("event") != "metric":
+        pass
+    wanted = pb.PauseTrainingJobRequest(name=name, request_id=fresh("p"))
+    room.PauseTrainingJob(wanted)
+    while (event := next(stream)).state.state != pb.TrainingJob.PAUSED:
+        pass
+    assert "starts anew" in event.state.message
+    job = room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
+    assert job.state == pb.TrainingJob.PAUSED and not job.HasField("end_time")
+    found = room.ListTrainingJobs(pb.ListTrainingJobsRequest(parent=W, filter='state = "PAUSED"'))
+    assert name in [j.name for j in found.training_jobs]
+    with refused(InvalidArgument, "REQUEST_ID_REUSED"):
+        room.ResumeTrainingJob(pb.ResumeTrainingJobRequest(name=name, request_id=wanted.request_id))
+    assert room.ResumeTrainingJob(pb.ResumeTrainingJobRequest(name=name)).state == pb.TrainingJob.QUEUED
+    while next(stream).WhichOneof("event") != "metric":
+        pass
+    assert room.PauseTrainingJob(wanted).state == pb.TrainingJob.RUNNING, "an old pause that comes again pauses nothing"
+    room.CancelTrainingJob(pb.CancelTrainingJobRequest(name=name))
+    assert list(stream)[-1].state.state == pb.TrainingJob.CANCELLED
+    both: list[tuple[Any, Any]] = [
+        (room.PauseTrainingJob, pb.PauseTrainingJobRequest),
+        (room.ResumeTrainingJob, pb.ResumeTrainingJobRequest),
+    ]
+    for ask, message in both:
+        with refused(FailedPrecondition, "JOB_ENDED"):
+            ask(message(name=name))
+        with refused(NotFound, "JOB_NOT_FOUND"):
+            ask(message(name=f"{W}/trainingJobs/none"))
+        with refused(InvalidArgument, "NAME_MALFORMED"):
+            ask(message(name="none"))
+
+
 def test_delete_forgets_checkpoints(room: TrainingStub, store: Store) -> None:
     name = room.CreateTrainingJob(request(fresh("j"))).name
     assert watch(room, name)[-1].state.state == pb.TrainingJob.SUCCEEDED

@@ -94,7 +94,7 @@ class TrainingJob(_message.Message):
         RUNNING: TrainingJob._State.ValueType  # 3
         """A worker has reported."""
         PAUSED: TrainingJob._State.ValueType  # 4
-        """Stopped on request, resumable."""
+        """Stopped on request, without a worker; see ResumeTrainingJob."""
         SUCCEEDED: TrainingJob._State.ValueType  # 5
         """Ended well; `result` is the final checkpoint."""
         FAILED: TrainingJob._State.ValueType  # 6
@@ -113,7 +113,7 @@ class TrainingJob(_message.Message):
     RUNNING: TrainingJob.State.ValueType  # 3
     """A worker has reported."""
     PAUSED: TrainingJob.State.ValueType  # 4
-    """Stopped on request, resumable."""
+    """Stopped on request, without a worker; see ResumeTrainingJob."""
     SUCCEEDED: TrainingJob.State.ValueType  # 5
     """Ended well; `result` is the final checkpoint."""
     FAILED: TrainingJob.State.ValueType  # 6
@@ -899,6 +899,54 @@ class CancelTrainingJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTrainingJobRequest: _TypeAlias = CancelTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class PauseTrainingJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    request_id: _builtins.str
+    """A UUID; the same again does nothing and returns the job as it is by then."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingJobRequest: _TypeAlias = PauseTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    request_id: _builtins.str
+    """A UUID; the same again does nothing and returns the job as it is by then."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTrainingJobRequest: _TypeAlias = ResumeTrainingJobRequest  # noqa: Y015
 
 @_typing.final
 class DeleteTrainingJobRequest(_message.Message):

@@ -70,6 +70,16 @@ class TrainingStub:
                 request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.SerializeToString,
                 response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
                 _registered_method=True)
+        self.PauseTrainingJob = channel.unary_unary(
+                '/quartet.training.v1.Training/PauseTrainingJob',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+                _registered_method=True)
+        self.ResumeTrainingJob = channel.unary_unary(
+                '/quartet.training.v1.Training/ResumeTrainingJob',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+                _registered_method=True)
         self.DeleteTrainingJob = channel.unary_unary(
                 '/quartet.training.v1.Training/DeleteTrainingJob',
                 request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.DeleteTrainingJobRequest.SerializeToString,
@@ -156,9 +166,28 @@ class TrainingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTrainingJob(self, request, context):
+        """Asks a job to stop for a while. Its worker saves a checkpoint and stops within its grace; once its place and its GPU
+        are free the job is PAUSED. One that is preparing data keeps nothing half-made. Pausing twice is harmless. The same
+        `request_id` again pauses nothing, even if the job was resumed meanwhile. Errors: NOT_FOUND (JOB_NOT_FOUND),
+        FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTrainingJob(self, request, context):
+        """Lets a paused job wait for its next attempt, which goes on from the newest checkpoint. A job that is not paused is
+        returned as it is. The same `request_id` again resumes nothing, even if the job was paused meanwhile. Errors:
+        NOT_FOUND (JOB_NOT_FOUND), FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteTrainingJob(self, request, context):
-        """Forgets an ended job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
-        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+        """Forgets an ended or paused job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel or pause it first).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +260,16 @@ def add_TrainingServicer_to_server(servicer, server):
             'CancelTrainingJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelTrainingJob,
                     request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
+            ),
+            'PauseTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTrainingJob,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
+            ),
+            'ResumeTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTrainingJob,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.FromString,
                     response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
             ),
             'DeleteTrainingJob': grpc.unary_unary_rpc_method_handler(
@@ -425,6 +464,60 @@ class Training:
             target,
             '/quartet.training.v1.Training/CancelTrainingJob',
             quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.training.v1.Training/PauseTrainingJob',
+            quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.training.v1.Training/ResumeTrainingJob',
+            quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.SerializeToString,
             quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
             options,
             channel_credentials,
