@@ -44,6 +44,8 @@ log = logging.getLogger("quartet.jobs")
 
 MAX_LOST = 3
 TICK_S = 0.2
+KEPT_VALUES = ("loss", "total_steps", "eta_s", "tokens_per_s", "peak_memory_bytes")
+"""Of a metric event, what a job's record shows of the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +421,7 @@ def job_key(name: str) -> str:
 
 def _progress(event: Mapping[str, Any]) -> dict[str, Any]:
     if event["type"] == "metric":
-        values = {k: v for k, v in event["values"].items() if k in ("loss", "total_steps", "eta_s")}
+        values = {k: v for k, v in event["values"].items() if k in KEPT_VALUES}
         return {"step": event["step"], **values}
     if event["type"] == "progress":
         return {k: event[k] for k in ("done_bytes", "total_bytes", "done_rows", "total_rows") if k in event}

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import google_crc32c
+from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from quartet.training.v1 import training_pb2 as pb
 from quartet.training.v1.training_pb2_grpc import TrainingServicer
@@ -14,6 +15,7 @@ from quartet.training.v1.training_pb2_grpc import TrainingServicer
 from services.common import names, wire, wishes
 from services.common.records import Record
 from services.finetune.config import to_json
+from services.finetune.plan import Device
 from services.finetune.recipes import Recipe
 from services.finetune.store.artifacts import Ref
 from services.training.usecases import JOB, Training
@@ -45,7 +47,11 @@ class Servicer(TrainingServicer):
             "labels": dict(job.labels),
         }
         asked = (request.request_id, wire.fingerprint(request))
-        return _job(self._training.create(request.parent, request.training_job_id, spec, asked, request.validate_only))
+        device = Device(request.device.kind, request.device.memory) if request.HasField("device") else None
+        made = self._training.create(
+            request.parent, request.training_job_id, spec, asked, request.validate_only, device
+        )
+        return _job(made)
 
     def GetTrainingJob(self, request: pb.GetTrainingJobRequest, context: Any) -> pb.TrainingJob:
         names.parse(JOB, request.name)
@@ -143,6 +149,7 @@ def _job(record: Record) -> pb.TrainingJob:
         start_time=wire.timestamp(body.get("start_time")),
         end_time=wire.timestamp(body.get("end_time")),
         etag=record.etag,
+        plan=json_format.ParseDict(body["plan"], pb.Plan()) if "plan" in body else None,
     )
 
 

@@ -28,8 +28,10 @@ from services.finetune.errors import (
     OutOfRange,
     Unimplemented,
 )
+from services.finetune.plan import Device
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import get_ref, put_ref
+from services.training.planning import Planner
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 from tests.common.jobbing import ScriptLauncher
@@ -58,7 +60,7 @@ def store(home: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def room(home: Path, store: Store) -> Iterator[TrainingStub]:
-    training = Training(store)
+    training = Training(store, Planner(store, Device()))
     records = Records(f"sqlite:///{home}/q.db")
     training.jobs = Jobs(records, store, ScriptLauncher(home), training.work, max_workers=4, grace_s=5)
     servicer = Servicer(training)

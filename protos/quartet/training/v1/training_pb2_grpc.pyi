@@ -49,10 +49,11 @@ class TrainingStub:
     """
     CreateTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.CreateTrainingJobRequest, _training_pb2.TrainingJob]
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+    and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
     (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
     UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]
@@ -120,10 +121,11 @@ class TrainingAsyncStub(TrainingStub):
     """
     CreateTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.CreateTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+    and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
     (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
     UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
@@ -206,10 +208,11 @@ class TrainingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.TrainingJob, _abc.Awaitable[_training_pb2.TrainingJob]]:
         """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+        and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
         Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
         (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-        REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
         UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
         """
 
