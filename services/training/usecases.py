@@ -39,6 +39,8 @@ REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
 
 REPORT = "report"
 """The last part of the name under which a job's newest report is kept."""
+ALONE = ("deepspeed_zero1", "deepspeed_zero2")
+"""Presets that part nothing where one process trains alone."""
 BITS = {"full": 0, "lora": 0, "qlora": 4, "int8_lora": 8}
 
 
@@ -334,7 +336,7 @@ def _supported(config: RunConfig) -> None:
         "quant.kind": (config.quant.kind if config.quant.bits == 4 else "nf4", ("nf4",), "set it to nf4"),
         "data.max_rows": (config.data.max_rows, (0,), "set it to 0 to learn from all rows"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
-        "parallel.deepspeed": (config.parallel.deepspeed, ("",), "leave it empty"),
+        "parallel.deepspeed": (config.parallel.deepspeed, ("", *ALONE), "leave it empty"),
     }
     violations = [
         Violation(key, f"{value!r} is not supported by the trainer yet; {instead}", "TRAINER_LACKS")

@@ -177,11 +177,12 @@ def test_what_the_trainer_cannot_act_on_is_refused_by_name(room: TrainingStub) -
         "method": "full",
         "data.max_rows": 20000,
         "report.measures": ["mmlu"],
-        "parallel.deepspeed": "deepspeed_zero2",
+        "parallel.deepspeed": "deepspeed_zero3",
     }
     with refused(Unimplemented, "TRAINER_LACKS") as error:
         room.CreateTrainingJob(request(overrides=lacking))
     assert [v.field for v in error[0].violations] == list(lacking)
+    assert room.CreateTrainingJob(request(overrides={"parallel.deepspeed": "deepspeed_zero2"}, validate_only=True)).name
     for overrides in ({"method": "int8_lora"}, {"method": "qlora", "quant.kind": "fp4"}):
         with refused(Unimplemented, "TRAINER_LACKS"):
             room.CreateTrainingJob(request(overrides=overrides))

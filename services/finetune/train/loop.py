@@ -137,6 +137,8 @@ class Trainer:
         self._begin_nothing_more()
         dtype, why = choose_dtype(self.config.model.dtype)
         self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
+        if preset := self.config.parallel.deepspeed:
+            self.report.log(f"{preset} with one process has nothing to part: this trains as without it")
         self.model = load_model(folder, self.config, dtype)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
