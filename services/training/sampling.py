@@ -58,7 +58,14 @@ def figures(store: Store, run: TrainRun) -> Figures:
         tokenizer = Tokenizer.from_files(model)
         template = load_template(run.config.data.template or manifest.meta["template"], tokenizer)
         data = dataclasses.replace(run.config.data, template=template.name)
-        order = PrepareRun(job=run.job, model=run.base, datasets=run.datasets, data=data, seed=run.config.schedule.seed)
+        order = PrepareRun(
+            job=run.job,
+            model=run.base,
+            datasets=run.datasets,
+            data=data,
+            seed=run.config.schedule.seed,
+            held_out=run.config.validation.ratio,
+        )
         digest = find(store, shelf_key(order, certify(tokenizer, template)))
         if digest is not None:
             return _known(load(store, digest), run.config)
@@ -69,7 +76,7 @@ def _known(prepared: Manifest, config: RunConfig) -> Figures:
     meta = prepared.meta
     return Figures(
         rows=meta["rows"],
-        samples=meta["rows"] - meta["dropped"],
+        samples=meta.get("samples", meta["rows"] - meta["dropped"]),
         blocks=meta["blocks"],
         block_length=round(meta["tokens"] / (meta["blocks"] * meta["fill"])),
         tokens=meta["tokens"],
@@ -94,6 +101,7 @@ def _sampled(store: Store, run: TrainRun, template: str, model: Path, folder: Pa
         built = build([source], template, model, data, seed, folder / f"blocks-{n}", processes=1, on_rows=in_time)
         index = built.index
         grown = manifest.meta["rows"] / index["rows"]
+        weight *= 1 - run.config.validation.ratio
         found.append(_scaled(index, grown, weight, int(manifest.meta["rows"]), data.pack))
     length = max(f.block_length for f in found)
     sums = {f.name: sum(getattr(one, f.name) for one in found) for f in dataclasses.fields(Figures)}

@@ -75,7 +75,7 @@ def ours(model_dir: Path, steps: int, folder: Path) -> list[float]:
     def tell(told: Told) -> None:
         losses.append(told.loss)
 
-    stepper = Stepper(chosen, model, trainable(model), blocks, engine, tell, lambda text: None)
+    stepper = Stepper(chosen, model, trainable(model), blocks, engine, tell, lambda text, level: None)
     for _ in range(steps):
         stepper.take()
     stepper.settle()
@@ -148,6 +148,7 @@ def packaged(folder: Path) -> Path:
 
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    del loaded.config.quantization_config  # of the file; these weights are whole again
     fresh: Any = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)

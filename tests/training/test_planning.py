@@ -121,6 +121,7 @@ def _spec() -> dict[str, Any]:
         "recipe": "",
         "base_model": f"{W}/models/tiny",
         "datasets": [f"{W}/datasets/d/revisions/r1"],
+        "validation_datasets": [],
         "overrides": OVERRIDES,
         "resume_from": "",
         "labels": {},
