@@ -193,7 +193,12 @@ def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
 
 
 def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: Device, dtype: str) -> Memory:
-    """The peak of a run of so many steps. On a GPU whose memory is known the fused path keeps as many layers as fit."""
+    """The peak of a run of so many steps. On a GPU whose memory is known the fused path keeps as many layers as fit.
+
+    FailedPrecondition (SHAPE_UNKNOWN) for methods and optimizers that have no formula yet.
+    """
+    if config.method not in ("lora", "qlora") or config.optim.name not in OPTIMIZER_BYTES:
+        raise FailedPrecondition(f"no formula for {config.method} with {config.optim.name}", reason="SHAPE_UNKNOWN")
     trained = lora_parameters(shape, config)
     weights, optimizer = weight_bytes(shape, config, dtype), trained * OPTIMIZER_BYTES[config.optim.name]
     fused = engine(shape, config, device, dtype) == "fused"

@@ -58,11 +58,10 @@ class Planner:
         _steps(made, run.config)
         try:
             shape = self._shape(run.base.digest)
+            _time(made, shape, run, earlier)
+            _memory(made, shape, run.config)
         except QuartetError as error:
             made.assumptions.append(f"memory is not known: {error.message}")
-        else:
-            _memory(made, shape, run.config)
-            _time(made, shape, run, earlier)
         return made
 
     def _read_shape(self, digest: str) -> Shape:

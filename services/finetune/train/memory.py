@@ -70,15 +70,21 @@ def planned(
             with path.open("rb") as file:
                 shapes |= plans.tensor_shapes(lambda at, length, file=file: os.pread(file.fileno(), length, at))  # type: ignore[misc]
         shape = plans.read_shape(json.loads((folder / "config.json").read_text()), shapes)
+        found = _planned(shape, config, blocks, steps, device, dtype)
     except FailedPrecondition:
         return 0
+    return found.peak - (found.runtime if device.type == "cuda" else 0)
+
+
+def _planned(
+    shape: plans.Shape, config: RunConfig, blocks: Blocks, steps: int, device: torch.device, dtype: torch.dtype
+) -> plans.Memory:
     count, tokens = config.schedule.batch_size, len(blocks) * int(blocks.ids.shape[1])
     length = int(blocks.ids.shape[1])
     batch = Batch(count, length, -(-count * length * blocks.learned // tokens))
     cuda = device.type == "cuda"
     place = Device("", torch.cuda.get_device_properties(device).total_memory) if cuda else Device("cpu")
-    found = plans.memory(shape, config, batch, steps, place, str(dtype).removeprefix("torch."))
-    return found.peak - (found.runtime if cuda else 0)
+    return plans.memory(shape, config, batch, steps, place, str(dtype).removeprefix("torch."))
 
 
 def free_bytes(device: torch.device) -> int:
