@@ -266,11 +266,12 @@ class Client:
     def train(
         self, recipe: str, base: str, datasets: Sequence[str], overrides: Mapping[str, Any], **more: Any
     ) -> training_pb2.TrainingJob:
-        """Queue a training job, or with `validate_only` check it; `more` are further fields of TrainingJob, and job_id.
+        """Queue a training job, or with `validate_only` plan it, for a `device` if given; `more` are further fields of
+        TrainingJob, and job_id.
 
         An empty `recipe` starts from the defaults; an empty `base` is found by the config's model.checkpoint.
         """
-        job_id, dry = more.pop("job_id", ""), more.pop("validate_only", False)
+        job_id, dry, device = more.pop("job_id", ""), more.pop("validate_only", False), more.pop("device", None)
         revisions = [self.revision(d) for d in datasets]
         base = base and self.name("models", base)
         job = training_pb2.TrainingJob(recipe=recipe, base_model=base, datasets=revisions, **more)
@@ -281,6 +282,7 @@ class Client:
             training_job=job,
             request_id=str(uuid.uuid4()),
             validate_only=dry,
+            device=device,
         )
         made: training_pb2.TrainingJob = self.training.CreateTrainingJob(request)
         return made
@@ -340,6 +342,14 @@ class Client:
     def cancel(self, name: str) -> Any:
         """Ask a job to end, by its full name; the job."""
         return self._job("Cancel", name, request_id=str(uuid.uuid4()))
+
+    def pause(self, name: str) -> Any:
+        """Ask a training job to save and stop, by its full name; the job, PAUSED once its worker is gone."""
+        return self._job("Pause", name, request_id=str(uuid.uuid4()))
+
+    def resume(self, name: str) -> Any:
+        """Let a paused training job go on, by its full name; the job."""
+        return self._job("Resume", name, request_id=str(uuid.uuid4()))
 
     def _job(self, verb: str, name: str, **fields: Any) -> Any:
         """One rpc on a job of any kind."""

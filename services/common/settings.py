@@ -62,6 +62,10 @@ class Settings:
     """The cluster's namespace for Jobs; the service's own if empty."""
     blueprint: str = "quartet-worker"
     """The CronJob of that namespace whose jobTemplate is filled for each Job."""
+    gpu_kind: str = ""
+    """What workers compute on, for plans: h100, l4, … or cpu. Of a local launcher's machine it is looked up if empty."""
+    gpu_memory_gib: float = 0.0
+    """Memory of one GPU, for plans; the kind's own if 0."""
 
     @classmethod
     def from_args(cls, argv: Sequence[str], prog: str) -> Self:

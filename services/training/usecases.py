@@ -14,6 +14,7 @@ from services.common.records import Record
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
+from services.finetune.plan import Device
 from services.finetune.prepare import check_weights
 from services.finetune.progress import Event, retained
 from services.finetune.store import Store
@@ -29,6 +30,7 @@ from services.finetune.store.artifacts import (
     stream_file,
 )
 from services.finetune.templates import check_name
+from services.training.planning import Planner, to_message
 
 JOB = "workspaces/{workspace}/trainingJobs/{job}"
 CHECKPOINT = JOB + "/checkpoints/{step}"
@@ -38,6 +40,8 @@ REVISION = "workspaces/{workspace}/datasets/{dataset}/revisions/{revision}"
 
 REPORT = "report"
 """The last part of the name under which a job's newest report is kept."""
+ALONE = ("deepspeed_zero1", "deepspeed_zero2")
+"""Presets that part nothing where one process trains alone."""
 BITS = {"full": 0, "lora": 0, "qlora": 4, "int8_lora": 8}
 
 
@@ -46,8 +50,9 @@ class Training:
 
     jobs: Jobs
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, planner: Planner) -> None:
         self._store = store
+        self._planner = planner
         self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice, shape=shape)
 
     # ------------------------------------------------------------------------------------------ recipes
@@ -66,8 +71,17 @@ class Training:
 
     # ------------------------------------------------------------------------------------------ jobs
 
-    def create(self, parent: str, job_id: str, spec: dict[str, Any], request: tuple[str, str], dry: bool) -> Record:
-        """Resolve everything that the job names, then queue it. `request` is (request_id, fingerprint)."""
+    def create(
+        self,
+        parent: str,
+        job_id: str,
+        spec: dict[str, Any],
+        request: tuple[str, str],
+        dry: bool,
+        device: Device | None = None,
+    ) -> Record:
+        """Resolve everything that the job names, then queue it, or if `dry` plan it. `request` is (request_id,
+        fingerprint); `device` is where a plan is to be for."""
         names.parse("workspaces/{workspace}", parent, "parent")
         made = self.jobs.records.requested(self.work.kind, *request)
         if made is not None:
@@ -96,7 +110,8 @@ class Training:
         spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}
         spec["validation_datasets"] = [d.name for d in looked]
         if dry:
-            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
+            planned = self._planner.plan(run, device, self.jobs.records.find(self.work.kind, parent + "/"))
+            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0, "plan": to_message(planned)})
 
         def again() -> Any:
             now = [self._revision(d.name) for d in datasets]
@@ -341,7 +356,7 @@ def _supported(config: RunConfig) -> None:
     """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
     lacks = {
         "report.measures": (config.report.measures, ((),), "set it to []"),
-        "parallel.deepspeed": (config.parallel.deepspeed, ("",), "leave it empty"),
+        "parallel.deepspeed": (config.parallel.deepspeed, ("", *ALONE), "leave it empty"),
     }
     violations = [
         Violation(key, f"{value!r} is not supported by the trainer yet; {instead}", "TRAINER_LACKS")

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.jobs import TERMINAL, Jobs, Work
+import pytest
+
+from services.common.jobs import Jobs, Work
 from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records
+from services.common.wishes import TERMINAL
 from services.finetune.progress import Event
 from services.finetune.store import Store
 
@@ -106,3 +109,32 @@ def gone(jobs: Jobs, handle: dict[str, Any]) -> None:
     while jobs.launcher.alive(handle):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Cut(BaseException):
+    """kill -9, as far as one process can show it: nothing after it runs."""
+
+
+def cut_at(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, number: int, before: bool) -> list[str]:
+    """Make the supervisor die at its `number`-th act on the outside world: just before it, or just after."""
+    acts: list[str] = []
+
+    def watched(owner: object, method: str) -> None:
+        real: Callable[..., Any] = getattr(owner, method)
+
+        def act(*args: Any, **given: Any) -> Any:
+            acts.append(method)
+            if before and len(acts) == number:
+                raise Cut
+            done = real(*args, **given)
+            if not before and len(acts) == number:
+                raise Cut
+            return done
+
+        monkeypatch.setattr(owner, method, act, raising=True)
+
+    watched(jobs.records, "update")
+    watched(jobs.store, "put")
+    watched(jobs.launcher, "launch")
+    watched(jobs.launcher, "stop")
+    return acts

@@ -174,8 +174,8 @@ def test_a_run_is_looked_at_and_leaves_its_files(run: Run, home: Path) -> None:
         (("lr = 2e-4", "lr = 2e-4"), ["--cfg-options", "lrr=1"], "binds no lrr"),
         (
             ("lr = 2e-4", "lr = 2e-4"),
-            ["--deepspeed", "deepspeed_zero2"],
-            "'deepspeed_zero2' is not supported by the trainer",
+            ["--deepspeed", "deepspeed_zero3"],
+            "'deepspeed_zero3' is not supported by the trainer",
         ),
         (("lr = 2e-4", "lr = 2e-4"), ["--deepspeed", "deepspeed_zero9"], "--deepspeed: deepspeed_zero9 is no preset"),
     ],

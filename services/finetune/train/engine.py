@@ -87,7 +87,7 @@ class Handmade:
             return ""
         made = memory.bound(memory.plan(self.fused, tokens, memory.free_bytes(self.device) - reserved), self.config)
         self.planned, self.fused.recomputed = tokens, made.recomputed
-        return f"micro-steps of up to {tokens} tokens: {made}"
+        return f"micro-steps of up to {tokens} tokens: {memory.told(made)}"
 
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed, scale)

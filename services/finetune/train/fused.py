@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from services.finetune.plan import FUSED, HEAD_ROWS
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
 from services.finetune.train.ops_torch import Drop, Heads, Source, Turns
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose tables do not change with the length of the input."""
-HEAD_ROWS = 2048
-"""Learned tokens whose logits exist at a time."""
 LARGE = 2**37
 """Products of more multiplications than this leave room on a GPU for small kernels beside them, and time to ask for it."""
 
@@ -270,7 +268,7 @@ def _on(stream: Any) -> AbstractContextManager[Any]:
 def check_covered(causal: Any) -> None:
     """Uncovered, saying what stands against the fused path."""
     config = causal.config
-    if type(causal).__name__ not in ARCHITECTURES:
+    if type(causal).__name__ not in FUSED:
         raise Uncovered(type(causal).__name__)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPES:

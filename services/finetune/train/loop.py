@@ -27,6 +27,7 @@ from services.finetune.train import checkpoint
 from services.finetune.train.data import prepare
 from services.finetune.train.engine import choose
 from services.finetune.train.flops import cost, peak, peak_memory
+from services.finetune.train.memory import give_back, planned
 from services.finetune.train.model import choose_dtype, computing, load_model, trainable
 from services.finetune.train.report import Report
 from services.finetune.train.step import Stepper, Told
@@ -78,6 +79,8 @@ class Trainer:
             if message := self._train():
                 self.report.log(message)
             self._save().result()
+        held, plan = (size / 2**20 for size in (peak_memory(self.device), self.planned))
+        self.report.log(f"peak memory {held:,.0f} MiB{f', planned {plan:,.0f} MiB' if plan else ''}")
         self._sample()
         best = best_checkpoint(self._known.values()) if self.config.report.keep_best else None
         kept = best or self._known[self.steps.step]
@@ -121,6 +124,8 @@ class Trainer:
         torch.use_deterministic_algorithms(fixed)
         if fixed:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        if not torch.cuda.is_available():
+            give_back()
         store, base = self.attempt.store, load(self.attempt.store, self.order.base.digest)
         folder = materialise(store, base, self.workdir / "base")
         self._begin_nothing_more()
@@ -132,6 +137,8 @@ class Trainer:
         self._begin_nothing_more()
         dtype, why = choose_dtype(self.config.model.dtype)
         self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
+        if preset := self.config.parallel.deepspeed:
+            self.report.log(f"{preset} with one process has nothing to part: this trains as without it")
         self.model = load_model(folder, self.config, dtype)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
@@ -146,6 +153,7 @@ class Trainer:
         self.cost, self.peak = cost(self.model), peak(self.device, dtype)
         if self.cost and self.peak:
             self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
+        self.planned = planned(folder, self.config, blocks, self.steps.total, self.device, dtype)
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,

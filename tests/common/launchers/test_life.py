@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from services.common import wishes
 from services.common.jobs import Jobs
 from services.finetune import progress
 from services.finetune.errors import Unavailable
@@ -70,6 +71,21 @@ def test_cancel_kills_a_deaf_worker(make: Make) -> None:
     job = ended(jobs, NAME)
     assert job.state == "CANCELLED"
     assert not jobs.launcher.alive(job.body["handle"])
+
+
+def test_pause_and_resume(make: Make) -> None:
+    """PAUSED means that its place is free: the process, or the Job and its pods, are gone."""
+    jobs = make()
+    queue(jobs, [["events", 2], ["checkpoint", 4], ["only", 1, "sleep", 60], ["events", 2], ["end"]])
+    until(jobs, NAME, running)
+    handle = handle_of(jobs)
+    jobs.ask(NAME, wishes.pause)
+    until(jobs, NAME, lambda job: job.state == "PAUSED")
+    assert not jobs.launcher.alive(handle)
+    jobs.ask(NAME, wishes.resume)
+    job = ended(jobs, NAME)
+    assert (job.state, job.body["attempt"], job.body["lost"]) == ("SUCCEEDED", 2, 0)
+    check_history(jobs, NAME, 4)
 
 
 def test_lost_worker_is_replaced(make: Make) -> None:

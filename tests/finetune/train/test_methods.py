@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from services.finetune.config import RunConfig, override
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
 from services.finetune.packing import Blocks
+from services.finetune.plan import Held
 from services.finetune.prepare import MADE
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load
@@ -188,7 +189,7 @@ def test_layers_that_are_chosen_run_twice(tiny: Path, kind: str, runs: list[int]
 @pytest.mark.parametrize(("kind", "recomputed"), [("auto", 3), ("none", 0), ("full", 8), ("selective", 4)])
 def test_the_fused_plan_keeps_to_what_is_wanted(kind: str, recomputed: int) -> None:
     config = override(RunConfig(), {"model.gradient_checkpointing": kind}).model
-    made = memory.bound(memory.Plan(layers=8, recomputed=3, per_layer=1, working=1), config)
+    made = memory.bound(Held(layers=8, recomputed=3, per_layer=1, working=1, inputs=1), config)
     assert made.recomputed == recomputed
 
 
