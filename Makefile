@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OVERLAY ?= local
+SERVICES := datasets training conversion inference
 OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
 # Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
 BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
@@ -15,7 +16,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-inference bench-train bench-scaling locks images manifests deploy
+  bench-convert bench-inference bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -74,6 +75,9 @@ test-containers: VARIANT := cpu
 test-containers: install images ## build the CPU images and run the whole flow in containers
 	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
 
+test-cluster: install ## run the whole flow on the cluster that kubectl points at, after make deploy
+	$(BIN)/python -m pytest -m cluster tests/k8s
+
 bench: install ## measure against the named peers; prints ratios and spreads
 	$(BIN)/python -m tests.bench
 
@@ -83,6 +87,9 @@ bench-upload: install ## only the upload's part of it
 bench-datasets: install ## chat text to packed blocks, against datasets.map and TRL; installs the bench extra
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m tests.bench.datasets
+
+bench-convert: install ## merging beside PEFT, cp and a bucket's own client; memory for 70B (WHAT="disk 1b 3" picks)
+	$(BIN)/python -m tests.bench.convert $(WHAT)
 
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference
@@ -100,10 +107,12 @@ up: install ## serve all four services on 127.0.0.1:50050
 	@$(BIN)/quartet up
 
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
-LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+LOCK := $(COMPILE) pyproject.toml
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	$(LOCK) --extra services --extra kubernetes -o docker/locks/service.txt
+	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve -o docker/locks/inference-cuda.txt
 	$(LOCK) --extra worker $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
@@ -112,7 +121,7 @@ locks: install ## pin what the images install, with hashes, from pyproject.toml
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
 HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")
 images: ## build the six images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
-	for s in datasets training conversion inference; do \
+	for s in $(SERVICES); do \
 	  $(BUILD) --build-arg SERVICE=$$s -f docker/service.Dockerfile -t $(REGISTRY)/$$s:$(TAG) . || exit 1; done
 	$(HEAVY) -f docker/worker.Dockerfile -t $(REGISTRY)/worker:$(TAG)-$(VARIANT) .
 	$(HEAVY) -f docker/inference.Dockerfile -t $(REGISTRY)/engine:$(TAG)-$(VARIANT) .
@@ -121,6 +130,15 @@ manifests: install ## render every overlay to build/manifests/
 	@mkdir -p build/manifests
 	@for o in $(OVERLAYS); do $(BIN)/kubectl kustomize k8s/overlays/$$o > build/manifests/$$o.yaml || exit 1; \
 	  echo "build/manifests/$$o.yaml"; done
+
+# It wants other versions of much that is in .venv, so it has an environment of its own.
+build/checkov/bin/checkov:
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/python -m pip install --quiet checkov==3.3.30
+
+check-manifests: manifests build/checkov/bin/checkov ## hold every overlay against Kubernetes' schemas, our rules and checkov's
+	$(BIN)/python -m pytest tests/k8s
+	build/checkov/bin/checkov --config-file k8s/checkov.yaml -d build/manifests
 
 deploy: install ## apply an overlay to the cluster that kubectl points at (OVERLAY=local|gpu)
 	$(BIN)/kubectl apply -k k8s/overlays/$(OVERLAY)

@@ -4,12 +4,20 @@
 ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS packages
+ARG SERVICE
 ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_FIND_LINKS=""
-COPY docker/locks/service.txt /lock.txt
+COPY docker/locks/${SERVICE}.txt /lock.txt
 # The environment gets no pip of its own: what is in it was put there here, by hash.
 RUN python -m venv --without-pip /opt/venv \
- && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt \
+ && rm -rf /opt/venv/lib/python3*/site-packages/kubernetes/aio /opt/venv/lib/python3*/site-packages/pyarrow/include \
+           /opt/venv/lib/python3*/site-packages/pyarrow/tests
+# What the image holds, as CycloneDX; the tool that writes it stays behind.
+COPY docker/locks/sbom.txt /sbom.txt
+RUN python -m venv --without-pip /opt/sbom \
+ && python -m pip --python /opt/sbom/bin/python install --no-cache-dir --no-deps --require-hashes -r /sbom.txt \
+ && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/venv/sbom.cdx.json /opt/venv
 
 FROM ${BASE}
 ARG SERVICE

@@ -10,6 +10,11 @@ ARG PIP_FIND_LINKS=""
 COPY docker/locks/worker-${VARIANT}.txt /lock.txt
 RUN python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt
+# What the image holds, as CycloneDX; the tool that writes it stays behind.
+COPY docker/locks/sbom.txt /sbom.txt
+RUN python -m venv --without-pip /opt/sbom \
+ && python -m pip --python /opt/sbom/bin/python install --no-cache-dir --no-deps --require-hashes -r /sbom.txt \
+ && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o /opt/venv/sbom.cdx.json /opt/venv
 
 FROM ${BASE}
 # torch.compile asks for a C compiler while it runs: with VARIANT=cuda give RUNTIME_PACKAGES="gcc libc6-dev" (make images

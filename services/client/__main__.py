@@ -158,7 +158,12 @@ def _models(verbs: Any) -> None:
     p.add_argument("model")
     p.add_argument("directory")
     group = _group(verbs, "convert", "checkpoints to adapters, adapters to models")
-    p = _verb(group, "pth_to_hf", "commands.models:convert_adapter", "a checkpoint becomes a PEFT adapter")
+    p = _verb(
+        group,
+        "pth_to_hf",
+        "commands.models:convert_adapter",
+        "a checkpoint becomes a PEFT adapter, or a model where all of it was trained",
+    )
     p.add_argument(
         "config", nargs="?", default="", help="of another trainer's checkpoint: an XTuner config, or a recipe"
     )
@@ -213,6 +218,11 @@ def _training(verbs: Any) -> None:
     p.add_argument("--keep-best", action="store_true", help="keep the best one too, and make it the result")
     p.add_argument("--name", default="", help="the job's name")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
+    p.add_argument(
+        "--dry-run", action="store_true", help="only say what it would take: steps, memory, time; and if it fits"
+    )
+    p.add_argument("--gpu", default="", metavar="KIND", help="with --dry-run: on h100, l4, … or cpu")
+    p.add_argument("--gpu-memory-gib", type=float, help="with --dry-run: on a GPU of so much memory")
     group = _group(verbs, "job", "training and conversion jobs")
     _verb(group, "list", "commands.jobs:list_all", "list jobs, newest first")
     _verb(group, "get", "commands.jobs:get", "one job").add_argument("job")
@@ -226,8 +236,14 @@ def _training(verbs: Any) -> None:
     )
     p.add_argument("job")
     p.add_argument("directory")
+    p = _verb(group, "pause", "commands.jobs:pause", "save, stop and free the GPU; go on later by resume")
+    p.add_argument("job")
+    p.add_argument("--wait", action="store_true", help="until its worker is gone")
+    p = _verb(group, "resume", "commands.jobs:resume", "let a paused job go on from its newest checkpoint")
+    p.add_argument("job")
+    p.add_argument("--wait", action="store_true", help="follow it to its end")
     _verb(group, "cancel", "commands.jobs:cancel", "end a job; its last checkpoint is kept").add_argument("job")
-    _verb(group, "delete", "commands.jobs:delete", "forget an ended training job").add_argument("job")
+    _verb(group, "delete", "commands.jobs:delete", "forget an ended or paused training job").add_argument("job")
 
 
 def _inference(verbs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 import uuid
@@ -41,7 +42,19 @@ JOBS: Mapping[str, tuple[str, Any, str]] = {
     "validations": ("datasets", datasets_pb2, "Validation"),
 }
 """What lives like a job, by the word in its name: the room, its messages, and the resource in its rpcs' names."""
-OPTIONS = [*CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", 30_000)]
+OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.keepalive_time_ms", 30_000),
+    # A name may stand for several replicas (a headless Service): calls go in turn to those that say that they serve.
+    (
+        "grpc.service_config",
+        json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}),
+    ),
+    # Replicas are replaced within seconds: addresses are asked for, and connections tried, as often as calls are.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) bytes."""
@@ -95,23 +108,26 @@ class Client:
     def _room(self, room: str) -> Any:
         address = self.address(room)
         if address not in self._channels:
+            target = "ipv4:" + address if "," in address else address
             self._channels[address] = (
-                grpc.secure_channel(address, self.credentials, OPTIONS)
+                grpc.secure_channel(target, self.credentials, OPTIONS)
                 if self.credentials
-                else grpc.insecure_channel(address, OPTIONS)
+                else grpc.insecure_channel(target, OPTIONS)
             )
         return Room(ROOMS[room](self._channels[address]), self.metadata, address)
 
     def address(self, room: str) -> str:
-        """Where a service is: the endpoint given to this client, QUARTET_<ROOM>_ENDPOINT, or the common one."""
+        """Where a service is: the endpoint given to this client, QUARTET_<ROOM>_ENDPOINT, or the common one. Replicas
+        without a common name are listed: 10.0.0.1:50051,10.0.0.2:50051."""
         own = "" if self._given else os.environ.get(f"QUARTET_{room.upper()}_ENDPOINT", "")
         return own or self.endpoint
 
     def is_local(self, room: str) -> bool:
         """Whether a service listens on this machine only, so that paths may mean the same to both."""
         address = self.address(room)
-        host = address if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
-        return Settings(host=host).loopback
+        if address.startswith("unix:"):
+            return True
+        return all(Settings(host=one.rpartition(":")[0].strip("[]")).loopback for one in address.split(","))
 
     def name(self, kind: str, text: str) -> str:
         """A full resource name from a short one: name("models", "smollm2")."""
@@ -250,11 +266,12 @@ class Client:
     def train(
         self, recipe: str, base: str, datasets: Sequence[str], overrides: Mapping[str, Any], **more: Any
     ) -> training_pb2.TrainingJob:
-        """Queue a training job, or with `validate_only` check it; `more` are further fields of TrainingJob, and job_id.
+        """Queue a training job, or with `validate_only` plan it, for a `device` if given; `more` are further fields of
+        TrainingJob, and job_id.
 
         An empty `recipe` starts from the defaults; an empty `base` is found by the config's model.checkpoint.
         """
-        job_id, dry = more.pop("job_id", ""), more.pop("validate_only", False)
+        job_id, dry, device = more.pop("job_id", ""), more.pop("validate_only", False), more.pop("device", None)
         revisions = [self.revision(d) for d in datasets]
         base = base and self.name("models", base)
         job = training_pb2.TrainingJob(recipe=recipe, base_model=base, datasets=revisions, **more)
@@ -265,6 +282,7 @@ class Client:
             training_job=job,
             request_id=str(uuid.uuid4()),
             validate_only=dry,
+            device=device,
         )
         made: training_pb2.TrainingJob = self.training.CreateTrainingJob(request)
         return made
@@ -324,6 +342,14 @@ class Client:
     def cancel(self, name: str) -> Any:
         """Ask a job to end, by its full name; the job."""
         return self._job("Cancel", name, request_id=str(uuid.uuid4()))
+
+    def pause(self, name: str) -> Any:
+        """Ask a training job to save and stop, by its full name; the job, PAUSED once its worker is gone."""
+        return self._job("Pause", name, request_id=str(uuid.uuid4()))
+
+    def resume(self, name: str) -> Any:
+        """Let a paused training job go on, by its full name; the job."""
+        return self._job("Resume", name, request_id=str(uuid.uuid4()))
 
     def _job(self, verb: str, name: str, **fields: Any) -> Any:
         """One rpc on a job of any kind."""

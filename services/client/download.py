@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 from quartet.conversion.v1 import conversion_pb2
@@ -20,6 +22,8 @@ from services.finetune.errors import DataLoss, QuartetError, Unavailable
 from services.finetune.store.artifacts import check_path
 
 MANIFEST = "quartet_manifest.json"
+IN_FLIGHT = 4
+PIECE_BYTES = 1 << 20
 Pieces = Callable[[Any, int], Iterator[Any]]
 """The bytes of a file from an offset on, as (data, crc32c)."""
 
@@ -51,45 +55,77 @@ def download_job_files(client: Client, job: str, files: Sequence[Any], folder: P
 
 
 def _download(files: Sequence[Any], folder: Path, pieces: Pieces, told: Progress) -> None:
+    """A few files at a time."""
     # The folder is ours, the names come from elsewhere.
     for file in files:
         check_path(file.path)
-    done, total = 0, sum(file.size_bytes for file in files)
-    for file in files:
+    lock, done, total = threading.Lock(), dict[str, int](), sum(file.size_bytes for file in files)
+
+    def count(path: str, at: int) -> None:
+        with lock:
+            done[path] = at
+            told(sum(done.values()), total)
+
+    def fetch(file: Any) -> None:
         path = folder / file.path
-        if not (path.is_file() and _digest(path) == file.digest):
+        if not (path.is_file() and path.stat().st_size == file.size_bytes and _digest(path) == file.digest):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Named by content, so that a part of another file is never gone on with.
             part = path.with_name(f"{path.name}.{file.digest[-12:]}.part")
-            _fetch(file, part, pieces, lambda at, before=done: told(before + at, total))
+            _fetch(file, part, pieces, lambda at: count(file.path, at))
             part.replace(path)
-        done += file.size_bytes
-        told(done, total)
+        count(file.path, file.size_bytes)
 
-
-def _fetch(file: Any, part: Path, pieces: Pieces, told: Any) -> None:
-    for attempt in range(RETRIES + 1):
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
         try:
-            _append(file, part, pieces, told)
-            break
-        except (Unavailable, DataLoss) as error:
-            if attempt == RETRIES or not _passing(error):
-                raise
-            time.sleep(pause_s(attempt))
-    if _digest(part) != file.digest:
+            list(pool.map(fetch, files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _fetch(file: Any, part: Path, pieces: Pieces, told: Callable[[int], None]) -> None:
+    found = part.stat().st_size if part.is_file() else 0
+    if found > file.size_bytes:
         part.unlink()
-        raise DataLoss(f"{file.path} does not have its digest; try again", reason="BLOB_CORRUPT")
+        found = 0
+    if not _complete(file, part, pieces, told):
+        part.unlink()
+        # What an earlier download left may be what was wrong.
+        if not found or not _complete(file, part, pieces, told):
+            part.unlink(missing_ok=True)
+            raise DataLoss(f"{file.path} does not have its digest; try again", reason="BLOB_CORRUPT")
 
 
-def _append(file: Any, part: Path, pieces: Pieces, told: Any) -> None:
-    with part.open("ab") as sink:
-        if sink.tell() >= file.size_bytes:
-            return
-        for piece in pieces(file, sink.tell()):
-            if google_crc32c.value(piece.data) != piece.crc32c:
-                raise DataLoss(f"{file.path} was damaged on its way; try again", reason="CHUNK_CORRUPT")
-            sink.write(piece.data)
-            told(sink.tell())
+def _complete(file: Any, part: Path, pieces: Pieces, told: Callable[[int], None]) -> bool:
+    """Fetch what a part lacks, going on after cuts; whether it has its digest then."""
+    with part.open("a+b") as sink:
+        sha = hashlib.sha256()
+        sink.seek(0)
+        while data := sink.read(PIECE_BYTES):
+            sha.update(data)
+        tries, reached = 0, sink.tell()
+        while True:
+            try:
+                _append(file, sink, sha, pieces, told)
+                return bool("sha256:" + sha.hexdigest() == file.digest)
+            except (Unavailable, DataLoss) as error:
+                if tries == RETRIES or not _passing(error):
+                    raise
+                time.sleep(pause_s(tries))
+                # Whoever gets on may go on: only cuts in one place are counted.
+                tries, reached = (tries + 1 if sink.tell() <= reached else 0), sink.tell()
+
+
+def _append(file: Any, sink: BinaryIO, sha: Any, pieces: Pieces, told: Callable[[int], None]) -> None:
+    if sink.tell() >= file.size_bytes:
+        return
+    for piece in pieces(file, sink.tell()):
+        if google_crc32c.value(piece.data) != piece.crc32c:
+            raise DataLoss(f"{file.path} was damaged on its way; try again", reason="CHUNK_CORRUPT")
+        sink.write(piece.data)
+        sha.update(piece.data)
+        told(sink.tell())
 
 
 def _passing(error: QuartetError) -> bool:

@@ -42,18 +42,28 @@ class Room:
             try:
                 return call(request, metadata=self._metadata)
             except grpc.RpcError as raised:
-                error = self._explain(raised)
-                # Nobody listens: waiting would not help a person who forgot to start the server.
-                if not isinstance(error, Unavailable) or attempt == retries or error.reason == "NOBODY_LISTENS":
-                    raise error from raised
-                time.sleep(pause_s(attempt))
+                self._raise_unless_again(raised, attempt, retries)
         raise AssertionError("the loop returns or raises")
 
     def _stream(self, call: Callable[..., Any], request: Any) -> Iterator[Any]:
-        try:
-            yield from call(request, metadata=self._metadata)
-        except grpc.RpcError as raised:
-            raise self._explain(raised) from raised
+        """Tried again until the first answer came; what then breaks off is its caller's to go on with."""
+        for attempt in range(RETRIES + 1):
+            begun = False
+            try:
+                for answer in call(request, metadata=self._metadata):
+                    begun = True
+                    yield answer
+                return
+            except grpc.RpcError as raised:
+                self._raise_unless_again(raised, RETRIES if begun else attempt, RETRIES)
+
+    def _raise_unless_again(self, raised: grpc.RpcError, attempt: int, retries: int) -> None:
+        """Wait before the next try, or raise our error where another is of no use."""
+        error = self._explain(raised)
+        # Nobody listens: waiting would not help a person who forgot to start the server.
+        if not isinstance(error, Unavailable) or attempt == retries or error.reason == "NOBODY_LISTENS":
+            raise error from raised
+        time.sleep(pause_s(attempt))
 
     def _explain(self, raised: grpc.RpcError) -> QuartetError:
         error = from_rpc_error(raised)

@@ -1,15 +1,18 @@
 """The life of a job, the same for training and conversion.
 
     QUEUED -> PREPARING -> RUNNING -> SUCCEEDED | FAILED | CANCELLED
-       ^__________|___________|  (the worker was lost: another attempt, after a pause)
+       ^__________|___________|  (the worker was lost: another attempt, after a while)
+       ^--> PAUSED <----------'  (on request, from any of the three; back on request)
 
-A supervisor thread moves jobs along. Every step can be cut by kill -9 and is done again by the next supervisor: events
-get their numbers in the transaction that moves the reading cursor; attempts are fenced (services.finetune.progress), so
-starting one too many is harmless; what a room does on success must bear being done twice.
+A supervisor thread moves jobs along; of several replicas that of the one with the lease. Every step can be cut by
+kill -9 and is done again by the next supervisor: events get their numbers in the transaction that moves the reading
+cursor; attempts are fenced (services.finetune.progress), so starting one too many is harmless; what a room does on
+success must bear being done twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -20,10 +23,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from services.common import holding, names
-from services.common.launchers import Launcher
+from services.common import holding, names, wishes
+from services.common.launchers import ONE, Launcher, Shape
+from services.common.leases import Lease
 from services.common.paging import page
 from services.common.records import Record, Records
+from services.common.wishes import TERMINAL, changed, pausing, state_event
 from services.finetune import progress
 from services.finetune.errors import (
     Aborted,
@@ -40,9 +45,10 @@ from services.finetune.store.holds import digests_of
 
 log = logging.getLogger("quartet.jobs")
 
-TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
 MAX_LOST = 3
 TICK_S = 0.2
+KEPT_VALUES = ("loss", "total_steps", "eta_s", "tokens_per_s", "peak_memory_bytes")
+"""Of a metric event, what a job's record shows of the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,8 @@ class Work:
     """Called for each event before it becomes visible; may change it, or drop it by None."""
     keeps: Callable[[Record], set[str]] = lambda job: set()
     """Digests that an ended job's record is of no use without, and no ref names."""
+    shape: Callable[[Record], Shape] = lambda job: ONE
+    """How many machines and GPUs an attempt takes."""
 
 
 class Jobs:
@@ -73,9 +81,10 @@ class Jobs:
         self.work = work
         self._max_workers = max_workers
         self._grace_s = grace_s
+        self._lease = Lease(records, f"{work.kind} jobs")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name=f"{work.kind}-jobs", daemon=True)
-        self._asked: set[str] = set()  # cancelled attempts that this process has sent a signal
+        self._asked: set[str] = set()  # attempts that this process has sent a signal
         self._stumbles: Counter[str] = Counter()  # faults met in moving a job, by its name
 
     # ------------------------------------------------------------------------------------------ for use-cases
@@ -96,10 +105,10 @@ class Jobs:
         AlreadyExists (JOB_EXISTS), InvalidArgument (REQUEST_ID_REUSED), Aborted (ORDER_CHANGED).
         """
         body = {"spec": dict(spec), "attempt": 0, "cursor": -1, "handle": None, "cancel": False, "key": job_key(name)}
-        job, events = Record(name, self.work.kind, "QUEUED", body), [_state("QUEUED", 0)]
+        job, events = Record(name, self.work.kind, "QUEUED", body), [state_event("QUEUED", 0)]
         if result is not None:
-            job = _with(replace(job, state="SUCCEEDED"), **result, end_time=names.now())
-            events.append(_state("SUCCEEDED", 0))
+            job = changed(replace(job, state="SUCCEEDED"), **result, end_time=names.now())
+            events.append(state_event("SUCCEEDED", 0))
         try:
             with holding.taken(self.store, job, self._needs(job)):
                 if again is not None and again() != spec["run"]:
@@ -133,29 +142,35 @@ class Jobs:
             **paging,
         )
 
-    def cancel(self, name: str) -> Record:
-        """Ask a job to end; the supervisor sees to it."""
+    def ask(self, name: str, wish: wishes.Wish) -> Record:
+        """Change a job by one of services.common.wishes, whose errors it raises; the supervisor does the rest."""
         while True:
             job = self.get(name)
-            if job.state in TERMINAL or job.body["cancel"]:
-                return job
             try:
-                return self.records.update(_with(job, cancel=True))
+                change = wish(job)
+                return self.records.update(*change) if change else job
             except Aborted:
-                continue
+                continue  # somebody else wrote meanwhile
+
+    def cancel(self, name: str) -> Record:
+        """Ask a job to end."""
+        return self.ask(name, wishes.cancel)
 
     def delete(self, name: str, etag: str, forget: Callable[[], None] = lambda: None) -> None:
-        """Forget an ended job, after what `forget` does away with: a crash between them leaves a job to delete again.
+        """Forget an ended or paused job, after what `forget` does away with: a crash between them leaves a job to delete
+        again.
 
         FailedPrecondition (JOB_NOT_ENDED), Aborted (ETAG_MISMATCH).
         """
         job = self.get(name)
-        if job.state not in TERMINAL:
-            raise FailedPrecondition(f"{name} is {job.state}; cancel it first", reason="JOB_NOT_ENDED")
         if etag and etag != job.etag:
             raise Aborted(f"{name} changed meanwhile; read it again", reason="ETAG_MISMATCH")
+        if change := wishes.abandon(job):
+            job = self.records.update(*change)  # from here on nobody can resume it
+        if job.state not in TERMINAL:
+            raise FailedPrecondition(f"{name} is {job.state}; cancel it first", reason="JOB_NOT_ENDED")
         forget()
-        self.records.delete(name, etag)
+        self.records.delete(name, job.etag if etag else "")
         holding.let_go(self.store, job)
 
     def watch(self, name: str, after: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -186,15 +201,19 @@ class Jobs:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+        with contextlib.suppress(Unavailable):
+            self._lease.release()
 
     def _supervise(self) -> None:
         mended = False
         while not self._stopping.wait(TICK_S):
             try:
+                if not self._lease.held():
+                    continue
                 if not mended:
                     holding.mend(self.store, self.records, self.work.kind, self._needs)
                     mended = True
-                self.tick()
+                self.tick(self._lease.held)
             except QuartetError as error:
                 log.warning("%s: %s", self.work.kind, error.message)
                 self._stopping.wait(2.0)
@@ -202,14 +221,16 @@ class Jobs:
                 log.exception("a defect in supervising %s", self.work.kind)
                 self._stopping.wait(2.0)
 
-    def tick(self) -> None:
-        """Move every live job one step."""
-        live = self.records.find(self.work.kind, states=("QUEUED", "PREPARING", "RUNNING"))
-        running = sum(job.state != "QUEUED" for job in live)
+    def tick(self, leads: Callable[[], bool] = lambda: True) -> None:
+        """Move every live job one step, for as long as this is the replica that `leads`."""
+        live = self.records.find(self.work.kind, states=("QUEUED", "PREPARING", "RUNNING", "PAUSED"))
+        running = sum(job.state in ("PREPARING", "RUNNING") for job in live)
         for job in live:
-            waits = job.state == "QUEUED" and not job.body["cancel"]
+            waits = job.state == "QUEUED" and not job.body["cancel"] and not pausing(job)
             if waits and (running >= self._max_workers or job.body.get("not_before", 0) > time.time()):
                 continue
+            if not leads():
+                return
             running += waits
             try:
                 self._step(job)
@@ -221,11 +242,11 @@ class Jobs:
                 self._stumbled(job, error)
 
     def _step(self, job: Record) -> None:
-        if job.state != "QUEUED":
+        if job.state in ("PREPARING", "RUNNING"):
             self._follow(job)
-        elif job.body["cancel"]:
+        elif job.body["cancel"] or (pausing(job) and job.state != "PAUSED"):
             self._withdraw(job)
-        else:
+        elif job.state == "QUEUED":
             self._launch(job)
 
     def _stumbled(self, job: Record, error: Exception) -> None:
@@ -238,23 +259,33 @@ class Jobs:
         job = self.get(job.name)
         if job.body["handle"]:
             self.launcher.stop(job.body["handle"], self._grace_s)
-        self._end(_with(job, error=told.to_json()), "FAILED", told.message)
+        self._end(changed(job, error=told.to_json()), "FAILED", told.message)
 
     def _fence(self, job: Record) -> tuple[Record, progress.Outcome | None]:
         """Shut earlier attempts out, then take in all that they told; the outcome if one was published before.
 
         In this order nothing can be told after the last look, and an outcome is always of the attempt on record.
         """
-        outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        try:
+            outcome = progress.raise_fence(self.store, job.body["key"], job.body["attempt"] + 1)
+        except progress.Fenced:
+            # The database was brought back from a backup, and knows less than the store: go on from there.
+            there = progress.current_attempt(self.store, job.body["key"])
+            job = self.records.update(changed(job, attempt=there, cursor=-1, handle=None))
+            outcome = progress.raise_fence(self.store, job.body["key"], there + 1)
         return self._ingest(job), outcome
 
     def _withdraw(self, job: Record) -> None:
-        """Cancel a job that waits; it may wait for another try while its last worker succeeded unseen."""
+        """Cancel or pause a job without a worker; it may wait for another try while its last one succeeded unseen."""
         job, outcome = self._fence(job)
-        if outcome is not None and outcome.state == "SUCCEEDED":
+        if outcome is not None and (outcome.state == "SUCCEEDED" or not job.body["cancel"]):
             self._finish(job, outcome)
-        else:
+        elif job.body["cancel"]:
             self._end(job, "CANCELLED", "" if job.body["attempt"] else "cancelled before it began")
+        else:
+            saved = progress.newest_checkpoint(self.store, job.body["key"], job.body["attempt"] + 1)
+            told = f"resuming goes on after step {saved[0]}" if saved else "nothing is saved yet; resuming starts anew"
+            self._move(job, "PAUSED", told)
 
     def _launch(self, job: Record) -> None:
         """Begin the next attempt. Each line may be the last before a crash; see `_adopt` for what then happens."""
@@ -263,19 +294,19 @@ class Jobs:
             self._finish(job, outcome)
             return
         attempt, key = job.body["attempt"] + 1, job.body["key"]
-        job = self._move(_with(job, attempt=attempt, cursor=-1, handle=None, trouble=""), "PREPARING")
+        job = self._move(changed(job, attempt=attempt, cursor=-1, handle=None, trouble=""), "PREPARING")
         order = f"{progress.attempt_key(key, attempt)}/run.json"
         self.store.put(order, progress.dump(self.work.order(job)))
         uri = progress.run_uri(self.store.uri, key, attempt)
         command = [sys.executable, "-m", "services.finetune", self.work.verb, uri]
         try:
-            handle = self.launcher.launch(command, self._process_name(job), {})
+            handle = self.launcher.launch(command, self._process_name(job), {}, self.work.shape(job))
         except Unavailable:
             raise  # perhaps it was started all the same: `_adopt` will see
         except OSError as error:
             self._lost(job, f"it could not be started: {error}")
             return
-        self.records.update(_with(job, handle=handle))
+        self.records.update(changed(job, handle=handle))
 
     def _follow(self, job: Record) -> None:
         job = job if job.body["handle"] else self._adopt(job)
@@ -286,11 +317,12 @@ class Jobs:
         alive = self.launcher.alive(handle)
         job = self._ingest(job)
         outcome = progress.read_outcome(self.store, job.body["key"])
-        if outcome is not None:
+        # A job is paused when its place is free, so one that was just stopped is waited for.
+        if outcome is not None and not (alive and pausing(job) and outcome[1].state == "CANCELLED"):
             self._finish(job, outcome[1])
         elif not alive:
             self._lost(job)
-        elif job.body["cancel"] and self._process_name(job) not in self._asked:
+        elif (job.body["cancel"] or pausing(job)) and self._process_name(job) not in self._asked:
             self._asked.add(self._process_name(job))
             self.launcher.stop(handle, self._grace_s)
         elif job.state == "PREPARING":
@@ -302,7 +334,7 @@ class Jobs:
         claim = progress.read_claim(self.store, job.body["key"], job.body["attempt"])
         handle = self.launcher.find(self._process_name(job), claim)
         if handle is not None:
-            return self.records.update(_with(job, handle=handle))
+            return self.records.update(changed(job, handle=handle))
         return self._move(job, "QUEUED", "the service restarted")
 
     def _ingest(self, job: Record) -> Record:
@@ -314,27 +346,28 @@ class Jobs:
             new: list[dict[str, Any]] = []
             if job.state == "PREPARING":
                 job = replace(job, state="RUNNING")
-                job = _with(job, start_time=job.body.get("start_time") or names.now())
-                new.append(_state("RUNNING", attempt))
+                job = changed(job, start_time=job.body.get("start_time") or names.now())
+                new.append(state_event("RUNNING", attempt))
             for event in events:
                 told = self.work.notice(job, event)
                 if told is not None:
                     new.append({**told, "attempt": attempt})
-                    job = _with(job, progress={**job.body.get("progress", {}), **_progress(told)})
-            job = self.records.update(_with(job, cursor=segment), new)
+                    job = changed(job, progress={**job.body.get("progress", {}), **_progress(told)})
+            job = self.records.update(changed(job, cursor=segment), new)
         return job
 
     def _finish(self, job: Record, outcome: progress.Outcome) -> None:
         job = self._ingest(job)
         if outcome.state == "SUCCEEDED":
-            job = _with(job, **self.work.succeed(job, outcome.result))
+            job = changed(job, **self.work.succeed(job, outcome.result))
             self._end(job, "SUCCEEDED", str(outcome.result.get("message", "")))
         elif outcome.state == "CANCELLED" and not job.body["cancel"]:
             # Somebody else's SIGTERM (a machine going down): the job itself was not cancelled.
-            self._lost(job, taken=True)
+            handle = job.body["handle"]
+            self._lost(job, taken=handle is None or not self.launcher.broken(handle))
         else:
             error = dict(outcome.error) if outcome.error else None
-            self._end(_with(job, error=error), outcome.state, error["message"] if error else "")
+            self._end(changed(job, error=error), outcome.state, error["message"] if error else "")
 
     def _lost(self, job: Record, why: str = "", taken: bool = False) -> None:
         """The worker is gone without an outcome, or was stopped by others. One that its place took away does not count
@@ -345,25 +378,33 @@ class Jobs:
         fault = progress.read_fault(self.store, job.body["key"], attempt)
         if job.body["cancel"]:
             self._end(job, "CANCELLED", "the worker had to be killed")
+        elif pausing(job):
+            self._clear(job)
+            self._withdraw(job)
         elif lost >= MAX_LOST and not taken and fault is not None:
-            self._end(_with(job, error=fault), "FAILED", fault["message"])
+            self._end(changed(job, error=fault), "FAILED", fault["message"])
         elif lost >= MAX_LOST and not taken:
             tail = why or self.launcher.tail(self._process_name(job), 5)
             error = Internal(f"{lost} workers were lost; the last said: {tail}", reason="WORKER_LOST")
-            self._end(_with(job, error=error.to_json()), "FAILED", error.message)
+            self._end(changed(job, error=error.to_json()), "FAILED", error.message)
         else:
-            if handle is not None:
-                self.launcher.stop(handle, self._grace_s)  # what may be left of it, or be made again by its place
-            self.reopen(job)
-            job = _with(job, lost=lost, not_before=time.time() + 2.0**lost)
+            self._clear(job)
+            job = changed(job, lost=lost, not_before=time.time() + 2.0**lost)
             gone = f"the worker of attempt {attempt} was {'taken away' if taken else 'lost'}"
             self._move(job, "QUEUED", f"attempt {attempt} ended: {fault['message']}" if fault else gone)
+
+    def _clear(self, job: Record) -> None:
+        """Make way for another attempt."""
+        if job.body["handle"] is not None:
+            # What may be left of it, or be made again by its place.
+            self.launcher.stop(job.body["handle"], self._grace_s)
+        self.reopen(job)
 
     def _tell_trouble(self, job: Record, told: str) -> None:
         if told == job.body.get("trouble", ""):
             return
         event = {"time": time.time(), "type": "log", "level": "warning", "text": told, "attempt": job.body["attempt"]}
-        self.records.update(_with(job, trouble=told), [event] if told else ())
+        self.records.update(changed(job, trouble=told), [event] if told else ())
 
     def reopen(self, job: Record) -> None:
         """Take back a CANCELLED that nobody asked for, so that another attempt may publish."""
@@ -374,14 +415,14 @@ class Jobs:
             self.store.put(key, body, if_match=lease.etag)
 
     def _move(self, job: Record, state: str, message: str = "") -> Record:
-        event = _state(state, job.body["attempt"], message)
+        event = state_event(state, job.body["attempt"], message)
         return self.records.update(replace(job, state=state), [event])
 
     def _end(self, job: Record, state: str, message: str = "") -> None:
         kept = self.work.keeps(replace(job, state=state))
         if kept:
             holding.take(self.store, job, kept)
-        self._move(_with(job, end_time=names.now()), state, message)
+        self._move(changed(job, end_time=names.now()), state, message)
         if not kept:
             holding.let_go(self.store, job)
 
@@ -397,17 +438,9 @@ def job_key(name: str) -> str:
     return "jobs/" + ".".join(name.split("/")[1:]) + "." + uuid.uuid4().hex[:8]
 
 
-def _with(job: Record, **changes: Any) -> Record:
-    return replace(job, body={**job.body, **changes})
-
-
-def _state(state: str, attempt: int, message: str = "") -> dict[str, Any]:
-    return {"time": time.time(), "type": "state", "state": state, "message": message, "attempt": attempt}
-
-
 def _progress(event: Mapping[str, Any]) -> dict[str, Any]:
     if event["type"] == "metric":
-        values = {k: v for k, v in event["values"].items() if k in ("loss", "total_steps", "eta_s")}
+        values = {k: v for k, v in event["values"].items() if k in KEPT_VALUES}
         return {"step": event["step"], **values}
     if event["type"] == "progress":
         return {k: event[k] for k in ("done_bytes", "total_bytes", "done_rows", "total_rows") if k in event}

@@ -1,4 +1,4 @@
-"""The database: resources that change and are asked for by state, and the events of jobs.
+"""The database: resources that change and are asked for by state, the events of jobs, and leases.
 
 SQLite (WAL) by default, PostgreSQL by URL, through the same SQLAlchemy code. A resource's body is JSON; its version is
 its etag, and every write says which version it read.
@@ -40,6 +40,14 @@ _events = sa.Table(
     # As wide as the contract's, or PostgreSQL would refuse to compare with a large `after_sequence`.
     sa.Column("sequence", sa.BigInteger, primary_key=True),
     sa.Column("body", sa.Text, nullable=False),
+)
+
+_leases = sa.Table(
+    "leases",
+    _tables,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("until", sa.Double, nullable=False),
 )
 
 
@@ -129,6 +137,13 @@ class Records:
         with self._begin() as db:
             return [_record(row) for row in db.execute(query)]
 
+    def counts(self, *kinds: str) -> dict[tuple[str, str], int]:
+        """How many resources of these kinds there are, by (kind, state)."""
+        query = sa.select(_resources.c.kind, _resources.c.state, sa.func.count())
+        query = query.where(_resources.c.kind.in_(kinds)).group_by(_resources.c.kind, _resources.c.state)
+        with self._begin() as db:
+            return {(kind, state): number for kind, state, number in db.execute(query)}
+
     def update(self, record: Record, new_events: Sequence[dict[str, Any]] = ()) -> Record:
         """Write a resource that was read at `record.version`, and append events, in one transaction.
 
@@ -169,6 +184,32 @@ class Records:
         )
         with self._begin() as db:
             return [(row.sequence, json.loads(row.body)) for row in db.execute(query)]
+
+    def hold(self, lease: str, holder: str, for_s: float) -> bool:
+        """Take or keep a lease, by the database's own clock; False while somebody else has it.
+
+        A SQLite file belongs to one service, which has every lease: after a kill it need not wait for itself.
+        """
+        if self._engine.dialect.name == "sqlite":
+            return True
+        now = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+        free = sa.or_(_leases.c.holder == holder, _leases.c.until < now)
+        take = _leases.update().where(_leases.c.name == lease, free).values(holder=holder, until=now + for_s)
+        try:
+            with self._begin() as db:
+                if db.execute(take).rowcount:
+                    return True
+                if db.execute(sa.select(_leases.c.name).where(_leases.c.name == lease)).scalar() is not None:
+                    return False
+                db.execute(_leases.insert().values(name=lease, holder=holder, until=now + for_s))
+                return True
+        except sa.exc.IntegrityError:
+            return False  # somebody else was first
+
+    def release(self, lease: str, holder: str) -> None:
+        """Give a lease back, if it is held."""
+        with self._begin() as db:
+            db.execute(_leases.delete().where(_leases.c.name == lease, _leases.c.holder == holder))
 
     def close(self) -> None:
         self._engine.dispose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -10,8 +11,9 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,21 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from services.common import auth
+from services.common.metrics import Counts, Metrics
 from services.common.settings import Settings
 from services.common.status import DEFAULT_STATUS_BYTES, MAX_STATUS_BYTES, STATUS_BYTES_KEY, fitted
-from services.finetune.errors import FailedPrecondition, Internal, QuartetError
+from services.finetune.errors import FailedPrecondition, Internal, QuartetError, Unavailable
 
 log = logging.getLogger("quartet")
 
 MAX_MESSAGE_BYTES = 4 << 20
+LEAVE_S = 1.0
+"""A server that is told to end goes on so long after it says that it does not serve: clients turn to other replicas, and no
+call meets the end of the connection."""
 DRAIN_S = 10.0
+"""Calls under way have so long then."""
+CONNECTION_AGE_S = 300
+"""Clients ask for addresses anew after so long, and find replicas that came later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +49,17 @@ class Room:
     add: Callable[[grpc.aio.Server], None]
     start: Callable[[], None] = lambda: None
     stop: Callable[[], None] = lambda: None
+    counts: Counts = dict
+    """Its resources by kind and state, for Prometheus."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
     """Stands before every rpc: checks the token, runs plain functions in threads, turns errors into statuses."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, metrics: Metrics) -> None:
         self._token = token
+        self._metrics = metrics
+        self.leaving = asyncio.Event()
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="rpc")
 
     async def intercept_service(
@@ -58,37 +71,72 @@ class Guard(grpc.aio.ServerInterceptor):
         kind = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
-        wrap = self._streaming if handler.response_streaming else self._single
+        watches = details.method.rpartition("/")[2].startswith("Watch")
+        wrap = self._watching if watches else self._streaming if handler.response_streaming else self._single
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            wrap(getattr(handler, kind)),
+            wrap(getattr(handler, kind), details.method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _single(self, method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    def _single(self, method: Callable[..., Any], path: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                self._check(context)
-                if inspect.iscoroutinefunction(method):
-                    return await method(request, context)
-                run = functools.partial(method, request, context)
-                return await asyncio.get_running_loop().run_in_executor(self._pool, run)
-            except Exception as error:
-                await self._abort(context, error)
+            with self._measured(path, context):
+                try:
+                    self._check(context)
+                    if inspect.iscoroutinefunction(method):
+                        return await method(request, context)
+                    run = functools.partial(method, request, context)
+                    return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+                except Exception as error:
+                    await self._abort(context, error)
 
         return call
 
-    def _streaming(self, method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _streaming(self, method: Callable[..., AsyncIterator[Any]], path: str) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            try:
-                self._check(context)
-                async for answer in method(request, context):
-                    yield answer
-            except Exception as error:
-                await self._abort(context, error)
+            with self._measured(path, context):
+                try:
+                    self._check(context)
+                    async for answer in method(request, context):
+                        yield answer
+                except Exception as error:
+                    await self._abort(context, error)
 
         return call
+
+    @contextlib.contextmanager
+    def _measured(self, path: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
+        begun, code = time.perf_counter(), "CANCELLED"  # unless it comes to an end of its own
+        try:
+            yield
+            code = "OK"
+        except grpc.aio.AbortError:
+            code = _code_name(context.code())
+            raise
+        finally:
+            self._metrics.ended(path, code, time.perf_counter() - begun)
+
+    def _watching(self, method: Callable[..., AsyncIterator[Any]], path: str) -> Callable[..., AsyncIterator[Any]]:
+        """A stream that may go on for hours: its caller turns to another replica when this one leaves."""
+
+        async def until_leaving(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            answers, leaving = aiter(method(request, context)), asyncio.ensure_future(self.leaving.wait())
+            try:
+                while True:
+                    answer = asyncio.ensure_future(anext(answers))
+                    await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+                    if not answer.done():
+                        answer.cancel()
+                        raise Unavailable("this replica ends; watch again from where you are", reason="SERVER_LEAVING")
+                    yield answer.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                leaving.cancel()
+
+        return self._streaming(until_leaving, path)
 
     def _check(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         if self._token:
@@ -114,6 +162,11 @@ class Guard(grpc.aio.ServerInterceptor):
         await context.abort(status.code, status.details, status.trailing_metadata)
 
 
+def _code_name(code: Any) -> str:
+    """Of a status code, which gRPC gives as its enum or as a number."""
+    return next((c.name for c in grpc.StatusCode if code in (c, c.value[0])), "UNKNOWN")
+
+
 def _status_bytes(context: grpc.aio.ServicerContext[Any, Any]) -> int:
     """The largest status that the caller can take."""
     for key, value in context.invocation_metadata() or ():
@@ -129,11 +182,14 @@ class Server:
         self.settings = settings
         self.rooms = rooms
         self.address = ""
+        self._close_metrics: Callable[[], None] = lambda: None
 
     async def open(self) -> None:
         """Listen and start the rooms' background work. FailedPrecondition (PORT_IN_USE, ADDRESS_UNUSABLE)."""
         token = auth.read_token(self.settings.token_file) if self.settings.token_file else ""
-        self._server = grpc.aio.server(interceptors=[Guard(token)], options=_options())
+        metrics = Metrics()
+        self._guard = Guard(token, metrics)
+        self._server = grpc.aio.server(interceptors=[self._guard], options=_options())
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for room in self.rooms:
@@ -144,6 +200,9 @@ class Server:
             names = [*(room.service for room in self.rooms), health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, self._server)
         self.address = self._listen()
+        if self.settings.metrics_port:
+            counts = [room.counts for room in self.rooms]
+            self._close_metrics = metrics.listen(self.settings.host, self.settings.metrics_port, counts)
         await self._server.start()
         for room in self.rooms:
             room.start()
@@ -155,11 +214,15 @@ class Server:
             part.rename(self.settings.address_file)
 
     async def close(self) -> None:
-        """Turn away new calls, let running ones end, stop the background work."""
+        """Let clients turn to others and running calls end, then stop the background work."""
         await self._health.enter_graceful_shutdown()
+        self._guard.leaving.set()
+        if self.settings.replicated:
+            await asyncio.sleep(LEAVE_S)
         await self._server.stop(DRAIN_S)
         for room in self.rooms:
             await asyncio.to_thread(room.stop)
+        await asyncio.to_thread(self._close_metrics)
 
     def _listen(self) -> str:
         host, port = self.settings.host, self.settings.port
@@ -200,6 +263,8 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Calls under way are let end, however long they take.
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_S * 1000),
     ]
 
 

@@ -35,6 +35,8 @@ class Settings:
     """With these three, mutual TLS; with the first two, TLS."""
     address_file: str = ""
     """Write the address to this file once the server answers."""
+    metrics_port: int = 0
+    """Where Prometheus finds /metrics, without a token; none if 0."""
     reflection: str = "auto"
     """on, off, or auto: on for loopback only."""
     import_roots: str = ""
@@ -60,6 +62,10 @@ class Settings:
     """The cluster's namespace for Jobs; the service's own if empty."""
     blueprint: str = "quartet-worker"
     """The CronJob of that namespace whose jobTemplate is filled for each Job."""
+    gpu_kind: str = ""
+    """What workers compute on, for plans: h100, l4, … or cpu. Of a local launcher's machine it is looked up if empty."""
+    gpu_memory_gib: float = 0.0
+    """Memory of one GPU, for plans; the kind's own if 0."""
 
     @classmethod
     def from_args(cls, argv: Sequence[str], prog: str) -> Self:
@@ -106,6 +112,11 @@ class Settings:
                 "--tls-client-ca",
                 reason="ADDRESS_EXPOSED",
             )
+
+    @property
+    def replicated(self) -> bool:
+        """There may be other replicas of this service; not so on a SQLite file of its own."""
+        return not self.database_url.startswith("sqlite:") and self.database_url != ""
 
     @property
     def loopback(self) -> bool:

@@ -34,6 +34,7 @@ def build(settings: Settings) -> Room:
         lambda server: add_ConversionServicer_to_server(servicer, server),
         conversion.jobs.start,
         conversion.jobs.stop,
+        lambda: conversion.jobs.records.counts(conversion.work.kind),
     )
 
 

@@ -291,13 +291,14 @@ class Conversion:
         if bool(arguments["checkpoint"]) == bool(arguments["revision"]):
             raise InvalidArgument("an adapter needs one of checkpoint, revision", reason="TASK_MISSING")
         if arguments["checkpoint"]:
-            if arguments["base"] or alpha or size:
+            if arguments["base"] or alpha:
                 raise InvalidArgument(
-                    "a checkpoint knows its base and its lora_alpha, and makes one file: leave them out",
-                    reason="TASK_INVALID",
+                    "a checkpoint knows its base and its lora_alpha: leave them out", reason="TASK_INVALID"
                 )
             checkpoint = self._resolve(CHECKPOINT, arguments["checkpoint"], "CHECKPOINT_NOT_FOUND")
-            return AdapterTask(checkpoint=checkpoint, dtype=dtype or "float32")
+            if size and load(self._store, checkpoint.digest).meta["method"] != "full":
+                raise InvalidArgument("an adapter is one file: leave its largest size out", reason="TASK_INVALID")
+            return AdapterTask(checkpoint=checkpoint, dtype=dtype or "float32", max_shard_size_bytes=_shard_size(size))
         if not arguments["base"]:
             raise InvalidArgument("name the base that the revision was trained on", reason="TASK_INVALID")
         if not 0 <= alpha < 1e9:

@@ -49,7 +49,11 @@ def build(settings: Settings) -> server.Room:
         validating.jobs.stop()
 
     return server.Room(
-        "quartet.datasets.v1.Datasets", lambda target: rpc.add_DatasetsServicer_to_server(servicer, target), start, stop
+        "quartet.datasets.v1.Datasets",
+        lambda target: rpc.add_DatasetsServicer_to_server(servicer, target),
+        start,
+        stop,
+        lambda: records.counts(preparing.work.kind, validating.work.kind),
     )
 
 

@@ -86,7 +86,8 @@ def _memory(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if not out_of_memory(error):
             raise
         raise ResourceExhausted(
-            "memory ran out; lower schedule.batch_size or data.max_length, or use the qlora method",
+            "memory ran out; lower schedule.batch_size or data.max_length, set model.gradient_checkpointing to full, or use "
+            "the qlora method",
             reason="OUT_OF_MEMORY",
         ) from error
 

@@ -18,6 +18,18 @@ from services.finetune.errors import InvalidArgument, nearest
 T = TypeVar("T")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Optimizer = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "sgd",
+    "adafactor",
+]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "wsd", "inverse_sqrt"]
 Deepspeed = Literal[
     "", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3", "deepspeed_zero3_offload"
 ]
@@ -25,22 +37,45 @@ Deepspeed = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The base model. `dtype` auto is bfloat16 where the processor has it in hardware, else float32."""
+    """The base model. `dtype` is what is computed in: auto is bfloat16 where the processor has it in hardware, else
+    float32; float16 comes with a loss scale. Trainable weights are float32 whatever it is."""
 
     checkpoint: str = ""
     """Where the base comes from, as a hub id; a job's base_model takes precedence."""
     dtype: Dtype = "auto"
+    freeze: tuple[str, ...] = ()
+    """Method full: patterns (see LoraConfig) of modules that stay as they are, with all that is in them."""
+    gradient_checkpointing: Literal["auto", "none", "full", "selective"] = "auto"
+    """Which layers run forward again in the backward pass, instead of keeping what it needs (Chen et al. 2016): none, all,
+    every `gradient_checkpointing_every`-th; auto does what memory needs. Losses are the same."""
+    gradient_checkpointing_every: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A."""
+    """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A.
+
+    Modules are named by patterns: `q_proj` is every module of that last name, `layers.0.mlp` every one whose name ends so,
+    and with `*`, `?` or `[...]` it is the whole name that must match: `model.layers.1?.self_attn.*`.
+    """
 
     rank: int = 64
     alpha: float = 16.0
     dropout: float = 0.1
     targets: tuple[str, ...] = ("all-linear",)
-    """Leaf names of linear layers, or all-linear: every one but the output head."""
+    """Patterns of linear layers, or all-linear: every one but the output head."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Another rank for modules by pattern; of several that match, the first counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Another alpha for modules by pattern."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Train the length of each row of W beside its direction (Liu et al. 2024)."""
+    loraplus_lr_ratio: float = 1.0
+    """B learns at so many times the rate of A (LoRA+, Hayou et al. 2024); its authors use 16."""
+    modules_to_save: tuple[str, ...] = ()
+    """Patterns of modules that are trained whole in place of adapters, and saved with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +126,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer. paged_adamw_32bit is bitsandbytes', paged to host memory on a GPU."""
+    """The optimizer. Those with 8bit or paged in their name, and lion, are bitsandbytes'; paged ones keep their state in
+    host memory when a GPU's is short. Lion's authors use beta2 0.99 and a third of AdamW's rate."""
 
-    name: Literal["adamw", "paged_adamw_32bit"] = "paged_adamw_32bit"
+    name: Optimizer = "paged_adamw_32bit"
     lr: float = 2e-4
     beta1: float = 0.9
+    """Of AdamW and Lion, as beta2."""
     beta2: float = 0.999
     eps: float = 1e-8
+    """Of AdamW."""
+    momentum: float = 0.0
+    """Of SGD."""
     weight_decay: float = 0.0
+    """Of matrices only: biases, norms and embeddings do not decay."""
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
 
@@ -114,11 +155,17 @@ class ScheduleConfig:
     accumulate: int = 16
     ranks: int = 1
     """For how many processes batch_size and accumulate were chosen: 8 in a recipe for eight GPUs."""
+    kind: Schedule = "cosine"
+    """How the rate falls after the warm-up, to min_lr_ratio * lr: cosine, linear, polynomial (of degree `power`), wsd (flat,
+    then by a cosine in the last decay_ratio of all steps), inverse_sqrt; constant has no warm-up and
+    constant_with_warmup does not fall."""
     warmup_ratio: float = 0.03
-    """Part of all steps in which the rate climbs from 0; then it falls by a cosine to min_lr_ratio * lr."""
+    """Part of all steps in which the rate climbs from 0."""
     warmup_steps: int = 0
     """Steps of warm-up in place of warmup_ratio; 0 leaves it to that."""
     min_lr_ratio: float = 0.0
+    power: float = 1.0
+    decay_ratio: float = 0.1
     seed: int = 0
     deterministic: bool = False
     """On a GPU: sum in a fixed order, slower, so that a run that was cut ends bit-identical. Without one it is always so."""
@@ -306,6 +353,8 @@ def to_json(config: object) -> Any:
         return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple):
         return [to_json(item) for item in config]
+    if isinstance(config, Mapping):
+        return {key: to_json(value) for key, value in config.items()}
     return config
 
 
@@ -360,6 +409,10 @@ def _read(kind: Any, data: Any, path: str) -> Any:
         if not isinstance(data, list | tuple):
             raise _invalid(path, data, "a list")
         return tuple(_read(args[0], item, f"{path}[{i}]") for i, item in enumerate(data))
+    if origin is Mapping:
+        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+            raise _invalid(path, data, "an object")
+        return {key: _read(args[1], value, f"{path}.{key}") for key, value in data.items()}
     return _read_scalar(kind, data, path)
 
 

@@ -268,6 +268,12 @@ def raise_fence(store: Store, job_key: str, attempt: int) -> Outcome | None:
         return None
 
 
+def current_attempt(store: Store, job_key: str) -> int:
+    """The attempt that owns a job; 0 before the first."""
+    lease = store.get(f"{job_key}/lease.json")
+    return int(json.loads(lease.data)["attempt"]) if lease else 0
+
+
 def read_outcome(store: Store, job_key: str) -> tuple[int, Outcome] | None:
     """(attempt, outcome) once one is published."""
     lease = store.get(f"{job_key}/lease.json")

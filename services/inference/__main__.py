@@ -10,7 +10,7 @@ from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
 from services.finetune.store import open_store
-from services.inference.keeper import Keeper
+from services.inference.keeper import KIND, Keeper
 from services.inference.servicer import EngineCalls, Servicer
 from services.inference.usecases import Inference
 
@@ -34,6 +34,7 @@ def build(settings: Settings) -> Room:
         lambda server: add_InferenceServicer_to_server(servicer, server),
         keeper.start,
         keeper.stop,
+        lambda: records.counts(KIND),
     )
 
 

@@ -10,6 +10,7 @@ and an engine that finds itself fenced ends by itself, so none is ever left over
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -20,9 +21,10 @@ from typing import Any
 
 from services.common import holding
 from services.common.launchers import Launcher
+from services.common.leases import Lease
 from services.common.records import Record, Records
 from services.finetune import progress
-from services.finetune.errors import Aborted, Internal, QuartetError
+from services.finetune.errors import Aborted, Internal, QuartetError, Unavailable
 from services.finetune.store import Store
 from services.inference.adapters import Engines, needs, settle_one, settled
 
@@ -55,6 +57,7 @@ class Keeper:
         self._engines = engines
         self._keep_engines = keep_engines
         self._vllm_python = vllm_python
+        self._lease = Lease(records, "endpoints")
         self._settling: set[str] = set()  # endpoints whose engine is just told of an adapter
         self._asked: set[str] = set()  # attempts that this process has asked to end
         self._held: dict[str, set[str]] = {}  # what each endpoint holds, by its key
@@ -71,8 +74,12 @@ class Keeper:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._keep_engines:
-            return
+        with contextlib.suppress(Unavailable):
+            if not self._keep_engines and self._lease.held():
+                self._stop_engines()
+            self._lease.release()
+
+    def _stop_engines(self) -> None:
         records = [r for r in self._records.find(KIND) if r.body["handle"]]
         for record in records:
             self._launcher.stop(record.body["handle"], STOP_GRACE_S)
@@ -88,7 +95,10 @@ class Keeper:
     def _look_after(self) -> None:
         while not self._stopping.wait(TICK_S):
             try:
-                self.tick()
+                if self._lease.held():
+                    self.tick()
+                else:
+                    self._held.clear()  # another replica may hold something else meanwhile
             except QuartetError as error:
                 log.warning("endpoints: %s", error.message)
                 self._stopping.wait(2.0)

@@ -10,13 +10,14 @@ from services.common.records import Records
 from services.common.server import Room, main
 from services.common.settings import Settings
 from services.finetune.store import open_store
+from services.training.planning import Planner, machine
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 
 
 def build(settings: Settings) -> Room:
     store = open_store(settings.store_uri)
-    training = Training(store)
+    training = Training(store, Planner(store, machine(settings)))
     training.jobs = Jobs(
         Records(settings.database_url),
         store,
@@ -31,6 +32,7 @@ def build(settings: Settings) -> Room:
         lambda server: add_TrainingServicer_to_server(servicer, server),
         training.jobs.start,
         training.jobs.stop,
+        lambda: training.jobs.records.counts(training.work.kind),
     )
 
 

@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import google_crc32c
+from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from quartet.training.v1 import training_pb2 as pb
 from quartet.training.v1.training_pb2_grpc import TrainingServicer
 
-from services.common import names, wire
+from services.common import names, wire, wishes
 from services.common.records import Record
 from services.finetune.config import to_json
+from services.finetune.plan import Device
 from services.finetune.recipes import Recipe
 from services.finetune.store.artifacts import Ref
 from services.training.usecases import JOB, Training
@@ -45,7 +47,11 @@ class Servicer(TrainingServicer):
             "labels": dict(job.labels),
         }
         asked = (request.request_id, wire.fingerprint(request))
-        return _job(self._training.create(request.parent, request.training_job_id, spec, asked, request.validate_only))
+        device = Device(request.device.kind, request.device.memory) if request.HasField("device") else None
+        made = self._training.create(
+            request.parent, request.training_job_id, spec, asked, request.validate_only, device
+        )
+        return _job(made)
 
     def GetTrainingJob(self, request: pb.GetTrainingJobRequest, context: Any) -> pb.TrainingJob:
         names.parse(JOB, request.name)
@@ -58,6 +64,17 @@ class Servicer(TrainingServicer):
     def CancelTrainingJob(self, request: pb.CancelTrainingJobRequest, context: Any) -> pb.TrainingJob:
         names.parse(JOB, request.name)
         return _job(self._training.jobs.cancel(request.name))
+
+    def PauseTrainingJob(self, request: pb.PauseTrainingJobRequest, context: Any) -> pb.TrainingJob:
+        return self._ask(request, wishes.pause)
+
+    def ResumeTrainingJob(self, request: pb.ResumeTrainingJobRequest, context: Any) -> pb.TrainingJob:
+        return self._ask(request, wishes.resume)
+
+    def _ask(self, request: Any, wish: wishes.Wish) -> pb.TrainingJob:
+        names.parse(JOB, request.name)
+        asked = f"{type(request).__name__} {wire.fingerprint(request)}"
+        return _job(self._training.jobs.ask(request.name, wishes.once(wish, request.request_id, asked)))
 
     def DeleteTrainingJob(self, request: pb.DeleteTrainingJobRequest, context: Any) -> Empty:
         names.parse(JOB, request.name)
@@ -132,6 +149,7 @@ def _job(record: Record) -> pb.TrainingJob:
         start_time=wire.timestamp(body.get("start_time")),
         end_time=wire.timestamp(body.get("end_time")),
         etag=record.etag,
+        plan=json_format.ParseDict(body["plan"], pb.Plan()) if "plan" in body else None,
     )
 
 

@@ -8,13 +8,16 @@ from typing import Any
 
 from services.common import names
 from services.common.jobs import Jobs, Work
+from services.common.launchers import Shape
 from services.common.paging import page
 from services.common.records import Record
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
+from services.finetune.plan import Device
 from services.finetune.prepare import check_weights
 from services.finetune.progress import Event, retained
+from services.finetune.recipes.deepspeed import lacks as preset_lacks
 from services.finetune.store import Store
 from services.finetune.store.artifacts import (
     File,
@@ -28,6 +31,7 @@ from services.finetune.store.artifacts import (
     stream_file,
 )
 from services.finetune.templates import check_name
+from services.training.planning import Planner, to_message
 
 JOB = "workspaces/{workspace}/trainingJobs/{job}"
 CHECKPOINT = JOB + "/checkpoints/{step}"
@@ -45,9 +49,10 @@ class Training:
 
     jobs: Jobs
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, planner: Planner) -> None:
         self._store = store
-        self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice)
+        self._planner = planner
+        self.work = Work("trainingJob", "train", self.order, self._succeed, self._notice, shape=shape)
 
     # ------------------------------------------------------------------------------------------ recipes
 
@@ -65,8 +70,17 @@ class Training:
 
     # ------------------------------------------------------------------------------------------ jobs
 
-    def create(self, parent: str, job_id: str, spec: dict[str, Any], request: tuple[str, str], dry: bool) -> Record:
-        """Resolve everything that the job names, then queue it. `request` is (request_id, fingerprint)."""
+    def create(
+        self,
+        parent: str,
+        job_id: str,
+        spec: dict[str, Any],
+        request: tuple[str, str],
+        dry: bool,
+        device: Device | None = None,
+    ) -> Record:
+        """Resolve everything that the job names, then queue it, or if `dry` plan it. `request` is (request_id,
+        fingerprint); `device` is where a plan is to be for."""
         names.parse("workspaces/{workspace}", parent, "parent")
         made = self.jobs.records.requested(self.work.kind, *request)
         if made is not None:
@@ -95,7 +109,8 @@ class Training:
         spec = {**spec, "run": to_json(run), "base_model": base.name, "datasets": [d.name for d in datasets]}
         spec["validation_datasets"] = [d.name for d in looked]
         if dry:
-            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0})
+            planned = self._planner.plan(run, device, self.jobs.records.find(self.work.kind, parent + "/"))
+            return Record(name, self.work.kind, "QUEUED", {"spec": spec, "attempt": 0, "plan": to_message(planned)})
 
         def again() -> Any:
             now = [self._revision(d.name) for d in datasets]
@@ -268,11 +283,20 @@ class Training:
         return ArtifactRef(name=name, digest=ref.body["digest"])
 
 
+def shape(job: Record) -> Shape:
+    """The machines and GPUs that a job's config asks for."""
+    parallel = job.body["spec"]["run"]["config"]["parallel"]
+    return Shape(parallel.get("nodes", 1), parallel.get("processes", 0))
+
+
 def _positive(config: RunConfig) -> None:
     """Values that would make a run senseless are refused before anything is started."""
     least = {
+        "model.gradient_checkpointing_every": (config.model.gradient_checkpointing_every, 1),
         "lora.rank": (config.lora.rank, 1),
+        **{f"lora.rank_pattern.{p}": (rank, 1) for p, rank in config.lora.rank_pattern.items()},
         "data.max_length": (config.data.max_length, 8),
+        "data.max_rows": (config.data.max_rows, 0),
         "schedule.epochs": (config.schedule.epochs, 1),
         "schedule.max_steps": (config.schedule.max_steps, 0),
         "schedule.batch_size": (config.schedule.batch_size, 1),
@@ -291,20 +315,33 @@ def _positive(config: RunConfig) -> None:
         "validation.min_delta": (config.validation.min_delta, 0),
         "parallel.processes": (config.parallel.processes, 0),
         "parallel.nodes": (config.parallel.nodes, 1),
+        "schedule.min_lr_ratio": (config.schedule.min_lr_ratio, 0),
+        "schedule.decay_ratio": (config.schedule.decay_ratio, 0),
         "optim.lr": (config.optim.lr, 0),
-        "lora.dropout": (config.lora.dropout, 0),
+        "optim.weight_decay": (config.optim.weight_decay, 0),
     }
     for key, (value, lowest) in least.items():
-        if value < lowest:
-            raise InvalidArgument(
-                f"config key {key!r} must be at least {lowest}, not {value}",
-                reason="CONFIG_VALUE_INVALID",
-                metadata={"key": key},
-            )
-    if config.lora.dropout >= 1:
-        raise InvalidArgument("config key 'lora.dropout' must be below 1", reason="CONFIG_VALUE_INVALID")
-    if config.validation.ratio >= 1:
-        raise InvalidArgument("config key 'validation.ratio' must be below 1", reason="CONFIG_VALUE_INVALID")
+        _must(value >= lowest, key, f"be at least {lowest}", value)
+    for key, value in {
+        "lora.dropout": config.lora.dropout,
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+        "optim.momentum": config.optim.momentum,
+        "validation.ratio": config.validation.ratio,
+    }.items():
+        _must(0 <= value < 1, key, "be 0 or more and below 1", value)
+    ratio, power = config.lora.loraplus_lr_ratio, config.schedule.power
+    _must(ratio > 0, "lora.loraplus_lr_ratio", "be above 0", ratio)
+    _must(power > 0, "schedule.power", "be above 0", power)
+    frozen = config.model.freeze
+    _must(config.method == "full" or not frozen, "model.freeze", "be empty unless the method is full", list(frozen))
+
+
+def _must(true: bool, key: str, what: str, value: object) -> None:
+    if not true:
+        raise InvalidArgument(
+            f"config key {key!r} must {what}, not {value}", reason="CONFIG_VALUE_INVALID", metadata={"key": key}
+        )
 
 
 def _validated(config: RunConfig, datasets: bool) -> None:
@@ -320,9 +357,6 @@ def _validated(config: RunConfig, datasets: bool) -> None:
 def _supported(config: RunConfig) -> None:
     """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
     lacks = {
-        "method": (config.method, ("lora", "qlora"), "set it to lora or qlora"),
-        "quant.kind": (config.quant.kind if config.quant.bits == 4 else "nf4", ("nf4",), "set it to nf4"),
-        "data.max_rows": (config.data.max_rows, (0,), "set it to 0 to learn from all rows"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
     }
     violations = [
@@ -330,6 +364,11 @@ def _supported(config: RunConfig) -> None:
         for key, (value, known, instead) in lacks.items()
         if value not in known
     ]
+    if preset := config.parallel.deepspeed:
+        violations += [
+            Violation(key, f"{value!r} is not supported with {preset}; {instead}", "TRAINER_LACKS")
+            for key, (value, instead) in preset_lacks(config, preset).items()
+        ]
     if violations:
         told = "; ".join(f"{v.field} {v.message}" for v in violations)
         raise Unimplemented(told, reason="TRAINER_LACKS", violations=violations)

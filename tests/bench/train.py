@@ -26,7 +26,8 @@ from services.finetune.config import ArtifactRef, TrainRun
 from services.finetune.store import open_store
 from services.finetune.train import checkpoint
 from services.finetune.train.engine import choose
-from services.finetune.train.model import adapt, trainable
+from services.finetune.train.methods import adapt
+from services.finetune.train.model import trainable
 from services.finetune.train.step import Stepper
 from tests.bench import train_peer
 from tests.bench.train_shapes import (
@@ -54,7 +55,7 @@ class Ours:
         device = next(model.parameters()).device
         blocks = blocks_of(docs)
         self.model = adapt(model, run_config(quantised, batches[0]))
-        self.engine, self.why = choose(self.model, blocks, device, dtype)
+        self.engine, self.why = choose(self.model, blocks, device, dtype, run_config(quantised, batches[0]).model)
         self.parameters = trainable(self.model)
         self.tokens = 0
         self.notes: list[str] = []

@@ -14,7 +14,8 @@ from services.finetune.config import RunConfig, override
 from services.finetune.train import ops_torch, ops_triton
 from services.finetune.train.batch import flatten
 from services.finetune.train.engine import Autograd, Engine, choose
-from services.finetune.train.model import adapt, trainable
+from services.finetune.train.methods import adapt
+from services.finetune.train.model import trainable
 from services.finetune.train.step import Stepper
 from tests.bench.train_shapes import VOCABULARY, blocks_of, documents, nf4, random_causal, run_config
 
@@ -140,9 +141,9 @@ def check_loss(steps: int = 200) -> tuple[float, float, list[float]]:
 def _train(model: Any, config: RunConfig, blocks: Any, dtype: torch.dtype, steps: int) -> list[float]:
     engine: Engine
     if dtype == torch.float32:
-        engine = Autograd(model, blocks, GPU)
+        engine = Autograd(model, blocks, GPU, dtype)
     else:
-        engine, why = choose(model, blocks, GPU, dtype)
+        engine, why = choose(model, blocks, GPU, dtype, config.model)
         assert "fused" in why and "not covered" not in why, why
     losses: list[float] = []
     stepper = Stepper(

@@ -15,7 +15,7 @@ LINES = [
     ("dataset preview d --model m --rows 2", {"rows": 2, "start": 0}),
     ("dataset repeat in.json -n 200 -o out.json", {"n": 200, "output": "out.json"}),
     ("assistant create --name 书生", {"name": "书生", "rows": 400, "plain": False, "seed": 0}),
-    ("convert merge b a t", {"max_shard_size": "2GB", "dtype": ""}),
+    ("convert merge b a t", {"max_shard_size": "", "dtype": ""}),
     (
         "train r --base m --data d1 d2 --cfg-options optim.lr=1e-3 schedule.epochs=2",
         {"data": ["d1", "d2"], "cfg_options": ["optim.lr=1e-3", "schedule.epochs=2"], "seed": None},

@@ -26,7 +26,17 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
-    url = sa.make_url(request.getfixturevalue("postgres_url"))
+    return _database(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture()
+def fresh_postgres(postgres_url: str) -> str:
+    """An empty PostgreSQL database."""
+    return _database(postgres_url)
+
+
+def _database(server: str) -> str:
+    url = sa.make_url(server)
     name = "t" + uuid.uuid4().hex
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as db:

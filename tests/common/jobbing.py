@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.jobs import TERMINAL, Jobs, Work
-from services.common.launchers import Handle
+import pytest
+
+from services.common.jobs import Jobs, Work
+from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records
+from services.common.wishes import TERMINAL
 from services.finetune.progress import Event
 from services.finetune.store import Store
 
@@ -25,9 +28,11 @@ SIMPLE: Plan = [["events", 3], ["checkpoint", 4], ["events", 2], ["end"]]
 class ScriptLauncher(LocalLauncher):
     """The local launcher, with tests/common/worker.py in the place of the library's worker."""
 
-    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str]) -> Handle:
+    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str], shape: Shape = ONE) -> Handle:
         assert command[1:3] == ["-m", "services.finetune"]
-        return super().launch([sys.executable, str(WORKER), *command[3:]], name, {"PYTHONPATH": str(ROOT), **env})
+        return super().launch(
+            [sys.executable, str(WORKER), *command[3:]], name, {"PYTHONPATH": str(ROOT), **env}, shape
+        )
 
 
 def work(noticed: list[Event] | None = None) -> Work:
@@ -42,6 +47,7 @@ def work(noticed: list[Event] | None = None) -> Work:
         lambda job: {"plan": job.body["spec"]["plan"]},
         lambda job, result: {"result": dict(result)},
         notice,
+        shape=lambda job: Shape(job.body["spec"].get("nodes", 1)),
     )
 
 
@@ -84,8 +90,8 @@ def check_history(jobs: Jobs, name: str, last_attempt_said: int) -> None:
     assert events[-1][1].get("state") in TERMINAL
 
 
-def queue(jobs: Jobs, plan: Plan, name: str = NAME, request_id: str = "") -> Record:
-    return jobs.create(name, {"plan": plan}, request_id, str(plan))
+def queue(jobs: Jobs, plan: Plan, name: str = NAME, request_id: str = "", nodes: int = 1) -> Record:
+    return jobs.create(name, {"plan": plan, "nodes": nodes}, request_id, str(plan))
 
 
 def handle_of(jobs: Jobs, name: str = NAME) -> dict[str, Any]:
@@ -103,3 +109,32 @@ def gone(jobs: Jobs, handle: dict[str, Any]) -> None:
     while jobs.launcher.alive(handle):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Cut(BaseException):
+    """kill -9, as far as one process can show it: nothing after it runs."""
+
+
+def cut_at(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, number: int, before: bool) -> list[str]:
+    """Make the supervisor die at its `number`-th act on the outside world: just before it, or just after."""
+    acts: list[str] = []
+
+    def watched(owner: object, method: str) -> None:
+        real: Callable[..., Any] = getattr(owner, method)
+
+        def act(*args: Any, **given: Any) -> Any:
+            acts.append(method)
+            if before and len(acts) == number:
+                raise Cut
+            done = real(*args, **given)
+            if not before and len(acts) == number:
+                raise Cut
+            return done
+
+        monkeypatch.setattr(owner, method, act, raising=True)
+
+    watched(jobs.records, "update")
+    watched(jobs.store, "put")
+    watched(jobs.launcher, "launch")
+    watched(jobs.launcher, "stop")
+    return acts

@@ -293,3 +293,13 @@ def test_checkpoint_has_its_name_before_it_is_seen(sqlite_url: str, file_store: 
     ended(jobs, NAME)
     assert order == ["named"]
     assert [e["name"] for _, e in jobs.records.events(NAME, 0) if e["type"] == "checkpoint"] == ["x"]
+
+
+def test_a_database_older_than_the_store_goes_on_from_there(jobs: Jobs, file_store: Store) -> None:
+    """It was brought back from a backup that was made before the later attempts."""
+    queue(jobs, SIMPLE)
+    lease = f"{jobs.get(NAME).body['key']}/lease.json"
+    file_store.put(lease, progress.dump({"attempt": 5, "outcome": None}))
+    job = ended(jobs, NAME)
+    assert (job.state, job.body["attempt"]) == ("SUCCEEDED", 6)
+    check_history(jobs, NAME, 5)

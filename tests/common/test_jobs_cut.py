@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from services.finetune.store import Store
 from tests.common.jobbing import (
     NAME,
     SIMPLE,
+    Cut,
     check_history,
+    cut_at,
     ended,
     gone,
     handle_of,
@@ -29,34 +30,6 @@ from tests.common.jobbing import (
 )
 
 # ---------------------------------------------------------------------------------------------- cut supervisors
-
-
-class Cut(BaseException):
-    """kill -9, as far as one process can show it: nothing after it runs."""
-
-
-def cut_at(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, number: int, before: bool) -> list[str]:
-    """Make the supervisor die at its `number`-th act on the outside world: just before it, or just after."""
-    acts: list[str] = []
-
-    def watched(owner: object, method: str) -> None:
-        real: Callable[..., Any] = getattr(owner, method)
-
-        def act(*args: Any, **given: Any) -> Any:
-            acts.append(method)
-            if before and len(acts) == number:
-                raise Cut
-            done = real(*args, **given)
-            if not before and len(acts) == number:
-                raise Cut
-            return done
-
-        monkeypatch.setattr(owner, method, act, raising=True)
-
-    watched(jobs.records, "update")
-    watched(jobs.store, "put")
-    watched(jobs.launcher, "launch")
-    return acts
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

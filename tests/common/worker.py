@@ -13,6 +13,8 @@
 ["end"]                  publish SUCCEEDED, with the last checkpoint
 ["progress", done, all]  a progress event and a log event
 ["model", kind]          publish SUCCEEDED, with a small model artifact
+
+Started on several nodes (NNODES), the first does the order once all have met, and the others stay for as long as it does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -129,6 +132,26 @@ def room_plan(order: dict[str, Any]) -> list[list[Any]]:
     return [["progress", 5, 10], ["model", kind]]
 
 
+def lead() -> list[socket.socket]:
+    """The other nodes, once all are there."""
+    others = int(os.environ.get("NNODES", "1")) - 1
+    if others == 0:
+        return []
+    with socket.create_server((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as server:
+        return [server.accept()[0] for _ in range(others)]
+
+
+def follow() -> None:
+    """Stay until the first node says that it is done, or is gone."""
+    while not stop.is_set():
+        try:
+            leader = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60)
+        except OSError:
+            time.sleep(0.02)
+            continue
+        os._exit(0 if leader.recv(3) == b"end" else 1)
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     store_uri, key, number = split_run_uri(sys.argv[2])
@@ -143,11 +166,16 @@ def main() -> None:
         while only == number and not Path(path).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
     attempt = Attempt(store, key, number)
+    if int(os.environ.get("NODE_RANK", "0")):
+        follow()
+        os._exit(1)
     try:
         attempt.claim(who_am_i())
-        worker = Worker(attempt)
+        worker, others = Worker(attempt), lead()
         for step in plan:
             worker.do(*step)
+        for other in others:
+            other.sendall(b"end")
     except Fenced:
         print("fenced", flush=True)
         os._exit(75)

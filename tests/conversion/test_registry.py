@@ -14,7 +14,7 @@ from quartet.conversion.v1 import conversion_pb2 as pb
 from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub, add_ConversionServicer_to_server
 
 from services.client.commands.registry import tree
-from services.common import names, wire
+from services.common import holding, names, wire
 from services.common.jobs import Jobs
 from services.common.records import Records
 from services.common.server import Room
@@ -184,8 +184,6 @@ def test_a_job_whose_model_is_deleted_while_it_begins(
 ) -> None:
     """The name goes after the job has found it and before it holds: the job is refused, and leaves no hold."""
     family(store)
-    from services.common import holding
-
     take = holding.take
 
     def slow(*given: Any) -> None:

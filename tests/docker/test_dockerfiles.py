@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+SERVICES = ("datasets", "training", "conversion", "inference")
 LOCKS = {
-    "service": ("services", "kubernetes"),
+    **{service: (service, "kubernetes") for service in SERVICES},
     "worker-cpu": ("worker",),
     "worker-cuda": ("worker",),
     "inference-cpu": ("worker", "services"),
@@ -37,13 +41,40 @@ def pins(lock: str) -> tuple[Pins, list[str]]:
     return found, bare
 
 
+def wanted_by(extras: Iterable[str], known: Mapping[str, list[str]]) -> Iterator[str]:
+    """What extras ask for, and the extras that they name."""
+    for text in (text for extra in extras for text in known[extra]):
+        if text.startswith("quartet["):
+            yield from wanted_by(Requirement(text).extras, known)
+        else:
+            yield text
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_loads_nothing_that_its_image_lacks(service: str) -> None:
+    """All modules of its room and what they stand on, with every other service's packages out of reach."""
+    own = pins(service)[0].keys()
+    absent = {"numpy", "pyarrow", "tokenizers", "fastokens", "jinja2", "huggingface-hub", "torch"} - own
+    names = [name.replace("-", "_") for name in absent]
+    code = (
+        f"import sys, pkgutil, importlib; sys.modules.update(dict.fromkeys({names!r}))\n"
+        f"for room in ('services.common', 'services.common.launchers', 'services.{service}'):\n"
+        "    for found in pkgutil.iter_modules(importlib.import_module(room).__path__, room + '.'):\n"
+        "        if not found.ispkg:\n"
+        "            importlib.import_module(found.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert service == "datasets" or {"numpy", "pyarrow", "tokenizers"} <= absent
+
+
 @pytest.mark.parametrize("lock", LOCKS)
 def test_locks_hold_what_pyproject_asks_for(lock: str) -> None:
     """Where this fails, pyproject changed: `make locks`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found, bare = pins(lock)
     assert bare == []
-    for text in project["dependencies"] + [r for e in LOCKS[lock] for r in project["optional-dependencies"][e]]:
+    for text in [*project["dependencies"], *wanted_by(LOCKS[lock], project["optional-dependencies"])]:
         wanted = Requirement(text)
         if lock.startswith("worker") and wanted.name in NOT_IN_WORKERS:
             continue
@@ -53,7 +84,7 @@ def test_locks_hold_what_pyproject_asks_for(lock: str) -> None:
 
 def test_each_image_has_its_own_stack_only() -> None:
     heavy = {"torch", "transformers", "peft", "bitsandbytes"}
-    assert not heavy & pins("service")[0].keys()
+    assert not any(heavy & pins(service)[0].keys() for service in SERVICES)
     for variant in ("cpu", "cuda"):
         worker = pins(f"worker-{variant}")[0].keys()
         assert heavy <= worker and not worker & {*NOT_IN_WORKERS, "sqlalchemy", "kubernetes", "psycopg"}
@@ -76,7 +107,8 @@ def test_images_are_built_in_two_steps_from_a_base_that_can_be_chosen(path: Path
 def test_the_worker_holds_the_library_and_nothing_else() -> None:
     text = (ROOT / "docker" / "worker.Dockerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE)
-    assert copied == ["docker/locks/worker-${VARIANT}.txt", "services/__init__.py", "services/finetune"]
+    locks = ["docker/locks/worker-${VARIANT}.txt", "docker/locks/sbom.txt"]
+    assert copied == [*locks, "services/__init__.py", "services/finetune"]
 
 
 def test_what_the_dockerfiles_copy_is_not_ignored() -> None:

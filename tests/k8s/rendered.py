@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,55 @@ def with_components(overlay_name: str, components: Sequence[str]) -> list[Manife
         return kustomize(Path(folder))
 
 
+def _strict(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An object that has these fields and no others."""
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
+
+
+def _list(items: Any) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_META = {"apiVersion": _TEXT, "kind": _TEXT, "metadata": {"type": "object", "required": ["name", "namespace"]}}
+# Not of Kubernetes itself: the fields of the Gateway API v1 and of Prometheus' operator that k8s/ uses, as strict as theirs.
+CUSTOM = {
+    "gateway.networking.k8s.io/v1/GRPCRoute": _strict(
+        {
+            **_META,
+            "spec": _strict(
+                {
+                    "parentRefs": _list(_strict({"name": _TEXT}, {"namespace": _TEXT, "sectionName": _TEXT})),
+                    "rules": _list(
+                        _strict(
+                            {
+                                "matches": _list(
+                                    _strict({"method": _strict({"type": {"enum": ["Exact"]}, "service": _TEXT})})
+                                ),
+                                "backendRefs": _list(_strict({"name": _TEXT, "port": {"type": "integer"}})),
+                            }
+                        )
+                    ),
+                },
+                {"hostnames": _list(_TEXT)},
+            ),
+        }
+    ),
+    "monitoring.coreos.com/v1/ServiceMonitor": _strict(
+        {
+            **_META,
+            "spec": _strict(
+                {
+                    "selector": _strict({"matchExpressions": {"type": "array"}}),
+                    "endpoints": _list(_strict({"port": _TEXT, "interval": {"pattern": "^[0-9]+s$"}})),
+                }
+            ),
+        }
+    ),
+}
+
+
 @functools.cache
 def _definitions(version: str) -> Registry[Any]:
     folder = SCHEMAS / f"v{version}.0-local-strict"
@@ -63,6 +112,8 @@ def _definitions(version: str) -> Registry[Any]:
 
 @functools.cache
 def _validator(kind: str, api_version: str, version: str) -> Draft7Validator:
+    if f"{api_version}/{kind}" in CUSTOM:
+        return Draft7Validator(CUSTOM[f"{api_version}/{kind}"])
     group, _, api = api_version.rpartition("/")
     parts = [kind.lower(), *([group.split(".")[0]] if group else []), api]
     path = SCHEMAS / f"v{version}.0-local-strict" / f"{'-'.join(parts)}.json"

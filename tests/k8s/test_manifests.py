@@ -1,4 +1,4 @@
-"""Each overlay, alone and with each component: valid, and up to the baseline that docs/operating.md promises."""
+"""Each overlay, alone and with each component: valid, and up to the baseline that docs/operations.md promises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.common.server import DRAIN_S
+from services.common.server import DRAIN_S, LEAVE_S
 from services.common.settings import Settings
 from services.finetune.errors import BY_CODE
 from services.inference.engines.__main__ import HOST_VARIABLE, PORT_VARIABLE
@@ -123,6 +123,7 @@ def test_rights_are_the_launchers_calls(manifests: list[Manifest]) -> None:
             *(("jobs", verb) for verb in ("create", "get", "list", "delete")),
             *(("pods", verb) for verb in ("list", "delete")),
             ("pods/log", "get"),
+            *([("services", "create")] if room == "training" else ()),  # for jobs of several nodes
         }
 
 
@@ -134,9 +135,69 @@ def test_services_are_probed_over_grpc(manifests: list[Manifest]) -> None:
         if name.split("/")[1] in (*ROOMS, "engine"):
             room = "inference" if "engine" in name else name.split("/")[1]
             service = f"quartet.{room}.v1.{room.capitalize()}"
-            [port] = [p["containerPort"] for p in container["ports"]]
+            [port] = [p["containerPort"] for p in container["ports"] if p["name"] == "grpc"]
             assert [p["grpc"] for p in probes] == [{"port": port, "service": service}] * 2 + [{"port": port}], name
         assert spec["terminationGracePeriodSeconds"] > DRAIN_S, name
+
+
+def test_a_rolling_update_leaves_time_to_leave(manifests: list[Manifest]) -> None:
+    """New pods are there before old ones go, and these may let calls end before they are killed."""
+    for m in of_kind(manifests, "Deployment"):
+        assert m["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+        assert m["spec"]["minReadySeconds"] >= 5
+        pod = m["spec"]["template"]["spec"]
+        pause = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert pause + LEAVE_S + DRAIN_S < pod["terminationGracePeriodSeconds"]
+
+
+def test_every_service_has_a_second_replica_or_grows(manifests: list[Manifest]) -> None:
+    grows = {m["spec"]["scaleTargetRef"]["name"]: m["spec"] for m in of_kind(manifests, "HorizontalPodAutoscaler")}
+    assert grows.keys() == {"quartet-datasets", "quartet-inference"}
+    for m in of_kind(manifests, "Deployment"):
+        # A number beside an autoscaler's would be set again at each apply.
+        assert ("replicas" in m["spec"]) != (m["metadata"]["name"] in grows)
+    for m in of_kind(overlay("gpu"), "Deployment", "HorizontalPodAutoscaler"):
+        assert m["spec"].get("replicas", m["spec"].get("minReplicas", 2)) == 2, "one that dies is missed by nobody"
+
+
+def test_one_address_leads_to_every_service() -> None:
+    manifests = with_components("gpu", ("gateway-api",))
+    [route] = of_kind(manifests, "GRPCRoute")
+    led = {
+        rule["matches"][0]["method"]["service"]: (rule["backendRefs"][0]["name"], rule["backendRefs"][0]["port"])
+        for rule in route["spec"]["rules"]
+    }
+    services = {m["metadata"]["name"]: m["spec"] for m in of_kind(manifests, "Service")}
+    assert led.keys() == {f"quartet.{room}.v1.{room.capitalize()}" for room in ROOMS}
+    for service, (name, port) in led.items():
+        assert name == f"quartet-{service.split('.')[1]}"
+        assert port in [p["port"] for p in services[name]["ports"] if p["name"] == "grpc"]
+
+
+def test_prometheus_finds_and_reaches_what_it_is_to_read() -> None:
+    manifests = with_components("gpu", ("monitoring",))
+    [monitor] = of_kind(manifests, "ServiceMonitor")
+    found = [
+        m
+        for m in of_kind(manifests, "Service")
+        if selects(monitor["spec"]["selector"], m["metadata"].get("labels", {}))
+    ]
+    assert {m["metadata"]["name"] for m in found} == {f"quartet-{room}" for room in ROOMS}
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert all(endpoint["port"] in [p["name"] for p in m["spec"]["ports"]] for m in found)
+    [policy] = [m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "monitoring"]
+    assert policy["spec"]["ingress"][0]["ports"] == [{"port": "metrics"}]
+    # Without the component nobody reaches that port.
+    for policy in of_kind(overlay("gpu"), "NetworkPolicy"):
+        for rule in policy["spec"].get("ingress", ()):
+            if selects(policy["spec"]["podSelector"], {"app.kubernetes.io/component": "service"}):
+                assert rule["ports"] == [{"port": "grpc"}]
+
+
+def test_a_wrong_field_of_a_custom_kind_is_found() -> None:
+    [route] = of_kind(with_components("gpu", ("gateway-api",)), "GRPCRoute")
+    broken = {**route, "spec": {**route["spec"], "parentRef": []}}
+    assert len(problems(broken, VERSIONS[-1])) == 1 and problems(route, VERSIONS[-1]) == []
 
 
 def test_every_service_can_be_drained(manifests: list[Manifest]) -> None:
@@ -177,7 +238,8 @@ def test_services_start_with_what_they_are_told(
             settings = Settings.from_args([], room)
         assert settings.launcher == "kubernetes" and settings.store_uri.startswith("s3://")
         assert settings.blueprint == LAUNCHING.get(room, settings.blueprint)
-        assert [settings.port] == [p["containerPort"] for p in container["ports"]]
+        ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+        assert ports == {"grpc": settings.port, "metrics": settings.metrics_port}
         mounts = [m["mountPath"] for m in container["volumeMounts"]]
         assert given["QUARTET_HOME"] in mounts and settings.token_file.rpartition("/")[0] in mounts
 
@@ -296,6 +358,7 @@ def test_everything_is_denied_but_what_must_be(manifests: list[Manifest]) -> Non
         *((room, "postgres") for room in ROOMS),
         ("inference", "engine"),
     }
+    assert {name for name in labels if reaches(manifests, labels[name], labels[name])} == {"worker"}
 
 
 def test_workers_and_engines_reach_no_address_by_default() -> None:

@@ -28,8 +28,10 @@ from services.finetune.errors import (
     OutOfRange,
     Unimplemented,
 )
+from services.finetune.plan import Device
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import get_ref, put_ref
+from services.training.planning import Planner
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 from tests.common.jobbing import ScriptLauncher
@@ -58,7 +60,7 @@ def store(home: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def room(home: Path, store: Store) -> Iterator[TrainingStub]:
-    training = Training(store)
+    training = Training(store, Planner(store, Device()))
     records = Records(f"sqlite:///{home}/q.db")
     training.jobs = Jobs(records, store, ScriptLauncher(home), training.work, max_workers=4, grace_s=5)
     servicer = Servicer(training)
@@ -150,6 +152,10 @@ def test_validate_only_changes_nothing(room: TrainingStub) -> None:
         ({"overrides": {"schedule.epochs": 1.5}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"overrides": {"schedule.batch_size": 0}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"parent": "workspaces/W"}, InvalidArgument, "NAME_MALFORMED"),
+        ({"overrides": {"lora.rank_pattern": {"q_proj": 0}}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"lora.loraplus_lr_ratio": 0}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"optim.beta2": 1}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
+        ({"overrides": {"model.freeze": ["lm_head"]}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"overrides": {"data.weights": [1, 2]}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"overrides": {"data.weights": [0]}}, InvalidArgument, "CONFIG_VALUE_INVALID"),
         ({"job_id": "Bad Id"}, InvalidArgument, "NAME_MALFORMED"),
@@ -172,22 +178,25 @@ def test_lora_takes_the_base_as_it_is(room: TrainingStub) -> None:
 def test_what_the_trainer_cannot_act_on_is_refused_by_name(room: TrainingStub) -> None:
     """Whatever a config may hold is acted on or refused, never left out."""
     lacking: dict[str, Any] = {
-        "method": "full",
-        "data.max_rows": 20000,
         "report.measures": ["mmlu"],
     }
     with refused(Unimplemented, "TRAINER_LACKS") as error:
         room.CreateTrainingJob(request(overrides=lacking))
     assert [v.field for v in error[0].violations] == list(lacking)
-    for overrides in ({"method": "int8_lora"}, {"method": "qlora", "quant.kind": "fp4"}):
-        with refused(Unimplemented, "TRAINER_LACKS"):
-            room.CreateTrainingJob(request(overrides=overrides))
+    zero: dict[str, Any] = {"parallel.deepspeed": "deepspeed_zero3"}
+    assert room.CreateTrainingJob(request(overrides=zero, validate_only=True)).name
+    lacking = {"optim.name": "lion", "model.dtype": "float16"}
+    with refused(Unimplemented, "TRAINER_LACKS") as error:
+        room.CreateTrainingJob(request(overrides={**zero, **lacking}))
+    assert [v.field for v in error[0].violations] == list(lacking)
+    for overrides in ({"method": "int8_lora"}, {"method": "full"}, {"method": "qlora", "quant.kind": "fp4"}):
+        room.CreateTrainingJob(request(overrides={**overrides, "data.max_rows": 20000}, validate_only=True))
     with refused(InvalidArgument, "CONFIG_VALUE_INVALID"):
         room.CreateTrainingJob(request(overrides={"method": "qlora", "quant.bits": 8}))
 
 
 def test_every_one_of_the_seeds_recipes_is_taken_or_refused_by_name(room: TrainingStub) -> None:
-    """Methods and templates that are not there yet are the only reasons."""
+    """Measures, presets and templates that are not there yet are the only reasons."""
     seed = room.ListRecipes(pb.ListRecipesRequest(page_size=1000, filter='since = "seed"')).recipes
     assert len(seed) == 301
     taken = []
@@ -246,6 +255,41 @@ def test_cancel_and_delete(room: TrainingStub) -> None:
     room.DeleteTrainingJob(pb.DeleteTrainingJobRequest(name=name, etag=job.etag))
     with refused(NotFound, "JOB_NOT_FOUND"):
         room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
+
+
+def test_pause_and_resume(room: TrainingStub) -> None:
+    name = room.CreateTrainingJob(request(fresh("slow"))).name
+    stream = room.WatchTrainingJob(pb.WatchTrainingJobRequest(name=name), timeout=40)
+    while next(stream).WhichOneof("event") != "metric":
+        pass
+    wanted = pb.PauseTrainingJobRequest(name=name, request_id=fresh("p"))
+    room.PauseTrainingJob(wanted)
+    while (event := next(stream)).state.state != pb.TrainingJob.PAUSED:
+        pass
+    assert "starts anew" in event.state.message
+    job = room.GetTrainingJob(pb.GetTrainingJobRequest(name=name))
+    assert job.state == pb.TrainingJob.PAUSED and not job.HasField("end_time")
+    found = room.ListTrainingJobs(pb.ListTrainingJobsRequest(parent=W, filter='state = "PAUSED"'))
+    assert name in [j.name for j in found.training_jobs]
+    with refused(InvalidArgument, "REQUEST_ID_REUSED"):
+        room.ResumeTrainingJob(pb.ResumeTrainingJobRequest(name=name, request_id=wanted.request_id))
+    assert room.ResumeTrainingJob(pb.ResumeTrainingJobRequest(name=name)).state == pb.TrainingJob.QUEUED
+    while next(stream).WhichOneof("event") != "metric":
+        pass
+    assert room.PauseTrainingJob(wanted).state == pb.TrainingJob.RUNNING, "an old pause that comes again pauses nothing"
+    room.CancelTrainingJob(pb.CancelTrainingJobRequest(name=name))
+    assert list(stream)[-1].state.state == pb.TrainingJob.CANCELLED
+    both: list[tuple[Any, Any]] = [
+        (room.PauseTrainingJob, pb.PauseTrainingJobRequest),
+        (room.ResumeTrainingJob, pb.ResumeTrainingJobRequest),
+    ]
+    for ask, message in both:
+        with refused(FailedPrecondition, "JOB_ENDED"):
+            ask(message(name=name))
+        with refused(NotFound, "JOB_NOT_FOUND"):
+            ask(message(name=f"{W}/trainingJobs/none"))
+        with refused(InvalidArgument, "NAME_MALFORMED"):
+            ask(message(name="none"))
 
 
 def test_delete_forgets_checkpoints(room: TrainingStub, store: Store) -> None:

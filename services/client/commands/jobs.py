@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ from services.client.download import download_job_files
 from services.client.retry import pages
 from services.client.show import bar, event_line, out, plain, table, tell
 from services.common.status import from_status
-from services.finetune.errors import QuartetError
+from services.finetune.errors import FailedPrecondition, QuartetError, Unimplemented
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 SILENCE_S = 0.5
+LOOK_S = 0.3
 
 
 def list_all(a: Namespace) -> None:
@@ -86,6 +88,41 @@ def cancel(a: Namespace) -> None:
     out(plain(job)) if a.json else print(f"{job.name} is asked to end")
 
 
+def pause(a: Namespace) -> None:
+    """Asks, and with --wait stays until the job's place is free."""
+    with connect(a) as client:
+        job = client.pause(_training_job(client, a.job))
+        while a.wait and (state := plain(job)["state"]) != "PAUSED":
+            if state in ENDED:
+                raise FailedPrecondition(f"{job.name} ended {state} before it could be paused", reason="JOB_ENDED")
+            time.sleep(LOOK_S)
+            job = client.job(job.name)
+    done = plain(job)["state"] == "PAUSED"
+    said = "is paused" if done else "is asked to save and stop"
+    out(plain(job)) if a.json else print(f"{job.name} {said}; go on with: quartet job resume {job.name}")
+
+
+def resume(a: Namespace) -> int:
+    """Asks, and with --wait follows the job to its end."""
+    with connect(a) as client:
+        name = _training_job(client, a.job)
+        # Only what comes from here on is news.
+        seen = [event.sequence for event in _so_far(client, name)] if a.wait else []
+        job = client.resume(name)
+        if a.wait:
+            return follow(client, name, a.json, max(seen, default=0))
+    out(plain(job)) if a.json else print(f"{name} goes on; watch it with: quartet job watch {name}")
+    return 0
+
+
+def _training_job(client: Client, text: str) -> str:
+    """The job's full name. Unimplemented (JOB_NOT_PAUSABLE) if it is of another kind."""
+    name = str(client.job(text).name)
+    if "/trainingJobs/" not in name:
+        raise Unimplemented(f"{name} is no training job, and only those can be paused", reason="JOB_NOT_PAUSABLE")
+    return name
+
+
 def delete(a: Namespace) -> None:
     with connect(a) as client:
         name = client.name("trainingJobs", a.job)
@@ -94,18 +131,23 @@ def delete(a: Namespace) -> None:
 
 
 def follow(client: Client, name: str, as_json: bool, after: int = 0, stream: bool = False) -> int:
-    """Show a job to its end; its error's exit status if it failed. Ctrl-C lets go of it and says how to come back.
+    """Show a job to its end; its error's exit status if it failed. One that is paused is waited for: somebody may resume
+    it. Ctrl-C lets go of it and says how to come back.
 
     JSON is the job at its end, or with `stream` each event on a line.
     """
+    paused = False
     try:
         for event in client.watch(name, after):
+            if event.WhichOneof("event") == "state" and (paused := plain(event)["state"]["state"] == "PAUSED"):
+                print(f"paused; go on with: quartet job resume {name}", file=sys.stderr, flush=True)
             if as_json and stream:
                 out(plain(event))
             elif event.WhichOneof("event") not in ("progress", "prepared") and not as_json:
                 print(event_line(event), flush=True)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; come back with: quartet job watch {name}", file=sys.stderr)
+        how = f"is paused; go on with: quartet job resume {name}" if paused else "goes on"
+        print(f"\nthe job {how}; come back with: quartet job watch {name}", file=sys.stderr)
         return 130
     job = client.job(name)
     if as_json and not stream:

@@ -37,21 +37,25 @@ def import_model(a: Namespace) -> int:
 def start_import(
     client: Client, source: str, target: str, task: conversion_pb2.ImportTask, told: Progress
 ) -> conversion_pb2.ConversionJob:
-    """Queue an import of a file, a folder or a hub id. NotFound (MODEL_UNKNOWN)."""
+    """Queue an import of a file, a folder or a hub id. What is here is read by the service where it can see it, else
+    brought; an absolute path that is not here may be on the service's machine. NotFound (MODEL_UNKNOWN)."""
     path = Path(source).expanduser()
-    if not path.exists():
-        if source.startswith(("/", ".", "~")) or source.endswith(".gguf") or source.count("/") != 1:
+    if not path.exists() and not path.is_absolute():
+        if source.startswith(".") or source.endswith(".gguf") or source.count("/") != 1:
             raise NotFound(f"{source} is no file or folder here; a hub id is OWNER/NAME", reason="MODEL_UNKNOWN")
         task.hub_id = source
         return client.convert(target, import_model=task)
-    if client.is_local("conversion"):
+    if client.is_local("conversion") or not path.exists():
         task.local_path = str(path.resolve())
         try:
             return client.convert(target, import_model=task)
-        except PermissionDenied as error:
-            # On loopback, yet it may not or cannot see our files, as in a container: bring them.
-            if error.reason != "LOCAL_PATH_FORBIDDEN":
+        except (NotFound, PermissionDenied) as error:
+            if error.reason not in ("LOCAL_PATH_FORBIDDEN", "MODEL_NOT_FOUND"):
                 raise
+            if not path.exists():
+                why = f"{source} is no file or folder here, and the service says: {error.message}"
+                raise NotFound(why, reason="MODEL_UNKNOWN") from error
+            # On loopback, yet it may not or cannot see our files, as in a container: bring them.
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     if not files:
         raise NotFound(f"{source} is an empty folder", reason="MODEL_UNKNOWN")

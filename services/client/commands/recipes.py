@@ -15,11 +15,12 @@ from services.client.client import Client
 from services.client.commands import connect
 from services.client.commands.jobs import follow
 from services.client.configs import Asked, read_config, read_deepspeed, read_options, recipe_config
+from services.client.plans import GIB, check_fits, lines
 from services.client.retry import pages
-from services.client.show import bar, out, plain
+from services.client.show import bar, out, plain, tell
 from services.client.sources import bring_base, bring_rows, local_base, local_rows
 from services.finetune.config import RunConfig, from_json
-from services.finetune.errors import AlreadyExists, QuartetError
+from services.finetune.errors import AlreadyExists, FailedPrecondition, QuartetError, ResourceExhausted
 from services.finetune.recipes.deepspeed import preset_json, presets
 from services.finetune.recipes.yaml_text import write_yaml
 
@@ -82,6 +83,8 @@ def train(a: Namespace) -> int:
         asked = read_config(client, a.config, options)
         for note in asked.notes:
             _say(f"{a.config}: {note}")
+        if a.dry_run:
+            return _plan(client, a, asked)
         base, data = _sources(client, a, asked)
         job = client.train(asked.recipe, base, data, asked.overrides, job_id=a.name, **_beside(client, a))
         work_dir = a.work_dir or asked.work_dir
@@ -99,6 +102,28 @@ def train(a: Namespace) -> int:
 def _beside(client: Client, a: Namespace) -> dict[str, Any]:
     """What a job names beside its base, data and config."""
     return {"resume_from": a.resume, "validation_datasets": [client.revision(d) for d in a.validation]}
+
+
+def _plan(client: Client, a: Namespace, asked: Asked) -> int:
+    """What the run would take; nothing is brought or made. 73 if it does not fit."""
+    if (not a.data and local_rows(asked.config)) or (not a.base and local_base(asked.config)):
+        raise FailedPrecondition(
+            "--dry-run brings nothing, and the config names files of this machine: give --base and --data",
+            reason="NOT_BROUGHT",
+        )
+    memory = int((a.gpu_memory_gib or 0) * GIB)
+    device = training_pb2.PlanDevice(kind=a.gpu, memory=memory) if a.gpu or memory else None
+    more = {**_beside(client, a), "job_id": a.name, "validate_only": True, "device": device}
+    job = client.train(asked.recipe, a.base, a.data, asked.overrides, **more)
+    if a.json:
+        out(plain(job))
+    else:
+        print("\n".join(lines(job)))
+    try:
+        check_fits(job)
+    except ResourceExhausted as error:
+        return tell(error, as_json=False)
+    return 0
 
 
 def _sources(client: Client, a: Namespace, asked: Asked) -> tuple[str, list[str]]:

@@ -1,7 +1,9 @@
 """Jobs of a Kubernetes cluster, made from a blueprint: a suspended CronJob whose jobTemplate is filled in.
 
-A Job is one attempt. Its name follows from the attempt's, so making it twice makes it once, and a service that was cut
-finds it again. Two lists, at most every POLL_S, tell of all Jobs: no watch, so none that can break off, expire or miss.
+A Job is one attempt, on one node or many: with many it is an Indexed Job, whose pods meet at the first one's name in a
+headless Service of the Job's own. Its name follows from the attempt's, so making it twice makes it once, and a service
+that was cut finds it again. Two lists, at most every POLL_S, tell of all Jobs: no watch, so none that can break off,
+expire or miss.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import urllib3
 from kubernetes import client, config
 
-from services.common.launchers import Handle
+from services.common.launchers import ONE, Handle, Shape
 from services.finetune.errors import FailedPrecondition, PermissionDenied, QuartetError, Unavailable
 
 POLL_S = 2.0
@@ -32,7 +36,10 @@ FENCED_STATUS = 75
 """With this a worker leaves that found its attempt taken: by an earlier pod of the same Job, which was disrupted."""
 MADE_BY = "app.kubernetes.io/managed-by"
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-ROOTS = {"cronjobs": "apis/batch/v1", "jobs": "apis/batch/v1", "pods": "api/v1"}
+ROOTS = {"cronjobs": "apis/batch/v1", "jobs": "apis/batch/v1", "pods": "api/v1", "services": "api/v1"}
+RANK = "batch.kubernetes.io/job-completion-index"
+GPU = "nvidia.com/gpu"
+MASTER_PORT = 29500
 
 Json = dict[str, Any]
 
@@ -56,7 +63,7 @@ class KubernetesLauncher:
         self._seen_at = -POLL_S
         self._disrupted: set[str] = set()  # uids: a pod that was taken away is forgotten soon by the cluster
 
-    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str]) -> Handle:
+    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str], shape: Shape = ONE) -> Handle:
         cron = self._api.get(f"cronjobs/{self._blueprint}")
         if cron is None:
             raise FailedPrecondition(
@@ -65,14 +72,25 @@ class KubernetesLauncher:
                 reason="BLUEPRINT_MISSING",
             )
         job = filled(cron["spec"]["jobTemplate"], self._blueprint, job_name(name), command[1:], env)
+        if shape != ONE:
+            job = shaped(job, shape)
         made = self._api.create("jobs", job) or self._api.get(f"jobs/{job_name(name)}")
         if made is None:
             raise Unavailable(f"the Job {job_name(name)} ended while it was made", reason="CLUSTER_UNAVAILABLE")
+        self._meet(made)
         return _handle(made)
 
     def find(self, name: str, claim: Mapping[str, Any] | None) -> Handle | None:
         job = self._api.get(f"jobs/{job_name(name)}")
-        return _handle(job) if job else None
+        if job is None:
+            return None
+        self._meet(job)  # the service may have been cut before it made this
+        return _handle(job)
+
+    def _meet(self, job: Json) -> None:
+        """The Service by which the pods of a Job of several nodes find the first. It goes when the Job goes."""
+        if job["spec"].get("completionMode") == "Indexed":
+            self._api.create("services", meeting(job))
 
     def alive(self, handle: Handle) -> bool:
         seen = self._look(handle)
@@ -84,9 +102,16 @@ class KubernetesLauncher:
 
     def disrupted(self, handle: Handle) -> bool:
         seen = self._look(handle)
-        if any(_exit_status(pod) == FENCED_STATUS for pod in seen.pods):
+        if any(_exit_status(pod) == FENCED_STATUS for pod in seen.pods) or (seen.job and _taken(seen.job)):
             return True
         return handle["uid"] in self._disrupted
+
+    def broken(self, handle: Handle) -> bool:
+        with self._lock:
+            self._seen_at = -POLL_S  # what is kept may be older than the failure
+        return any(
+            (_exit_status(p) or 0) not in (0, FENCED_STATUS) and not _disrupted(p) for p in self._look(handle).pods
+        )
 
     def trouble(self, handle: Handle) -> str:
         return next((told for pod in self._look(handle).pods if (told := _why_waiting(pod))), "")
@@ -105,7 +130,13 @@ class KubernetesLauncher:
         pods = self._api.list("pods", f"batch.kubernetes.io/job-name={job_name(name)}")
         if not pods:
             return ""
-        last = max(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        # Of several nodes the first to fail says why; the others end because it did.
+        failed = [pod for pod in pods if (_exit_status(pod) or 0) != 0]
+        last = (
+            min(failed, key=lambda pod: str(_state(pod)["terminated"].get("finishedAt", "")))
+            if failed
+            else max(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        )
         text = self._api.text(f"pods/{last['metadata']['name']}/log", {"tailLines": lines})
         return "\n".join(part for part in (text.strip(), _why_ended(last) or _why_waiting(last)) if part)
 
@@ -216,8 +247,8 @@ class Api:
 
 
 def job_name(name: str) -> str:
-    """The DNS label for an attempt's name: readable, and as unique as it."""
-    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+    """The DNS label for an attempt's name: readable, as unique as it, and with place for the index of a pod."""
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:46].strip("-")
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
@@ -234,6 +265,58 @@ def filled(template: Json, blueprint: str, name: str, arguments: Sequence[str], 
     return job
 
 
+def shaped(job: Json, shape: Shape) -> Json:
+    """A Job for so many nodes and GPUs. CPUs and memory grow with the GPUs; a blueprint without any stays as it is."""
+    job = json.loads(json.dumps(job))
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    limits = container["resources"]["limits"]
+    if GPU in limits and shape.gpus_per_node:
+        factor = Fraction(shape.gpus_per_node, int(limits[GPU]))
+        for bound in container["resources"].values():
+            bound.update({k: times(v, factor) for k, v in bound.items() if k in (GPU, "cpu", "memory")})
+    if shape.nodes > 1:
+        name = job["metadata"]["name"]
+        job["spec"].update(completionMode="Indexed", completions=shape.nodes, parallelism=shape.nodes)
+        # A pod made again could not join the others: the first that its place takes away ends all, and the Job says so.
+        for rule in job["spec"]["podFailurePolicy"]["rules"]:
+            rule["action"] = "FailJob"
+        # Each pod gets the host name <job>-<index>, and by this a name in DNS.
+        pod["subdomain"] = name
+        rank = {"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{RANK}']"}}}
+        told = {"NNODES": str(shape.nodes), "MASTER_ADDR": f"{name}-0.{name}", "MASTER_PORT": str(MASTER_PORT)}
+        container["env"] = [*container["env"], *({"name": k, "value": v} for k, v in told.items()), rank]
+    return job
+
+
+def times(quantity: str, factor: Fraction) -> str:
+    """A Kubernetes quantity (4, 500m, 32Gi) so many times, rounded up to its own unit."""
+    found = re.fullmatch(r"(\d+)([A-Za-z]*)", str(quantity))
+    if found is None:
+        raise FailedPrecondition(
+            f"the blueprint's quantity {quantity!r} is no whole number with a unit: write 1500m for 1.5",
+            reason="JOB_REFUSED",
+        )
+    return f"{ceil(int(found[1]) * factor)}{found[2]}"
+
+
+def meeting(job: Json) -> Json:
+    """The headless Service of a Job's pods. Names are there before the pods are ready, for that is when they meet."""
+    name, owner = job["metadata"]["name"], {"apiVersion": "batch/v1", "kind": "Job"}
+    metadata = {
+        "name": name,
+        "labels": {MADE_BY: job["metadata"]["labels"][MADE_BY]},
+        "ownerReferences": [{**owner, "name": name, "uid": job["metadata"]["uid"], "controller": True}],
+    }
+    spec = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": {"batch.kubernetes.io/job-name": name},
+        "ports": [{"name": "rendezvous", "port": MASTER_PORT}],
+    }
+    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec}
+
+
 def _handle(job: Json) -> Handle:
     return {"job": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
 
@@ -245,7 +328,7 @@ def _error(method: str, path: str, status: int, text: str) -> QuartetError:
         told = text[:300]
     if status in (401, 403):
         return PermissionDenied(f"the cluster refuses {method} {path}: {told}", reason="CLUSTER_REFUSED")
-    if status in (0, 408, 429) or status >= 500:
+    if status in (0, 408, 409, 410, 429) or status >= 500:
         return Unavailable(f"the cluster does not answer {method} {path}: {told}", reason="CLUSTER_UNAVAILABLE")
     return FailedPrecondition(f"the cluster finds fault with {method} {path}: {told}", reason="JOB_REFUSED")
 
@@ -256,6 +339,12 @@ def _conditions(thing: Json) -> Mapping[str, Json]:
 
 def _finished(job: Json) -> bool:
     return not _conditions(job).keys().isdisjoint({"Complete", "Failed"})
+
+
+def _taken(job: Json) -> bool:
+    """Whether it failed because a pod was taken away: the policy's message names the condition that it matched."""
+    failed = [c for kind, c in _conditions(job).items() if kind in ("Failed", "FailureTarget")]
+    return any(c.get("reason") == "PodFailurePolicy" and "DisruptionTarget" in c.get("message", "") for c in failed)
 
 
 def _disrupted(pod: Json) -> bool:

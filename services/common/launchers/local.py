@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.launchers import Handle
+from services.common.launchers import ONE, Handle, Shape
+from services.finetune.errors import FailedPrecondition
 
 
 class LocalLauncher:
@@ -22,7 +23,13 @@ class LocalLauncher:
     def __init__(self, home: Path) -> None:
         self._logs = home / "logs"
 
-    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str]) -> Handle:
+    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str], shape: Shape = ONE) -> Handle:
+        if shape.nodes != 1:
+            raise FailedPrecondition(
+                f"workers of this service run on its own machine, which is one and not {shape.nodes}; set parallel.nodes to "
+                "1, or run the service on a cluster (--launcher kubernetes)",
+                reason="SHAPE_UNAVAILABLE",
+            )
         self._logs.mkdir(parents=True, exist_ok=True)
         # Waiting OpenMP threads that spin make two torch processes on one machine several times slower.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **env}
@@ -44,6 +51,9 @@ class LocalLauncher:
 
     def disrupted(self, handle: Handle) -> bool:
         return False  # a machine takes no process away by itself; a shutdown's SIGTERM is told by the worker
+
+    def broken(self, handle: Handle) -> bool:
+        return False  # there is one process, and it left when it was told to
 
     def trouble(self, handle: Handle) -> str:
         return ""  # what was started runs

@@ -1,4 +1,4 @@
-"""ADAPTER: a training checkpoint becomes a PEFT adapter that describes itself."""
+"""ADAPTER: a training checkpoint becomes a PEFT adapter that describes itself, or a model where all of it was trained."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from services.finetune.tokenizer import FILES as TOKENIZER_FILES
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """What PEFT writes before the base's own names."""
+MAGNITUDE = ".lora_magnitude_vector"
+"""What PEFT calls DoRA's lengths of a module's rows."""
 
 
 def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
-    """Do an AdapterTask; the digest of an "adapter" artifact. Its tokenizer files are the base's own blobs.
+    """Do an AdapterTask; the digest of an "adapter" artifact, or of a "merged" one. Its tokenizer files are the base's own
+    blobs.
 
     InvalidArgument (DTYPE_UNKNOWN, TASK_MISSING, ADAPTER_INCOMPLETE, ADAPTER_UNSUPPORTED), FailedPrecondition
     (NOT_A_CHECKPOINT), Cancelled (STOPPED); for another trainer's checkpoint those of foreign.make_foreign too.
@@ -47,12 +50,18 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
     checkpoint = load(store, named.digest)
     if checkpoint.kind != "checkpoint":
         raise FailedPrecondition(f"{named.name} is no checkpoint", reason="NOT_A_CHECKPOINT")
+    if checkpoint.meta["method"] == "full":
+        from services.finetune.convert.whole import make_whole
+
+        return make_whole(task, named, checkpoint, attempt, stop)
     folder = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS, CONFIG))
-    tensors, config = load_file(folder / WEIGHTS), read_config(folder)
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     base_parent = next(p for p in checkpoint.parents if p.role == "base")
     base = load(store, base_parent.digest)
-    check_pairs(tensors, int(config["r"]))
-    check_against(tensors, config, base_tensors(store, base))
+    stored = base_tensors(store, base)
+    pairs = check_beside_pairs(tensors, config, stored)
+    check_pairs(pairs, 0 if config.get("rank_pattern") else int(config["r"]))
+    check_against(pairs, config, stored)
     if stop.is_set():
         raise Cancelled("stopped before anything was kept", reason="STOPPED")
     config.update(base_model_name_or_path=base_parent.name, inference_mode=True)
@@ -98,15 +107,40 @@ def _read(store: Store, digest: str, offset: int, length: int) -> bytes:
     return b"".join(store.read_blob(digest, offset, length))
 
 
+def check_beside_pairs(tensors: Mapping[str, Any], config: Mapping[str, Any], base: Sequence[Stored]) -> dict[str, Any]:
+    """The LoRA halves among an adapter's tensors, once what else it holds is found whole: the lengths that DoRA trains, and
+    modules that were trained as they are. InvalidArgument (ADAPTER_INCOMPLETE)."""
+    pairs = {name: value for name, value in tensors.items() if ".lora_A." in name or ".lora_B." in name}
+    lengths = {name for name in tensors if name.endswith(MAGNITUDE)}
+    wanted = (
+        {a.replace(".lora_A.weight", MAGNITUDE) for a in pairs if ".lora_A." in a} if config.get("use_dora") else set()
+    )
+    if odd := sorted(lengths ^ wanted):
+        raise _incomplete(f"{odd[0]} is {'missing' if odd[0] in wanted else 'not DoRA'}", odd[0])
+    saved = tuple(f"{PREFIX}{module}." for module in config.get("modules_to_save") or ())
+    shapes = {PREFIX + t.name: t.shape for t in base}
+    beside = {name: value for name, value in tensors.items() if name not in pairs and name not in lengths}
+    for name, value in sorted(beside.items()):
+        if not name.startswith(saved) or shapes.get(name, tuple(value.shape)) != tuple(value.shape):
+            raise _incomplete(f"{name} {list(value.shape)} is no weight of modules_to_save", name)
+    if gone := sorted(name for name in shapes if name.startswith(saved) and name not in beside):
+        raise _incomplete(f"{gone[0]} is missing", gone[0])
+    return pairs
+
+
 def check_pairs(tensors: Mapping[str, Any], rank: int) -> None:
-    """Every LoRA module needs its A and its B, of the config's rank. InvalidArgument (ADAPTER_INCOMPLETE) naming the
-    first that fails."""
+    """Every LoRA module needs its A and its B, of the config's rank (0 means any). InvalidArgument (ADAPTER_INCOMPLETE)
+    naming the first that fails."""
     for name, value in sorted(tensors.items()):
         a = name.replace(".lora_B.", ".lora_A.")
         b = name.replace(".lora_A.", ".lora_B.")
         whole = a != b and a in tensors and b in tensors and tensors[a].ndim == tensors[b].ndim == 2
-        if not whole or tensors[a].shape[0] != rank or tensors[b].shape[1] != rank:
-            raise _incomplete(f"{name} {list(value.shape)} has no matching half of rank {rank}", name)
+        if (
+            not whole
+            or tensors[a].shape[0] != tensors[b].shape[1]
+            or tensors[a].shape[0] != (rank or tensors[a].shape[0])
+        ):
+            raise _incomplete(f"{name} {list(value.shape)} has no matching half of rank {rank or 'its own'}", name)
     if not tensors:
         raise _incomplete("the checkpoint holds no LoRA weights", "")
 
@@ -114,14 +148,19 @@ def check_pairs(tensors: Mapping[str, Any], rank: int) -> None:
 def check_against(tensors: Mapping[str, Any], config: Mapping[str, Any], base: Sequence[Stored]) -> None:
     """Each half fits its base weight, and no targeted weight is left out. InvalidArgument (ADAPTER_INCOMPLETE)."""
     targets = config.get("target_modules")
+    saved = tuple(f"{module}." for module in config.get("modules_to_save") or ())
     for weight in base:
         module = weight.name.removesuffix(".weight")
+        if weight.name.startswith(saved):
+            continue
         a, b = halves(module)
         if a in tensors:
             out, into = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
             if tensors[a].shape[1] != into or tensors[b].shape[0] != out:
                 raise _incomplete(f"the adapter does not fit {weight.name} {list(weight.shape)}", weight.name)
-        elif isinstance(targets, list) and len(weight.shape) == 2 and module.rpartition(".")[2] in targets:
+        elif (
+            isinstance(targets, list) and len(weight.shape) == 2 and {module, module.rpartition(".")[2]} & set(targets)
+        ):
             raise _incomplete(f"the adapter targets {module} but has no weights for it", module)
 
 
@@ -134,21 +173,3 @@ def _incomplete(why: str, tensor: str) -> InvalidArgument:
     return InvalidArgument(
         f"{why}; train again or take another checkpoint", reason="ADAPTER_INCOMPLETE", metadata={"tensor": tensor}
     )
-
-
-def scaling(config: Mapping[str, Any]) -> float:
-    """alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
-    rank = int(config["r"])
-    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, if it is a plain LoRA. InvalidArgument (ADAPTER_UNSUPPORTED) naming what is not."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    odd = [k for k in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias") if config.get(k)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise InvalidArgument(
-            f"only plain LoRA adapters can be used, not {', '.join(odd) or config.get('peft_type')}",
-            reason="ADAPTER_UNSUPPORTED",
-        )
-    return config

@@ -10,7 +10,7 @@ import collections
 import json
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,25 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
         alone.parent.mkdir()
         alone.symlink_to(gguf.resolve())
         convert_gguf(alone, out, task.dtype or "bfloat16", stop)
+        total = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+        attempt.emit("progress", done_bytes=total, total_bytes=total)
     else:
         family = _convert_folder(source, out, task.dtype, attempt, stop)
     meta = describe(out, task.template, _family_template(family, source) if family else "")
-    if stop.is_set():
-        raise _stopped()
-    digest = publish_directory(attempt.store, "base", out, parents, meta)
-    total = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    attempt.emit("progress", done_bytes=total, total_bytes=total)
-    return digest
+    return publish_directory(attempt.store, "base", out, parents, meta, _storing(out, attempt, stop))
+
+
+def _storing(out: Path, attempt: Attempt, stop: threading.Event) -> Callable[[int, int], None]:
+    """Reports how far storing is where that is the whole work, as of weights that stay what they are; obeys `stop`."""
+    tell = progress(attempt, stop)
+    if any(path.is_symlink() for path in out.iterdir()):
+        return tell
+
+    def obey(done: int, total: int) -> None:
+        if stop.is_set():
+            raise _stopped()
+
+    return obey
 
 
 # ---------------------------------------------------------------------------------------------- describing

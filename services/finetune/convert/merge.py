@@ -8,22 +8,25 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from services.finetune.config import MergeTask, to_json
+from services.finetune.convert import merge_report
 from services.finetune.convert.adapter import CONFIG, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
 from services.finetune.convert.shards import INDEX, Stored, progress
 from services.finetune.convert.stream import (
+    BLOCK_NUMBERS,
     Piece,
     Writer,
-    bytes_as,
-    cast_pieces,
+    borrow_rows,
+    cast,
     check_layout,
+    computed,
     layout,
     read_model,
     read_rows,
@@ -36,6 +39,9 @@ from services.finetune.store.artifacts import File, Manifest, Parent, load, publ
 from services.finetune.store.port import Store
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
+
+Rows = Callable[[int, int], Tensor]
+"""What an adapter is added to: its rows from one to another, in any floating point."""
 
 REVISION = 1
 """Of the bytes that this code makes: files of an earlier attempt with another are made again."""
@@ -53,6 +59,7 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     shards = layout(base, made.changes.tensors, made.changed, task.dtype, task.max_shard_size_bytes)
     mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
     files = Writer(attempt, mark, progress(attempt, stop)).write(shards, made.pieces)
+    weights = Manifest("merged", tuple(files))
     files += _rest(store, base, made, task.dtype, adapter.meta["template"])
     parents = (
         Parent("base", task.base.digest, task.base.name),
@@ -62,6 +69,7 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     meta = {k: v for k, v in base.meta.items() if k != META} | carried(adapter.meta)
     meta |= {k: adapter.meta[k] for k in ("template", "system", "base_name")}
     meta["dtype"] = task.dtype or base.meta["dtype"]
+    meta["report"] = _report(attempt, made, base, adapter.meta, weights)
     return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
@@ -111,17 +119,19 @@ class Merge:
         """The bytes of a tensor of the merged model, of `tensor`'s dtype."""
         source, change = self._sources[tensor.name], self.changes.by_name.get(tensor.name, Change())
         if change == Change() and tensor.name not in self._rounded:
-            yield from cast_pieces(self._store, source, self._task.dtype)
-            return
-        summed = Summed(self._store, self.rows(tensor.name), source.shape, change)
-        for start, stop in slices(source):
-            yield functools.partial(_piece, summed, tensor.dtype, start, stop)
+            return cast(self._store, source, tensor)
+        return computed(tensor, Summed(self._store, self._rows(tensor.name), source.shape, change).blocks)
 
-    def rows(self, name: str) -> Callable[[int, int], Tensor]:
-        """What the adapter is added to, by rows, in float32."""
+    def before(self, tensor: Stored) -> Tensor:
+        """A whole tensor of the base that the adapter is added to."""
+        if tensor.name not in self._rounded:
+            return read_rows(self._store, tensor)
+        return self._rows(tensor.name)(0, tensor.shape[0])
+
+    def _rows(self, name: str) -> Rows:
         source = self.changes.by_name.get(name, Change()).replaced or self._sources[name]
         if name not in self._rounded:
-            return lambda start, stop: read_rows(self._store, source, start, stop).float()
+            return functools.partial(borrow_rows, self._store, source)
         from services.finetune.convert.nf4 import KINDS, Rounded
 
         rounded = functools.cache(lambda: Rounded(self._store, source, KINDS[self._task.base_dtype]))
@@ -135,41 +145,42 @@ class Merge:
         return rows
 
 
-def _piece(summed: Summed, dtype: str, start: int, stop: int) -> bytes | memoryview:
-    return bytes_as(summed.rows(start, stop), dtype)
-
-
 class Summed:
-    """One weight with its change, by rows, in float32. The adapter's tensors are read when the first rows are asked for."""
+    """One weight with its change, in float32. The adapter's tensors are read when the first rows are asked for."""
 
-    def __init__(
-        self, store: Store, rows: Callable[[int, int], Tensor], shape: tuple[int, ...], change: Change
-    ) -> None:
-        self._store, self._base, self._shape, self._change = store, rows, shape, change
+    def __init__(self, store: Store, rows: Rows, shape: tuple[int, ...], change: Change) -> None:
+        self._store, self._rows, self._shape, self._change = store, rows, shape, change
         self._lock, self._ready = threading.Lock(), False
         self._a = self._b = self._lengths = self._added = torch.empty(0)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the changed weight."""
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows of the changed weight, a few at a time."""
         with self._lock:
             if not self._ready:
                 self._load()
                 self._ready = True
-        summed = self._sum(start, stop)
-        if self._change.lengths is None:
-            return summed
-        if self._change.transposed:
-            return summed.mul_(self._lengths)
-        return summed.mul_((self._lengths[start:stop] / torch.linalg.norm(summed, dim=1)).view(-1, 1))
+        for at, summed in self._sums(start, stop):
+            if self._change.lengths is None:
+                yield summed
+            elif self._change.transposed:
+                yield summed.mul_(self._lengths)
+            else:
+                lengths = self._lengths[at : at + len(summed)] / torch.linalg.norm(summed, dim=1)
+                yield summed.mul_(lengths.view(-1, 1))
 
-    def _sum(self, start: int, stop: int) -> Tensor:
-        weight, change = self._base(start, stop), self._change
-        if change.added is not None:
-            return weight + self._added[start:stop] * change.scale
-        if change.a is None:
-            return weight
-        delta = self._a[:, start:stop].T @ self._b.T if change.transposed else self._b[start:stop] @ self._a
-        return delta.mul_(change.scale).add_(weight)
+    def _sums(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, W + scale b a) of a few rows at a time."""
+        weight, change = self._rows(start, stop), self._change
+        width = weight.numel() // max(len(weight), 1)
+        for first, last in slices(len(weight), width, BLOCK_NUMBERS):
+            rows, at, end = weight[first:last], start + first, start + last
+            if change.added is not None:
+                yield at, rows + self._added[at:end] * change.scale
+            elif change.a is None:
+                yield at, rows
+            else:
+                delta = self._a[:, at:end].T @ self._b.T if change.transposed else self._b[at:end] @ self._a
+                yield at, delta.mul_(change.scale).add_(rows)
 
     def _load(self) -> None:
         change = self._change
@@ -185,13 +196,35 @@ class Summed:
     def _norms(self) -> Tensor:
         """The length of each column of the sum, which has to be made twice for it."""
         squares = torch.zeros(self._shape[1], dtype=torch.float64)
-        step = max(1, (1 << 21) // self._shape[1])
-        for start in range(0, self._shape[0], step):
-            squares += self._sum(start, min(start + step, self._shape[0])).double().square_().sum(0)
+        for start, stop in slices(self._shape[0], self._shape[1], 1 << 20):
+            for _, summed in self._sums(start, stop):
+                squares += summed.double().square_().sum(0)
         return squares.sqrt().float()
 
     def _whole(self, tensor: Stored) -> Tensor:
         return read_rows(self._store, tensor).float()
+
+
+def _report(
+    attempt: Attempt, made: Merge, base: Manifest, meta: Mapping[str, Any], weights: Manifest
+) -> Mapping[str, Any]:
+    """The merge report, which is told as an event too; a warning if the model answers otherwise than it should."""
+    store = attempt.store
+    read = functools.partial(read_rows, store)
+    config = untie(made.config) if made.changes.untied else made.config
+    found = merge_report.report(
+        (made.config, config),
+        made.adapter_config,
+        functools.partial(Tokenizer.from_artifact, store, base),
+        meta,
+        (made.base, made.before),
+        (made.adapter, read),
+        (lambda: read_model(store, weights), read),
+    )
+    text = "merge report: " + ", ".join(f"{k} {v}" for k, v in found.items())
+    level = "warning" if merge_report.is_worrying(found) else "info"
+    attempt.emit("log", level=level, text=text)
+    return found
 
 
 def _rest(store: Store, base: Manifest, made: Merge, dtype: str, template: str) -> list[File]:

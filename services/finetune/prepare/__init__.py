@@ -78,8 +78,9 @@ def told(manifest: Manifest, made: bool) -> str:
     """What a prepared artifact holds, for people."""
     m = manifest.meta
     held = f", {m['held_out']['samples']} held out" if "held_out" in m else ""
+    drawn = f", {m['drawn']} of them drawn," if m.get("drawn") else ""
     return (
-        f"{m['rows']} rows in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
+        f"{m['rows']} rows{drawn} in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
         f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped{held}"
     )
 
@@ -158,7 +159,7 @@ def _make(
 
 
 def _counts(built: Built) -> dict[str, Any]:
-    names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths")
+    names = ("tokens", "learned", "blocks", "fill", "truncated", "dropped", "lengths", "drawn")
     good = built.index["rows"] - sum(built.index["skipped"].values())
     counts = {"rows": good, **{name: built.index[name] for name in names}}
     counts |= {"samples": built.index["laid_out"], "skipped": built.index["skipped"]}

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Longs = NDArray[np.int64]
 
+_DRAW = 2**33
+"""Far from the epochs and the datasets' own numbers, so that no draw repeats an order of blocks."""
 _BYTES_A_PROCESS = 16 << 20
 """A process takes a second to start; less than this is not worth one."""
 
@@ -196,7 +198,9 @@ def _finish(
         laid_out(np.flatnonzero(apart)).save_layout(out / HELD_OUT, {})
         chosen = chosen[~apart[chosen]]
         about["held_out"] = json.loads((out / HELD_OUT / "index.json").read_text("utf-8"))
-    laid_out(chosen).save_layout(out, about)
+    if data.max_rows:
+        chosen = chosen[np.sort(order(len(chosen), _DRAW, seed)[: data.max_rows])]
+    laid_out(chosen).save_layout(out, {**about, "drawn": len(chosen) if data.max_rows else 0})
     index = json.loads((out / "index.json").read_text("utf-8"))
     return Built(Blocks.open(out), index, proof, tuple(total.problems))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from services.finetune.config import RunConfig
 from services.finetune.errors import InvalidArgument, nearest
 from services.finetune.recipes.tables import table
 
@@ -40,6 +41,16 @@ def preset_json(name: str) -> dict[str, Any]:
         )
     tables = table("deepspeed")
     return {**tables["common"], "zero_optimization": tables["presets"][name]}
+
+
+def lacks(config: RunConfig, preset: str) -> dict[str, tuple[str, str]]:
+    """What a run asks for that a preset does not do: {key: (value, what to do)}."""
+    found: dict[str, tuple[str, str]] = {}
+    if config.optim.name not in ("adamw", "paged_adamw_32bit"):
+        found["optim.name"] = config.optim.name, "set it to adamw"
+    if config.model.dtype == "float16":
+        found["model.dtype"] = "float16", "set it to bfloat16, or to float32"
+    return found
 
 
 def preset_of(data: Any, file: str) -> str:

@@ -83,7 +83,8 @@ def _mmengine(top: Part) -> None:
         return
     model.one_of("SupervisedFinetune")
     model.idle("use_varlen_attn")
-    model.only("use_activation_checkpointing", True, False)
+    if not model.flag("use_activation_checkpointing", True):
+        model.set("model.gradient_checkpointing", "none")
     for key in ("peft_model", "max_position_embeddings"):
         model.only(key, None)
     llm, lora = model.part("llm"), model.part("lora")
@@ -132,16 +133,15 @@ def _huggingface(top: Part) -> None:
     read_dataset(top, "train_dataset")
     arguments.one_of("TrainingArguments")
     arguments.only("do_train", True)
-    arguments.only("lr_scheduler_type", "cosine")
     arguments.only("save_strategy", "steps")
     arguments.idle(
         "ddp_find_unused_parameters", "dataloader_num_workers", "report_to", "output_dir", "overwrite_output_dir"
     )
-    names = {"adamw_torch": "adamw", "paged_adamw_32bit": "paged_adamw_32bit"}
-    optim = arguments.text("optim", "adamw_torch")
-    if optim not in names:
-        arguments.blame("optim", f"can only be {' or '.join(names)}")
-    arguments.set("optim.name", names.get(optim, "adamw"))
+    _named(arguments, "lr_scheduler_type", "linear", "schedule.kind", {name: name for name in _SCHEDULES})
+    _named(arguments, "optim", "adamw_torch", "optim.name", _OPTIMIZERS)
+    if arguments.take("gradient_checkpointing") is not None:
+        whole = arguments.flag("gradient_checkpointing", False)
+        arguments.set("model.gradient_checkpointing", "full" if whole else "none")
     if arguments.flag("bf16", False):
         arguments.set("model.dtype", "bfloat16")
     if arguments.flag("fp16", False):
@@ -151,6 +151,29 @@ def _huggingface(top: Part) -> None:
     if arguments.take("seed") is not None:
         arguments.set("schedule.seed", arguments.whole("seed", 0))
     arguments.close()
+
+
+_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "lion_32bit": "lion",
+    "lion_8bit": "lion_8bit",
+    "paged_lion_8bit": "paged_lion_8bit",
+    "sgd": "sgd",
+}
+
+
+def _named(part: Part, key: str, default: str, ours: str, names: Mapping[str, str]) -> None:
+    name = part.text(key, default)
+    if name not in names:
+        part.blame(key, f"can only be {' or '.join(names)}")
+    else:
+        part.set(ours, names[name])
 
 
 _ARGUMENTS: Sequence[tuple[str, str, Callable[[Part, str, Any], Any], float]] = (

@@ -70,6 +70,13 @@ def _lora(lora: Part) -> None:
     lora.set("lora.rank", lora.whole("r", 8))
     lora.set("lora.alpha", lora.number("lora_alpha", 8))
     lora.set("lora.dropout", lora.number("lora_dropout", 0.0))
+    lora.set("lora.use_rslora", lora.flag("use_rslora", False))
+    lora.set("lora.use_dora", lora.flag("use_dora", False))
+    saved = lora.take("modules_to_save") or ()
+    if isinstance(saved, list | tuple) and all(isinstance(name, str) for name in saved):
+        lora.set("lora.modules_to_save", list(saved))
+    else:
+        lora.blame("modules_to_save", "must be a list of names")
     lora.only("bias", "none")
     lora.only("task_type", "CAUSAL_LM", None)
     targets = lora.take("target_modules")

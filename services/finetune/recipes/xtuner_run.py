@@ -12,13 +12,7 @@ def read_optimizer(optim: Part) -> int:
     kind = optim.one_of("AmpOptimWrapper", "OptimWrapper")
     inner = optim.part("optimizer")
     if inner is not None:
-        names = {"AdamW": "adamw", "PagedAdamW32bit": "paged_adamw_32bit"}
-        inner.set("optim.name", names.get(inner.one_of(*names), "adamw"))
-        inner.set("optim.lr", inner.number("lr", 1e-3))
-        _betas(inner)
-        inner.set("optim.weight_decay", inner.number("weight_decay", 0.01))
-        inner.set("optim.eps", inner.number("eps", 1e-8))
-        inner.close()
+        _optimizer(inner)
     clip = optim.part("clip_grad")
     optim.set("optim.clip_norm", clip.number("max_norm", 0) if clip is not None else 0)
     if clip is not None:
@@ -35,8 +29,35 @@ def read_optimizer(optim: Part) -> int:
     return max(1, accumulate)
 
 
-def _betas(part: Part) -> None:
-    betas = part.take("betas", (0.9, 0.999))
+_OPTIMIZERS = {
+    "AdamW": "adamw",
+    "AdamW8bit": "adamw_8bit",
+    "PagedAdamW32bit": "paged_adamw_32bit",
+    "PagedAdamW8bit": "paged_adamw_8bit",
+    "Lion32bit": "lion",
+    "Lion8bit": "lion_8bit",
+    "PagedLion8bit": "paged_lion_8bit",
+    "SGD": "sgd",
+}
+"""Of torch and bitsandbytes."""
+
+
+def _optimizer(part: Part) -> None:
+    name = _OPTIMIZERS.get(part.one_of(*_OPTIMIZERS), "adamw")
+    part.set("optim.name", name)
+    part.set("optim.lr", part.number("lr", 1e-4 if "lion" in name else 1e-3))
+    part.set("optim.weight_decay", part.number("weight_decay", 0.01 if "adamw" in name else 0))
+    if name == "sgd":
+        part.set("optim.momentum", part.number("momentum", 0))
+    else:
+        _betas(part, (0.9, 0.99) if "lion" in name else (0.9, 0.999))
+    if "adamw" in name:
+        part.set("optim.eps", part.number("eps", 1e-8))
+    part.close()
+
+
+def _betas(part: Part, default: tuple[float, float]) -> None:
+    betas = part.take("betas", default)
     if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(isinstance(b, float) for b in betas):
         part.blame("betas", "must be two numbers below 1")
         return
@@ -45,7 +66,7 @@ def _betas(part: Part) -> None:
 
 
 def read_pace(top: Part) -> None:
-    """Length and learning rate: epochs, warm-up, cosine."""
+    """Length and learning rate: epochs, warm-up, and how it falls."""
     train = top.part("train_cfg")
     epochs = 0
     if train is not None:
@@ -60,24 +81,38 @@ def read_pace(top: Part) -> None:
         return
     top.set("schedule.epochs", epochs)
     top.set("schedule.warmup_ratio", 0.0)
-    cosine = False
+    falls = ""
     for rule in top.parts("param_scheduler"):
-        kind = rule.one_of("CosineAnnealingLR", "LinearLR")
+        kind = rule.one_of("LinearLR", *_FALLS)
         rule.only("by_epoch", True)
         rule.only("convert_to_iter_based", True)
-        rule.idle("begin", "end", "T_max", "start_factor")
-        rate = float(top.reading.changes.get("optim.lr", 0)) or 1.0
+        rule.idle("begin", "end", "T_max", "total_iters", "start_factor")
         if kind == "LinearLR":
             rule.set("schedule.warmup_ratio", round(rule.number("end", 0) / epochs, 12))
             rule.only("begin", 0)
         elif rule.take("T_max", epochs) != epochs or rule.take("end", epochs) != epochs:
-            rule.blame("T_max", "the cosine must fall over all epochs")
+            rule.blame("T_max", "the rate must fall over all epochs")
         else:
-            cosine = True
-            rule.set("schedule.min_lr_ratio", rule.number("eta_min", 0.0) / rate)
+            falls = _fall(rule, kind)
         rule.close()
-    if not cosine:
-        top.blame("param_scheduler", "must be CosineAnnealingLR, after LinearLR or alone")
+    if not falls:
+        top.blame("param_scheduler", f"must be {', '.join(_FALLS)}, after LinearLR or alone")
+
+
+_FALLS = {"CosineAnnealingLR": "cosine", "PolyLR": "polynomial", "ConstantLR": "constant_with_warmup"}
+
+
+def _fall(rule: Part, kind: str) -> str:
+    name = _FALLS.get(kind, "")
+    rule.set("schedule.kind", name)
+    if name == "constant_with_warmup":
+        rule.only("factor", 1, 1.0)
+        return name
+    rate = float(rule.reading.changes.get("optim.lr", 0)) or 1.0
+    rule.set("schedule.min_lr_ratio", rule.number("eta_min", 0.0) / rate)
+    if name == "polynomial":
+        rule.set("schedule.power", rule.number("power", 1.0))
+    return name
 
 
 def read_hooks(top: Part, accumulate: int) -> None:

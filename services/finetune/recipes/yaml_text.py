@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from services.finetune.config import DataSource, RunConfig, from_json, to_json
+from services.finetune.config import DataSource, Optimizer, RunConfig, Schedule, from_json, to_json
 from services.finetune.errors import InvalidArgument
 
 MAX_TEXT_BYTES = 1 << 20
@@ -26,15 +26,18 @@ _PATTERNS = {
 
 _ABOUT = {
     "model": "The base: a hub's id, or a folder on the machine where `quartet train` runs. dtype: auto, bfloat16, float16, "
-    "float32.",
-    "lora": "Unused by the method full. targets: names of linear layers, or all-linear.",
-    "quant": "How the frozen base is stored. bits: 4 for qlora, 8 for int8_lora, else 0.",
+    "float32. freeze: modules that the method full leaves alone. gradient_checkpointing: auto, none, full, or selective: "
+    "every gradient_checkpointing_every-th layer.",
+    "lora": "Unused by the method full. targets: linear layers, or all-linear; modules_to_save: trained whole. Both by last "
+    "name, or by whole name with * in it, as rank_pattern and alpha_pattern: {'model.layers.0.*': 8}.",
+    "quant": "How the frozen base is stored. bits: 4 for qlora, 8 for int8_lora, else 0. kind: nf4 or fp4.",
     "data": "template: a prompt template's name, tokenizer for the model's own. sources: where the rows come from, unless "
     "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; and split and format.",
-    "optim": "clip_norm: largest norm of the gradient; 0 does not clip.",
-    "schedule": "One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run. "
-    "The rate climbs for warmup_ratio of all steps, or warmup_steps, then falls by a cosine. deterministic: "
-    "on a GPU, slower and bit-identical.",
+    "optim": f"name: {', '.join(get_args(Optimizer))}. clip_norm: largest norm of the gradient; 0 does not clip.",
+    "schedule": "One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run. The rate "
+    f"climbs for warmup_ratio of all steps, or warmup_steps, then falls to min_lr_ratio by kind: "
+    f"{', '.join(get_args(Schedule))}. power is polynomial's, decay_ratio the part of all steps in which wsd falls. "
+    "deterministic: on a GPU, slower and bit-identical.",
     "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end. keep_last: how "
     "many checkpoints stay, 0 for all; keep_best: the best stays too and is the result. trackers: wandb, mlflow.",
     "validation": "ratio: part of the rows that is held out. every: optimizer steps between looks, 0 for epochs. patience: "

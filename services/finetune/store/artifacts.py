@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -123,13 +123,22 @@ def publish(store: Store, manifest: Manifest) -> str:
 
 
 def publish_directory(
-    store: Store, kind: Kind, directory: Path, parents: Sequence[Parent] = (), meta: Mapping[str, Any] | None = None
+    store: Store,
+    kind: Kind,
+    directory: Path,
+    parents: Sequence[Parent] = (),
+    meta: Mapping[str, Any] | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Store every file below `directory` as an artifact; its digest."""
-    files = []
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    """Store every file below `directory` as an artifact; its digest. `tell` hears of (bytes done, bytes in all) before each
+    file and at the end, and may raise to stop."""
+    files, paths = list[File](), sorted(p for p in directory.rglob("*") if p.is_file())
+    total = sum(path.stat().st_size for path in paths)
+    for path in paths:
+        tell(sum(f.size for f in files), total)
         blob = store.put_file(path)
         files.append(File(path.relative_to(directory).as_posix(), blob.digest, blob.size))
+    tell(total, total)
     return publish(store, Manifest(kind, tuple(files), tuple(parents), meta or {}))
 
 

@@ -112,7 +112,7 @@ def _told(store: Store, place: str) -> set[str]:
     """What the workers of a job that has not ended made, and no ref may name yet."""
     found = set[str]()
     for entry in _entries(store, f"{place}/"):
-        if entry.key.endswith("/lease.json") or "/checkpoints/" in entry.key:
+        if "/events/" not in entry.key:
             told = store.get(entry.key)
             found |= _any_digest(json.loads(told.data)) if told else set()
     return found

@@ -105,11 +105,18 @@ class S3Store:
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         at = 0
-        for piece in self.read_blob(digest, offset, len(buffer)):
-            buffer[at : at + len(piece)] = piece
-            at += len(piece)
-        if at != len(buffer):
-            raise cut_short(digest)
+        try:
+            for piece in self.read(self.blob_key(digest), offset, len(buffer)):
+                buffer[at : at + len(piece)] = piece
+                at += len(piece)
+        except Unavailable:
+            # Only now, as most ranges are there: one question less for each of them.
+            blob = self.stat_blob(digest)
+            if blob is None:
+                raise no_blob(digest) from None
+            if blob.size < offset + len(buffer):
+                raise cut_short(digest) from None
+            raise
 
     def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         blob = self.stat_blob(digest)

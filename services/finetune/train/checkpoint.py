@@ -1,11 +1,15 @@
 """Checkpoints: everything that decides how a run goes on, as one artifact. No pickle: tensors and JSON only.
 
-adapter_model.safetensors, adapter_config.json   a PEFT adapter, usable as it is
+adapter_model.safetensors, adapter_config.json   a PEFT adapter, usable as it is; or
+model.safetensors                                the weights that full training changed, in float32
 optimizer.safetensors                            the optimizer's tensors, "<parameter>|<slot>"
 rng.safetensors                                  torch's generator states
-state.json                                       step, loss, what validation said, and the optimizer's plain numbers
+state.json                                       step, loss, what validation said, the optimizer's plain numbers and the
+                                                 loss scale; of a whole model also other names of its weights ("tied")
 run_config.json                                  the run's config
 steps.jsonl.gz                                   the step log; see steplog.py
+
+What is large is in several files: model-00001-of-00004.safetensors.
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ if TYPE_CHECKING:
 class Snapshot:
     """A run's state in host memory, or on its way there until `ready` (a CUDA event). It shares nothing with the model."""
 
-    config: Mapping[str, Any]
-    adapter: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None
+    """The adapter's; None for a model that is trained whole."""
+    weights: Mapping[str, Tensor]
+    tied: Sequence[str]
     optimizer: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
     rng: Mapping[str, Tensor]
@@ -51,17 +57,27 @@ def snapshot(
     """
     from peft import get_peft_model_state_dict
 
-    if hasattr(optimizer, "init_state"):
+    if _is_bitsandbytes(optimizer) and torch.cuda.is_available():
         torch.cuda.synchronize()  # pages are read by the host itself
-    weights = get_peft_model_state_dict(model, state_dict=dict(parameters), save_embedding_layers=False)
+    adapted = hasattr(model, "peft_config")
+    weights: Mapping[str, Tensor] = parameters
+    if adapted:
+        named = dict(parameters) if zero else None  # a state_dict's tensors know nothing of the other parts
+        weights = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
     with _Copies(keep=zero is None or zero.group.speaks) as copies:
-        adapter = {k: copies.take(zero.whole(v) if zero else v) for k, v in weights.items()}
+        taken = {k: copies.take(zero.whole(v) if zero else v) for k, v in weights.items()}
         if zero is None:
             tensors, numbers = _split(optimizer, parameters, copies)
         else:
             tensors, numbers = {k: copies.take(v) for k, v in zero.state(parameters)}, {}
-    config = model.peft_config["default"].to_dict()
-    return Snapshot(config, adapter, tensors, numbers, _rng(), copies.ready)
+    config = model.peft_config["default"].to_dict() if adapted else None
+    return Snapshot(config, taken, [] if adapted else _tied(model), tensors, numbers, _rng(), copies.ready)
+
+
+def _tied(model: Any) -> list[str]:
+    """Further names of weights that have one already."""
+    names = {n for n, _ in model.named_parameters()}
+    return sorted(n for n, _ in model.named_parameters(remove_duplicate=False) if n not in names)
 
 
 class _Copies:
@@ -107,10 +123,14 @@ def save(
     if taken.ready is not None:
         taken.ready.synchronize()
     folder.mkdir(parents=True)
-    write_tensors(taken.adapter, folder / "adapter_model.safetensors")
-    config = {**taken.config, "base_model_name_or_path": run.base.name, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(_dump({k: _plain(v) for k, v in config.items()}))
-    write_tensors(taken.optimizer, folder / "optimizer.safetensors")
+    if taken.config is None:
+        write_sharded(taken.weights, folder, "model")
+        state = {**state, "tied": taken.tied}
+    else:
+        write_tensors(taken.weights, folder / "adapter_model.safetensors")
+        config = {**taken.config, "base_model_name_or_path": run.base.name, "inference_mode": True}
+        (folder / "adapter_config.json").write_text(_dump({k: _plain(v) for k, v in config.items()}))
+    write_sharded(taken.optimizer, folder, "optimizer")
     write_tensors(taken.rng, folder / "rng.safetensors")
     (folder / "state.json").write_text(_dump({**state, "optimizer": taken.numbers}))
     (folder / "run_config.json").write_text(_dump(to_json(run.config)))
@@ -118,6 +138,32 @@ def save(
     parents = [Parent("base", run.base.digest, run.base.name)]
     parents += [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "checkpoint", folder, parents, meta)
+
+
+SHARD_BYTES = 4 << 30
+"""Of one file of a checkpoint, so that blobs are sent and taken up again in pieces of a sensible size."""
+
+
+def write_sharded(tensors: Mapping[str, Tensor], folder: Path, stem: str, limit: int = SHARD_BYTES) -> None:
+    """Write files below `limit` bytes, unless one tensor alone is above it; a single one is stem.safetensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in sorted(tensors.items()):
+        if shards[-1] and size + value.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    for n, shard in enumerate(shards, 1):
+        part = f"-{n:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        write_tensors(shard, folder / f"{stem}{part}.safetensors")
+
+
+def read_sharded(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What write_sharded wrote."""
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted(folder.glob(f"{stem}*.safetensors")) for k, v in load_file(path).items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -157,16 +203,15 @@ def restore(
 
     FailedPrecondition (RESUME_MISMATCH) if the run differs in what must be equal for an exact continuation.
     """
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     manifest = load(store, digest)
     materialise(store, manifest, folder)
     check_same(run, json.loads((folder / "run_config.json").read_text()), manifest.parents)
     with zero.writing(parameters) if zero else nullcontext():
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        _fill_weights(model, parameters, folder)
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    kept = _by_parameter({**load_file(folder / "optimizer.safetensors"), **state["optimizer"]})
+    kept = _by_parameter({**read_sharded(folder, "optimizer"), **state["optimizer"]})
     if zero is None:
         _join(optimizer, parameters, kept)
     else:
@@ -177,6 +222,18 @@ def restore(
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(value)
     return state
+
+
+def _fill_weights(model: Any, parameters: Mapping[str, Tensor], folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    weights = read_sharded(folder, "model")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
 
 
 def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
@@ -193,6 +250,9 @@ def check_same(run: TrainRun, before: Any, parents: tuple[Parent, ...]) -> None:
         # Where base and rows came from; what they are is compared by digest.
         config["model"].pop("checkpoint")
         config["data"].pop("sources")
+        # What is kept and what is computed again gives the same numbers.
+        config["model"].pop("gradient_checkpointing")
+        config["model"].pop("gradient_checkpointing_every")
     changed = [f"{s}.{k}" for s in now if isinstance(now[s], dict) for k in now[s] if now[s][k] != then[s][k]]
     base = next(p.digest for p in parents if p.role == "base")
     data = [p.digest for p in parents if p.role == "dataset"]
@@ -232,32 +292,36 @@ def _by_parameter(kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _join(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    paged = hasattr(optimizer, "init_state")
-    if state and paged != any("state1" in slots for slots in state.values()):
+    own = _is_bitsandbytes(optimizer)
+    if state and own != any("state1" in slots for slots in state.values()):
         raise FailedPrecondition(
-            "the checkpoint's optimizer is of another machine: paged_adamw_32bit is paged on a GPU only; go on where it "
-            "was saved",
+            "the checkpoint's optimizer is of another machine: paged_adamw_32bit is paged on a GPU only, and torch's "
+            "adamw elsewhere; go on where it was saved",
             reason="RESUME_MISMATCH",
         )
-    if paged:
-        _fill_paged(optimizer, parameters, state)
+    if own:
+        _fill(optimizer, parameters, state)
         return
-    names = list(parameters)
+    places = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     whole = optimizer.state_dict()
-    whole["state"] = {names.index(name): slots for name, slots in state.items()}
+    whole["state"] = {places[id(parameters[name])]: slots for name, slots in state.items()}
     optimizer.load_state_dict(whole)
 
 
-def _fill_paged(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Restore bitsandbytes' state into pages: its own load_state_dict would leave it all in GPU memory."""
-    known = [(n, name, p) for n, (name, p) in enumerate(parameters.items()) if name in state]
-    for n, _, parameter in known:
-        optimizer.init_state(optimizer.param_groups[0], parameter, 0, n)
-    # Pages are zeroed by the GPU, in its own time.
-    torch.cuda.synchronize()
-    for _, name, parameter in known:
-        slots = optimizer.state[parameter]
-        for slot, value in state[name].items():
+def _is_bitsandbytes(optimizer: Any) -> bool:
+    return hasattr(optimizer, "init_state")
+
+
+def _fill(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Restore bitsandbytes' state where it makes it: its own load_state_dict would leave pages in GPU memory."""
+    for g, group in enumerate(optimizer.param_groups):
+        for n, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, g, n)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # pages are zeroed by the GPU, in its own time
+    for name, kept in state.items():
+        slots = optimizer.state[parameters[name]]
+        for slot, value in kept.items():
             if isinstance(value, Tensor):
                 slots[slot].copy_(value)
             else:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from services.finetune.config import ModelConfig
 from services.finetune.packing import Blocks
 from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.batch import flatten
-from services.finetune.train.model import summed_loss
+from services.finetune.train.model import causal_of, summed_loss
 from services.finetune.train.parallel import ALONE, Batch, Group
+
+Unscale = Callable[[], None] | None
+"""Divides gradients by the loss scale. It sees sums over all ranks, so that all find the same overflow and skip the same
+step."""
 
 
 class Engine(Protocol):
@@ -28,14 +34,14 @@ class Engine(Protocol):
         still take on the device. What there is to tell, or ""."""
         ...
 
-    def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+    def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         """The loss of the blocks in `batch`, summed over their learned tokens and divided by `learned`, on the device;
-        gradients are added. `seed` belongs to this micro-step alone. An empty batch adds nothing."""
+        its gradients times `scale` are added. `seed` belongs to this micro-step alone. An empty batch adds nothing."""
         ...
 
-    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
-        """After the last micro-step: gradients summed over all ranks, then clipped to `clip_norm` (0 does not clip). Their
-        L2 norm before that."""
+    def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
+        """After the last micro-step: gradients summed over all ranks, `unscale` called on the sums, and these clipped to
+        `clip_norm` (0 does not clip). Their L2 norm before that."""
         ...
 
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
@@ -56,25 +62,30 @@ class Autograd:
 
     collective = False
 
-    def __init__(self, model: Any, blocks: Blocks, device: torch.device, group: Group = ALONE) -> None:
+    def __init__(
+        self, model: Any, blocks: Blocks, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.device = device
+        self.dtype = dtype
         self.group = group
 
     def begin(self, tokens: int, reserved: int) -> str:
         self.model.zero_grad(set_to_none=True)
         return ""
 
-    def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+    def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         if not len(batch):
             return torch.zeros((), device=self.device)
-        loss = summed_loss(self.model, *tensors(self.blocks, batch, self.device)) / learned
-        loss.backward()
+        loss = summed_loss(self.model, *tensors(self.blocks, batch, self.device), dtype=self.dtype) / learned
+        (loss * scale if scale != 1.0 else loss).backward()
         return loss.detach()
 
-    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
+    def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         self.group.sum_gradients(parameters)
+        if unscale:
+            unscale()
         return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
 
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
@@ -83,14 +94,10 @@ class Autograd:
     @torch.no_grad()
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
         self.model.eval()
-        return summed_loss(self.model, *tensors(blocks, batch, self.device))
+        return summed_loss(self.model, *tensors(blocks, batch, self.device), dtype=self.dtype)
 
     def spare(self) -> str:
-        causal = self.model.get_base_model()
-        if causal.is_gradient_checkpointing or not causal.supports_gradient_checkpointing:
-            return ""
-        causal.gradient_checkpointing_enable({"use_reentrant": False})
-        return "layers run forward twice"
+        return memory.spare(causal_of(self.model))
 
 
 class Handmade:
@@ -98,13 +105,22 @@ class Handmade:
 
     collective = False
 
-    def __init__(self, model: Any, blocks: Blocks, device: torch.device, positions: int, group: Group = ALONE) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: Blocks,
+        device: torch.device,
+        config: ModelConfig,
+        positions: int,
+        group: Group = ALONE,
+    ) -> None:
         from services.finetune.train import ops_triton
         from services.finetune.train.fused import Fused
 
         self.fused = Fused(model, ops_triton, positions)
         self.blocks = blocks
         self.device = device
+        self.config = config
         self.group = group
         self.planned = 0
 
@@ -112,17 +128,19 @@ class Handmade:
         self.fused.adapters.begin()
         if tokens <= self.planned:
             return ""
-        made = memory.plan(self.fused, tokens, memory.free_bytes(self.device) - reserved)
+        made = memory.bound(memory.plan(self.fused, tokens, memory.free_bytes(self.device) - reserved), self.config)
         self.planned, self.fused.recomputed = tokens, made.recomputed
-        return f"micro-steps of up to {tokens} tokens: {made}"
+        return f"micro-steps of up to {tokens} tokens: {memory.told(made)}"
 
-    def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+    def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         if not len(batch):
             return torch.zeros((), device=self.device)
-        return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed)
+        return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed, scale)
 
-    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
+    def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         self.group.sum(self.fused.adapters.grad)
+        if unscale:
+            unscale()
         return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
 
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
@@ -155,12 +173,14 @@ def choose(
     blocks: Blocks,
     device: torch.device,
     dtype: torch.dtype,
+    config: ModelConfig,
     longest: int = 0,
     fixed: bool = False,
     group: Group = ALONE,
 ) -> tuple[Engine, str]:
     """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` asks for sums in a
-    fixed order, which flash attention's backward does not have."""
+    fixed order, which flash attention's backward does not have. FailedPrecondition (MODEL_NOT_TRAINABLE) as
+    memory.recompute."""
     why = "no GPU" if device.type != "cuda" else ""
     if fixed:
         why = why or "sums in a fixed order are asked for"
@@ -168,8 +188,9 @@ def choose(
         why = why or f"flash attention knows no {str(dtype).removeprefix('torch.')}"
     if not why:
         try:
-            positions = max(longest, int(blocks.ids.shape[1]))
-            return Handmade(model, blocks, device, positions, group), "fused kernels, attention by document"
+            made = Handmade(model, blocks, device, config, max(longest, int(blocks.ids.shape[1])), group)
+            return made, "fused kernels, attention by document"
         except (Uncovered, ImportError) as error:
             why = f"not covered by the fused kernels: {error}"
-    return Autograd(model, blocks, device, group), f"torch's autograd over dense masks ({why})"
+    twice = memory.recompute(causal_of(model), config, device)
+    return Autograd(model, blocks, device, dtype, group), f"torch's autograd over dense masks ({why}); {twice}"

@@ -8,9 +8,12 @@ costs 6; and the output head is counted for learned tokens only. Layers that run
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from services.finetune.train.model import causal_of
 
 PEAKS = (
     # Dense 16-bit tensor operations a second, by a part of the device's name; the makers' data sheets. Longer names first.
@@ -58,8 +61,8 @@ class Cost:
 
 
 def cost(model: Any) -> Cost | None:
-    """The cost of a PEFT model's token; None where it is not known, as with experts, of which a token sees some only."""
-    causal = model.get_base_model()
+    """The cost of a token; None where it is not known, as with experts, of which a token sees some only."""
+    causal = causal_of(model)
     config = causal.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
@@ -91,6 +94,6 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that were in use at once: tensors on a GPU, else all of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that begins with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

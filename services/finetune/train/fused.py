@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from services.finetune.plan import FUSED, HEAD_ROWS
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
 from services.finetune.train.ops_torch import Drop, Heads, Source, Turns
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose tables do not change with the length of the input."""
-HEAD_ROWS = 2048
-"""Learned tokens whose logits exist at a time."""
 LARGE = 2**37
 """Products of more multiplications than this leave room on a GPU for small kernels beside them, and time to ask for it."""
 
@@ -70,6 +68,8 @@ class Fused:
     """A PEFT model's training step. Uncovered where the model has something that this code does not know."""
 
     def __init__(self, model: Any, ops: Any, positions: int) -> None:
+        if not hasattr(model, "get_base_model"):
+            raise Uncovered("weights that are trained whole")
         causal = model.get_base_model()
         check_covered(causal)
         self.ops = ops
@@ -94,8 +94,9 @@ class Fused:
         """So many layers, from the first, keep their input only and run forward again in the backward pass."""
 
     @torch.no_grad()
-    def backprop(self, flat: Flat, learned: int, seed: int) -> Tensor:
-        """The cross entropy summed over `flat`'s learned tokens, by `learned`; its gradients are added to the adapters'.
+    def backprop(self, flat: Flat, learned: int, seed: int, scale: float = 1.0) -> Tensor:
+        """The cross entropy summed over `flat`'s learned tokens, by `learned`; its gradients times `scale` are added to the
+        adapters'.
 
         `seed` decides the dropout, together with layer and projection.
         """
@@ -111,7 +112,7 @@ class Fused:
             else:
                 h_TD, delta_TD, saved = self._forward(layer, h_TD, delta_TD, turns, flat, _mixed(seed, n))
                 kept.append(saved)
-        loss, grad_TD = self._loss(h_TD, delta_TD, flat, learned)
+        loss, grad_TD = self._loss(h_TD, delta_TD, flat, learned, scale)
         del h_TD, delta_TD
         for n, layer in reversed(list(enumerate(self.layers))):
             saved = kept.pop()
@@ -239,14 +240,16 @@ class Fused:
             self.ops.lora_grad_x(dx, g, group.a_copy, len(adapted), group.scale, drop, gate_up)
         return dx
 
-    def _loss(self, h_TD: Tensor, delta_TD: Tensor | None, flat: Flat, learned: int) -> tuple[Tensor, Tensor]:
-        """(loss, the gradient of the last layer's output). Only learned tokens reach the head."""
+    def _loss(
+        self, h_TD: Tensor, delta_TD: Tensor | None, flat: Flat, learned: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, the gradient of the last layer's output times `scale`). Only learned tokens reach the head."""
         h_TD, x_TD, rstd = self.ops.add_norm(h_TD, delta_TD, self.norm, self.eps)
         x_KD = x_TD.index_select(0, flat.where_K)
         losses = []
         for rows_KD, wanted_K in zip(x_KD.split(self.head_rows), flat.wanted_K.split(self.head_rows), strict=True):
             logits_KV = rows_KD @ self.head.t()
-            losses.append(self.ops.cross_entropy(logits_KV, wanted_K, 1.0 / learned))
+            losses.append(self.ops.cross_entropy(logits_KV, wanted_K, scale / learned))
             torch.mm(logits_KV, self.head, out=rows_KD)
         dx_TD = x_TD.zero_().index_copy_(0, flat.where_K.long(), x_KD)
         grad_TD = torch.zeros_like(h_TD)
@@ -265,7 +268,7 @@ def _on(stream: Any) -> AbstractContextManager[Any]:
 def check_covered(causal: Any) -> None:
     """Uncovered, saying what stands against the fused path."""
     config = causal.config
-    if type(causal).__name__ not in ARCHITECTURES:
+    if type(causal).__name__ not in FUSED:
         raise Uncovered(type(causal).__name__)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPES:

@@ -27,7 +27,8 @@ from services.finetune.train import checkpoint
 from services.finetune.train.data import prepare
 from services.finetune.train.engine import Engine, choose
 from services.finetune.train.flops import cost, peak, peak_memory
-from services.finetune.train.model import choose_dtype, load_model, trainable
+from services.finetune.train.memory import give_back, planned, recompute
+from services.finetune.train.model import causal_of, choose_dtype, computing, load_model, trainable
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.report import Report, Silent
 from services.finetune.train.stage import choose_stage
@@ -86,6 +87,8 @@ class Trainer:
             if message := self._train():
                 self.report.log(message)
             self._save().result()
+        held, plan = (size / 2**20 for size in (peak_memory(self.device), self.planned))
+        self.report.log(f"peak memory {held:,.0f} MiB{f', planned {plan:,.0f} MiB' if plan else ''}")
         self._sample()
         if not self.group.speaks:
             return {}
@@ -131,6 +134,8 @@ class Trainer:
         torch.use_deterministic_algorithms(fixed)
         if fixed:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        if not torch.cuda.is_available():
+            give_back()
         store, base = self.attempt.store, load(self.attempt.store, self.order.base.digest)
         folder = self.workdir / "base"
         self.group.once(lambda: materialise(store, base, folder))
@@ -161,14 +166,20 @@ class Trainer:
             self.engine,
             self._tell,
             self.report.log,
+            dtype,
             self.group,
             self.stop,
+            dealt=self.zero is not None,
         )
         if self.zero is not None:
             self.steps.optimizer = self.zero.start(self.steps.optimizer)
+        self.dtype = dtype
         self.cost, self.peak = cost(self.model), peak(self.device, dtype)
         if self.cost and self.peak:
             self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
+        # A plan is of whole copies.
+        order = (folder, self.config, blocks, self.steps.total, self.device, dtype)
+        self.planned = 0 if self.zero else planned(*order)
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,
@@ -186,9 +197,11 @@ class Trainer:
 
             trainable = sum(p.numel() for p in self.parameters.values())
             settings = settings_of(stage, self.config.optim.clip_norm, trainable)
-            self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings)
-            return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes: {why}"
-        engine, how = choose(self.model, self.data.blocks, self.device, dtype, longest, fixed, self.group)
+            self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings, dtype)
+            twice = recompute(causal_of(self.model), self.config.model, self.device)
+            return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes ({why}); {twice}"
+        model, blocks, wanted = self.model, self.data.blocks, self.config.model
+        engine, how = choose(model, blocks, self.device, dtype, wanted, longest, fixed, self.group)
         return engine, how + (f"; {why}" if why else "")
 
     def _begin_nothing_more(self) -> None:
@@ -361,7 +374,7 @@ class Trainer:
         for prompt in self.config.report.prompts:
             ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
             prompt_BL = torch.tensor([ids], device=self.device)
-            with torch.no_grad():
+            with torch.no_grad(), computing(self.device, self.dtype):
                 out_BL = self.model.generate(
                     input_ids=prompt_BL,
                     attention_mask=torch.ones_like(prompt_BL),

@@ -1,4 +1,4 @@
-"""The model under training: a frozen base, quantised or not, with LoRA on its linear layers.
+"""The model under training: how it is loaded, and its loss.
 
 Letters in shapes: B blocks, L tokens, D hidden, V vocabulary, K learned tokens.
 """
@@ -13,41 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import RunConfig
-from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.config import QuantConfig, RunConfig
+from services.finetune.errors import FailedPrecondition
+from services.finetune.train.methods import adapt, check_writable, unfreeze
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
     """(dtype, why). auto takes bfloat16 only where hardware multiplies it: emulated, it is slower than float32."""
-    if wanted != "auto":
-        return getattr(torch, wanted), "as configured"
     if torch.cuda.is_available():
         good, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
     else:
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         good, what = "avx512_bf16" in flags or "amx_bf16" in flags, "this processor"
-    return (torch.bfloat16, f"{what} has bfloat16") if good else (torch.float32, f"{what} has no bfloat16")
+    has = f"{what} has bfloat16" if good else f"{what} has no bfloat16"
+    if wanted == "auto":
+        return (torch.bfloat16 if good else torch.float32), has
+    told = {
+        "bfloat16": "as configured" if good else f"as configured, though {has}: float32 would be faster",
+        "float16": "as configured, with a loss scale; " + (f"{has}, which needs none" if good else has),
+        "float32": "as configured" + (f", though {has}, which would be faster" if good else ""),
+    }
+    return getattr(torch, wanted), told[wanted]
 
 
 def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
-    """The base with fresh LoRA weights (float32, trainable). FailedPrecondition (MODEL_NOT_TRAINABLE)."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    """The base with what is to be trained in float32: fresh LoRA weights, or the base's own.
+
+    FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID).
+    """
+    from transformers import AutoModelForCausalLM
 
     check_no_code(directory)
-    quant = None
-    if config.quant.bits == 4:
-        quant = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.quant.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    whole = config.method == "full"
     try:
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
         model = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=dtype,
-            quantization_config=quant,
+            dtype=torch.float32 if whole else dtype,
+            quantization_config=_quantisation(config.quant, dtype),
             device_map=device,
             trust_remote_code=False,
             local_files_only=True,
@@ -61,34 +64,36 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
         ) from error
     check_packable(model, config)
     keep_layout(model, every=True)
-    return adapt(model, config)
+    if not whole:
+        return adapt(model, config)
+    model = unfreeze(model, config, dtype)
+    check_writable(model, directory)
+    return model
 
 
-def adapt(model: Any, config: RunConfig) -> Any:
-    """A causal model with fresh LoRA weights. InvalidArgument (CONFIG_VALUE_INVALID) for targets that it has not."""
-    import peft
+def _quantisation(quant: QuantConfig, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
 
-    model.config.use_cache = False
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    lora = config.lora
-    adapter = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.targets == ("all-linear",) else list(lora.targets),
-        task_type="CAUSAL_LM",
-    )
-    # Fresh LoRA weights depend on the seed alone, not on what ran before.
-    torch.manual_seed(config.schedule.seed)
-    try:
-        wrapped = peft.get_peft_model(model, adapter)
-    except ValueError as error:
-        raise InvalidArgument(f"lora.targets: {error}", reason="CONFIG_VALUE_INVALID") from error
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped
+    if quant.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quant.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.kind,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def causal_of(model: Any) -> Any:
+    """The causal model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Within this, products are in `dtype`, whatever the weights are kept in."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def keep_layout(model: Any, every: bool) -> None:
@@ -148,15 +153,23 @@ def trainable(model: Any) -> dict[str, Tensor]:
 
 
 def summed_loss(
-    model: Any, ids_BL: Tensor, labels_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor, call: Any = None
+    model: Any,
+    ids_BL: Tensor,
+    labels_BL: Tensor,
+    positions_BL: Tensor,
+    segments_BL: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    call: Any = None,
 ) -> Tensor:
-    """Cross entropy summed over the learned tokens, float32. `call` runs the causal model, if it is not to run itself.
+    """Cross entropy summed over the learned tokens, float32; computed in `dtype`, or else in the base's own. `call` runs the
+    causal model, if it is not to run itself.
 
     Samples of one block do not see each other. Logits are computed for learned tokens only: with a large vocabulary
     they are most of the cost, and most tokens are prompts. `labels_BL` stays in host memory, so that finding the
     learned tokens does not wait for the GPU.
     """
-    causal = model.get_base_model()
+    causal = causal_of(model)
     device = ids_BL.device
     # Position t predicts the label at t + 1.
     row_K, place_K = (labels_BL[:, 1:] >= 0).nonzero(as_tuple=True)
@@ -169,7 +182,7 @@ def summed_loss(
     head = causal.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, where_K)[None],))
     try:
-        with torch.autocast(device.type, dtype=causal.dtype, enabled=causal.dtype != torch.float32):
+        with computing(device, dtype or causal.dtype):
             logits_KV = (call or causal)(input_ids=ids_BL, use_cache=False, **seen).logits[0]
     finally:
         hook.remove()

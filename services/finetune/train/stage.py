@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from services.finetune.config import RunConfig
+from services.finetune.recipes.deepspeed import lacks
 from services.finetune.train.parallel import Group
 
 ROOM = 0.7
@@ -24,13 +25,15 @@ def choose_stage(config: RunConfig, model: Any, group: Group) -> tuple[str, str]
         return asked, "as configured"
     if group.world == 1:
         return "", ""
+    whole = f"{group.world} processes with the whole model each"
     if not torch.cuda.is_available():
-        return "", f"{group.world} processes with the whole model each"
+        return "", whole
     room = ROOM * torch.cuda.get_device_properties(group.local_rank).total_memory
     needs = needed_bytes(*count_bytes(model), group.world)
-    stage = next((s for s in STAGES if needs[s] <= room), STAGES[-1])
+    able = [s for s in STAGES if not s or not lacks(config, s)]
+    stage = next((s for s in able if needs[s] <= room), able[-1])
     told = f"{needs[stage] / 2**30:.1f} GiB a GPU for weights, gradients and optimizer"
-    how = f"{group.world} processes with the whole model each" if not stage else "the lowest stage that fits"
+    how = whole if not stage else "the lowest stage that fits"
     return stage, f"{how}: {told}"
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from services.finetune import packing
-from services.finetune.config import OptimConfig, RunConfig, ScheduleConfig
+from services.finetune.config import RunConfig
 from services.finetune.errors import InvalidArgument, ResourceExhausted, out_of_memory
 from services.finetune.packing import Blocks
 from services.finetune.train.batch import ROUND
 from services.finetune.train.engine import Engine
+from services.finetune.train.optim import make_optimizer, rate, state_bytes
 from services.finetune.train.parallel import ALONE, Group
 
 
@@ -30,6 +31,7 @@ class Told:
     step: int
     loss: float
     grad_norm: float
+    """0 for a step that was skipped."""
     lr: float
     taken: Taken
     seconds: float
@@ -61,7 +63,8 @@ class Stepper:
     """A model, its data and its optimizer, one step at a time.
 
     On a GPU a step's loss is looked at while the next one runs; `settle` waits for it. `tell` hears of every step, in order,
-    `log` of what the engine decides, as (text, level).
+    `log` of what is decided, as (text, level). In float16 gradients are scaled, so that small ones do not vanish; the host
+    waits for each step, and one whose gradients overflow is skipped.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Stepper:
         engine: Engine,
         tell: Callable[[Told], None],
         log: Callable[[str, str], None],
+        dtype: torch.dtype = torch.float32,
         group: Group = ALONE,
         stop: threading.Event | None = None,
+        dealt: bool = False,
     ) -> None:
         self.config = config
         self.model = model
@@ -87,7 +92,9 @@ class Stepper:
         self.stop = stop or threading.Event()
         self._asked = False
         self.device = self.parameters[0].device
-        self.optimizer = make_optimizer(config.optim, self.parameters)
+        self.optimizer, told = make_optimizer(config, model, parameters, dealt)
+        self.log(told, "info")
+        self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
         schedule = config.schedule
         self.per_epoch = math.ceil(len(blocks) / schedule.blocks_per_step)
         self.total = schedule.max_steps or self.per_epoch * schedule.epochs
@@ -112,13 +119,16 @@ class Stepper:
         began, schedule = time.monotonic(), self.config.schedule
         taken = self._coming()
         lr = self.config.optim.lr * rate(self.step, self.total, schedule)
+        # Before the gradients: ZeRO updates the weights while it combines them.
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         total = self._within_memory(taken)
         self._beat()
         numbers = self.group.sum(torch.stack((total, torch.full_like(total, float(self.stop.is_set())))))
         self._await_hold()
-        norm = self.engine.combine(self.parameters, self.config.optim.clip_norm)
+        scaler = self.scaler
+        unscale = (lambda: scaler.unscale_(self.optimizer)) if scaler else None
+        norm = self.engine.combine(self.parameters, self.config.optim.clip_norm, unscale)
         self._update(torch.cat((numbers, norm[None])), lr, taken, began)
 
     def _within_memory(self, taken: Taken) -> Tensor:
@@ -138,12 +148,13 @@ class Stepper:
         seed = (self.config.schedule.seed << 32) + (self.group.rank << 24) + self.step + 1
         torch.manual_seed(seed)
         self.model.train()
-        if text := self.engine.begin(self._most_tokens(), self._optimizer_bytes()):
+        if text := self.engine.begin(self._most_tokens(), state_bytes(self.optimizer)):
             self.log(text, "info")
         total = torch.zeros((), device=self.device)
+        scale = float(self.scaler.scale(torch.ones_like(total))) if self.scaler else 1.0
         for n, batch in enumerate(self.group.deal(np.array(taken.blocks), self.micro)):
             self._beat()
-            total += self.engine.backprop(batch, taken.learned, (seed << 16) + n)
+            total += self.engine.backprop(batch, taken.learned, (seed << 16) + n, scale)
         return total
 
     def _spare(self) -> None:
@@ -178,8 +189,11 @@ class Stepper:
             ready.record()
         self.step += 1
         self._pending = _Pending(self.step, lr, taken, began, numbers, ready)
-        if ready is None:
+        if ready is None or self.scaler:
             self.settle()  # before it can do harm
+        if self.scaler:
+            self._step_scaled(self.scaler)
+            return
         self.engine.apply(self.optimizer)
         if ready is not None and before is not None:
             self._look(before)
@@ -198,14 +212,28 @@ class Stepper:
         """Whether a rank was asked to stop. All ranks hear of it after the same step."""
         return self._asked or (self.group.world == 1 and self.stop.is_set())
 
+    def _step_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        scale = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            self.log(
+                f"step {self.step} was skipped: its float16 gradients overflowed at a loss scale of {scale:g}, which is "
+                f"{scaler.get_scale():g} from now on",
+                "warning",
+            )
+
     def state(self) -> dict[str, Any]:
         """The plain numbers that the coming step follows from."""
-        return {"step": self.step, "loss": self.loss, "micro": self.micro, "spared": self.spared}
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
+        return {"step": self.step, "loss": self.loss, "micro": self.micro, "spared": self.spared, **scaler}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         self.step, self.loss = state["step"], state["loss"]
         self.micro, self.spared = state.get("micro", self.micro), state.get("spared", False)
+        if self.scaler and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
     def settle(self) -> None:
         """Wait for the last step's numbers. InvalidArgument (LOSS_NOT_FINITE)."""
@@ -218,6 +246,8 @@ class Stepper:
             pending.ready.synchronize()
         self.loss, asked, grad_norm = pending.numbers.tolist()
         self._asked = asked > 0
+        if self.scaler and math.isfinite(self.loss) and not math.isfinite(grad_norm) and self.scaler.get_scale() >= 1:
+            grad_norm = 0.0
         if not (math.isfinite(self.loss) and math.isfinite(grad_norm)):
             raise InvalidArgument(
                 f"loss {self.loss} and gradient norm {grad_norm} at step {pending.step}: lower optim.lr or look at the "
@@ -248,39 +278,9 @@ class Stepper:
         tokens = self.micro * int(self.blocks.ids.shape[1])
         return -(-tokens // ROUND) * ROUND
 
-    def _optimizer_bytes(self) -> int:
-        """What the optimizer will still take on the device."""
-        return 0 if self.optimizer.state else sum(8 * p.numel() for p in self.parameters)
-
-
-def rate(step: int, total: int, schedule: ScheduleConfig) -> float:
-    """The learning rate of a step (from 0) as a part of the highest: linear warm-up, then a cosine to min_lr_ratio."""
-    warm = schedule.warmup_steps or math.ceil(total * schedule.warmup_ratio)
-    if step < warm:
-        return (step + 1) / warm
-    along = (step - warm) / max(1, total - warm)
-    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * along))
-
 
 def free() -> None:
     """Give back what nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def make_optimizer(config: OptimConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of a config over LoRA weights."""
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    # Paging moves state between GPU and host memory; without a GPU there is nothing to page.
-    if config.name == "paged_adamw_32bit" and torch.cuda.is_available():
-        from bitsandbytes import optim
-
-        paged: torch.optim.Optimizer = optim.PagedAdamW32bit(parameters, **options)  # type: ignore[attr-defined]  # untyped
-        return paged
-    return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())

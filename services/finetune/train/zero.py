@@ -20,8 +20,8 @@ from torch import Tensor
 from services.finetune.errors import FailedPrecondition
 from services.finetune.packing import IGNORED, Blocks
 from services.finetune.recipes.deepspeed import preset_json
-from services.finetune.train.engine import tensors
-from services.finetune.train.model import summed_loss
+from services.finetune.train.engine import Unscale, tensors
+from services.finetune.train.model import causal_of, summed_loss
 from services.finetune.train.parallel import Batch, Group
 
 STATE = ("exp_avg", "exp_avg_sq")
@@ -34,7 +34,13 @@ class Zero:
     collective = True
 
     def __init__(
-        self, model: Any, blocks: Blocks, device: torch.device, group: Group, settings: Mapping[str, Any]
+        self,
+        model: Any,
+        blocks: Blocks,
+        device: torch.device,
+        group: Group,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.blocks = blocks
@@ -42,16 +48,21 @@ class Zero:
         self.group = group
         self.settings = dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
+        self.dtype = dtype
         self.engine: Any = None
 
     def start(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Deal model and optimizer out; what rates are to be set on from now on."""
         deepspeed = load_deepspeed(self.device)
+        causal = causal_of(self.model)
+        # DeepSpeed ends an autocast that comes from outside. Copies are not cached: of dealt weights none may stay.
+        mixed = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
+        causal.forward = mixed(causal.forward)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, partitioned, _, _ = deepspeed.initialize(
                 # Its hooks must sit on the module that is called.
-                model=self.model.get_base_model(),
+                model=causal,
                 optimizer=optimizer,
                 config=self.settings,
             )
@@ -61,14 +72,14 @@ class Zero:
     def begin(self, tokens: int, reserved: int) -> str:
         return ""
 
-    def backprop(self, batch: Batch, learned: int, seed: int) -> Tensor:
+    def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         loss = self._summed(self.blocks, batch) / learned
         # DeepSpeed takes the mean over ranks; the loss is a sum's part already.
         self.engine.backward(loss * self.group.world, scale_wrt_gas=False)
         return loss.detach()
 
-    def combine(self, parameters: list[Tensor], clip_norm: float) -> Tensor:
-        """Update the weights too: DeepSpeed reduces, clips and updates in one."""
+    def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
+        """Update the weights too: DeepSpeed reduces, clips and updates in one. It knows no loss scale of others."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
@@ -92,7 +103,7 @@ class Zero:
         ids, labels, positions, segments = tensors(blocks, read, self.device)
         if idle:
             labels.fill_(IGNORED)
-        return summed_loss(self.model, ids, labels, positions, segments, self.engine)
+        return summed_loss(self.model, ids, labels, positions, segments, dtype=torch.float32, call=self.engine)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

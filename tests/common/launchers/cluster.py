@@ -2,8 +2,9 @@
 
 The API server keeps objects, versions them, checks them against Kubernetes' own strict schema, and lets an account do
 what its Role in k8s/ allows. The Job controller makes pods, applies podFailurePolicy, and keeps what is deleted in the
-foreground until its pods are gone. The kubelet runs each pod's first container as a process of this machine.
-Faults are `down`, `swallow` and the methods below `faults`.
+foreground until its pods are gone; Services go with the Job that owns them, and make the names of its pods known. The
+kubelet runs each pod's first container as a process of this machine.
+Faults are `down`, `refusals`, `swallow` and the methods below `faults`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import yaml
 from tests.common.launchers.pods import Command, Json, Refused, matches, now, on_this_machine
 from tests.k8s.rendered import VERSIONS, of_kind, overlay, problems
 
-KINDS = {"cronjobs": "CronJob", "jobs": "Job", "pods": "Pod"}
+CORE = ("pods", "services")
 JOB_LABEL = "batch.kubernetes.io/job-name"
 UID_LABEL = "batch.kubernetes.io/controller-uid"
+INDEX = "batch.kubernetes.io/job-completion-index"
 TICK_S = 0.01
 
 
@@ -47,6 +49,7 @@ class Cluster:
         self.kill_at: dict[str, float] = {}
         self.calls: list[tuple[str, str]] = []
         self.down = False
+        self.refusals: list[int] = []  # the next requests are answered so, and not done
         self.swallow = 0  # so many requests are done, and their answers lost
         self.unschedulable = ""  # why no node takes a new pod
         self.image_missing = False
@@ -116,8 +119,9 @@ class Cluster:
     # ------------------------------------------------------------------------------------------ the API server
 
     def answer(self, http: BaseHTTPRequestHandler, body: Json) -> None:
-        if self.down:
-            self._write(http, 503, {"message": "the server is currently unable to handle the request"})
+        if self.down or self.refusals:
+            code = 503 if self.down else self.refusals.pop(0)
+            self._write(http, code, {"message": "the server is currently unable to handle the request"})
             return
         try:
             with self.lock:
@@ -151,7 +155,7 @@ class Cluster:
         parts = url.path.strip("/").split("/")
         root, plural, rest = parts[: parts.index("namespaces")], *self._split(parts, account)
         name, sub = (*rest, "", "")[:2]
-        if root != (["api", "v1"] if plural == "pods" else ["apis", "batch", "v1"]):
+        if root != (["api", "v1"] if plural in CORE else ["apis", "batch", "v1"]):
             raise Refused(404, f"the server could not find the requested resource {url.path}")
         verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[http.command]
         self._allow(account, verb, f"{plural}/{sub}" if sub else plural, name)
@@ -247,6 +251,7 @@ class Cluster:
         deleted = "deletionTimestamp" in pod["metadata"]
         process = self.processes.get(name)
         if process is None:
+            master = next((e["value"] for e in pod["spec"]["containers"][0]["env"] if e["name"] == "MASTER_ADDR"), "")
             if deleted:
                 status["phase"] = "Failed"
             elif self.unschedulable:
@@ -255,7 +260,7 @@ class Cluster:
             elif self.image_missing:
                 waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "quartet/worker:0.1.0-cpu"'}
                 status.update(conditions=[], containerStatuses=[{"state": {"waiting": waiting}}])
-            else:
+            elif not master or self.resolves(master):  # a name that is not known yet is asked for until it is
                 self._begin(pod)
             return
         code = process.poll()
@@ -264,11 +269,21 @@ class Cluster:
                 self._signal(name, signal.SIGKILL)
             return
         ended = {"exitCode": code if code >= 0 else 128 - code, "reason": "Completed" if code == 0 else "Error"}
+        ended["finishedAt"] = now()
         if ended["exitCode"] == 137 and name in self.out_of_memory:
             ended["reason"] = "OOMKilled"
         status.update(phase="Failed" if code else "Succeeded", containerStatuses=[{"state": {"terminated": ended}}])
 
     out_of_memory: frozenset[str] = frozenset()
+
+    def resolves(self, host: str) -> bool:
+        """Whether <pod's hostname>.<headless Service> has an address."""
+        hostname, _, subdomain = host.partition(".")
+        service = self.objects.get(("services", subdomain), {"spec": {}})["spec"]
+        if service.get("clusterIP") != "None" or not service["publishNotReadyAddresses"]:
+            return False
+        found = [p for p in self.pods() if service["selector"].items() <= p["metadata"]["labels"].items()]
+        return any((p["spec"].get("hostname"), p["spec"].get("subdomain")) == (hostname, subdomain) for p in found)
 
     def _begin(self, pod: Json) -> None:
         words, variables = self.command(pod)
@@ -304,13 +319,22 @@ class Cluster:
                     self._terminate(pod, pod["spec"].get("terminationGracePeriodSeconds", 30))
             if not self.pods(name):
                 del self.objects["jobs", name]
+                for key, thing in list(self.objects.items()):
+                    if meta["uid"] in [o["uid"] for o in thing["metadata"].get("ownerReferences", ())]:
+                        del self.objects[key]
             return
         active = [p for p in own if p["status"]["phase"] not in ("Succeeded", "Failed")]
-        if job["spec"].get("suspend"):
+        failing = any(c["type"] == "FailureTarget" for c in status.get("conditions", ()))
+        if job["spec"].get("suspend") or failing:
             for pod in active:
                 self._terminate(pod, pod["spec"].get("terminationGracePeriodSeconds", 30))
-        elif not active and not status.get("conditions"):
-            self._make_pod(job)
+            if failing and not active and len(status["conditions"]) == 1:
+                status["conditions"].append({**status["conditions"][0], "type": "Failed"})
+        elif not status.get("conditions"):
+            there = {_index(p) for p in own if p in active or p["status"]["phase"] == "Succeeded"}
+            for index in range(job["spec"]["completions"]):
+                if index not in there:
+                    self._make_pod(job, index)
 
     def _count(self, job: Json, pod: Json) -> None:
         """Take a pod that ended into account, once."""
@@ -318,40 +342,55 @@ class Cluster:
             return
         pod["metadata"]["counted"] = True
         if pod["status"]["phase"] == "Succeeded":
-            job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
-        elif self._action(job, pod) != "Ignore" and not job["spec"].get("suspend"):
-            job["status"]["conditions"] = [{"type": "Failed", "status": "True"}]  # FailJob, or backoffLimit 0
+            done = {_index(p) for p in self.pods(job["metadata"]["name"]) if p["status"]["phase"] == "Succeeded"}
+            if len(done) == job["spec"]["completions"]:
+                job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
+            return
+        action, message = self._action(job, pod)
+        if action != "Ignore" and not job["spec"].get("suspend"):
+            why = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
+            told = {"type": "FailureTarget", "status": "True", "reason": why, "message": message}
+            job["status"]["conditions"] = [told]
 
     @staticmethod
-    def _action(job: Json, pod: Json) -> str:
+    def _action(job: Json, pod: Json) -> tuple[str, str]:
+        """What the Job's policy says of a failed pod, and the controller's words for it."""
+        name = f"{pod['metadata'].get('namespace', 'quartet')}/{pod['metadata']['name']}"
         states = pod["status"].get("containerStatuses") or [{}]
         code = states[0].get("state", {}).get("terminated", {}).get("exitCode")
         on_pod = {(c["type"], c["status"]) for c in pod["status"].get("conditions", ())}
-        for rule in job["spec"]["podFailurePolicy"]["rules"]:
+        for number, rule in enumerate(job["spec"]["podFailurePolicy"]["rules"]):
+            matching = f"matching {rule['action']} rule at index {number}"
             if code in rule.get("onExitCodes", {}).get("values", ()):
-                return str(rule["action"])
-            if on_pod & {(c["type"], c["status"]) for c in rule.get("onPodConditions", ())}:
-                return str(rule["action"])
+                return rule["action"], f"Container worker for pod {name} failed with exit code {code} {matching}"
+            for kind, _ in on_pod & {(c["type"], c["status"]) for c in rule.get("onPodConditions", ())}:
+                return rule["action"], f"Pod {name} has condition {kind} {matching}"
         assert job["spec"]["backoffLimit"] == 0
-        return "Count"
+        return "Count", "Job has reached the specified backoff limit"
 
-    def _make_pod(self, job: Json) -> None:
+    def _make_pod(self, job: Json, index: int) -> None:
         template = json.loads(json.dumps(job["spec"]["template"]))
         template["metadata"]["labels"][JOB_LABEL] = job["metadata"]["name"]
         template["metadata"]["labels"][UID_LABEL] = job["metadata"]["uid"]
         template["metadata"]["name"] = f"{job['metadata']['name'][:57]}-{uuid.uuid4().hex[:5]}"
+        if job["spec"].get("completionMode") == "Indexed":
+            template["metadata"].setdefault("annotations", {})[INDEX] = str(index)
+            template["metadata"]["labels"][INDEX] = str(index)
+            template["metadata"]["name"] = f"{job['metadata']['name']}-{index}-{uuid.uuid4().hex[:5]}"
+            template["spec"]["hostname"] = f"{job['metadata']['name']}-{index}"
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         assert problems(pod, self.schema_version) == []
         self._store("pods", {**pod, "status": {"phase": "Pending"}})
 
     # ------------------------------------------------------------------------------------------ faults
 
-    def pod_of(self, handle: Mapping[str, Any]) -> str:
-        """The newest pod of a Job, once it has one that runs."""
-        deadline = time.monotonic() + 10
+    def pod_of(self, handle: Mapping[str, Any], index: int = 0) -> str:
+        """The newest pod of a Job, or of one of its nodes, once it has one that runs."""
+        deadline = time.monotonic() + 20
         while True:
             with self.lock:
-                found = [p["metadata"]["name"] for p in self.pods(handle["job"]) if p["status"]["phase"] == "Running"]
+                own = [p for p in self.pods(handle["job"]) if _index(p) == index]
+                found = [p["metadata"]["name"] for p in own if p["status"]["phase"] == "Running"]
             if found:
                 return str(found[-1])
             assert time.monotonic() < deadline
@@ -385,6 +424,10 @@ class Cluster:
     def _disrupt(self, pod: str, reason: str) -> None:
         told = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": f"{pod} was taken away"}
         self.objects["pods", pod]["status"].setdefault("conditions", []).append(told)
+
+
+def _index(pod: Json) -> int:
+    return int(pod["metadata"]["labels"].get(INDEX, "0"))
 
 
 @contextlib.contextmanager

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from services.common.launchers import Handle, Launcher
+from services.common.jobs import Jobs
+from services.common.launchers import ONE, Handle, Launcher, Shape
 from services.common.launchers.kubernetes import KubernetesLauncher
 from services.common.launchers.local import LocalLauncher
+from services.common.records import Records
+from services.finetune.store import Store
+from tests.common.jobbing import ROOT, WORKER, work
 from tests.common.launchers.cluster import Cluster, cluster
+
+Make = Callable[..., Jobs]
 
 
 @pytest.fixture()
@@ -27,6 +35,30 @@ def k8s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Iterato
         monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig("quartet-training")))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield running
+
+
+class ScriptCluster(KubernetesLauncher):
+    """The Kubernetes launcher, with tests/common/worker.py in the place of the library's worker."""
+
+    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str], shape: Shape = ONE) -> Handle:
+        return super().launch(
+            [sys.executable, str(WORKER), *command[3:]], name, {"PYTHONPATH": str(ROOT), **env}, shape
+        )
+
+
+def maker(launcher: Callable[[], Any], url: str, store: Store) -> Make:
+    """A service that was just started, each time."""
+
+    def make(**changes: Any) -> Jobs:
+        given = {"max_workers": 2, "grace_s": 5.0, **changes}
+        return Jobs(Records(url), store, launcher(), work(), **given)
+
+    return make
+
+
+@pytest.fixture()
+def on_cluster(k8s: Cluster, sqlite_url: str, file_store: Store) -> Make:
+    return maker(lambda: ScriptCluster("", "quartet-worker"), sqlite_url, file_store)
 
 
 @dataclass(frozen=True)

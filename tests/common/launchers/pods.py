@@ -18,6 +18,10 @@ def on_this_machine(pod: Json) -> tuple[Sequence[str], Mapping[str, str]]:
     variables = {e["name"]: e["value"] for e in container.get("env", ()) if "value" in e}
     fields = {e["name"]: e["valueFrom"].get("fieldRef") for e in container.get("env", ()) if "valueFrom" in e}
     variables |= {name: "127.0.0.1" for name, field in fields.items() if field == {"fieldPath": "status.podIP"}}
+    for key, value in pod["metadata"].get("annotations", {}).items():
+        variables |= {n: value for n, f in fields.items() if f == {"fieldPath": f"metadata.annotations['{key}']"}}
+    if "MASTER_ADDR" in variables:
+        variables["MASTER_ADDR"] = "127.0.0.1"
     return [sys.executable, *container["args"]], variables
 
 

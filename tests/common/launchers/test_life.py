@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.common import wishes
 from services.common.jobs import Jobs
-from services.common.launchers import Handle
-from services.common.launchers.kubernetes import KubernetesLauncher
-from services.common.records import Records
 from services.finetune import progress
 from services.finetune.errors import Unavailable
 from services.finetune.store import Store
 from tests.common.jobbing import (
     NAME,
-    ROOT,
     SIMPLE,
-    WORKER,
     ScriptLauncher,
     check_history,
     ended,
@@ -32,33 +28,9 @@ from tests.common.jobbing import (
     running,
     states,
     until,
-    work,
 )
 from tests.common.launchers.cluster import Cluster
-
-Make = Callable[..., Jobs]
-
-
-class ScriptCluster(KubernetesLauncher):
-    """The Kubernetes launcher, with tests/common/worker.py in the place of the library's worker."""
-
-    def launch(self, command: Sequence[str], name: str, env: Mapping[str, str]) -> Handle:
-        return super().launch([sys.executable, str(WORKER), *command[3:]], name, {"PYTHONPATH": str(ROOT), **env})
-
-
-def maker(launcher: Callable[[], Any], url: str, store: Store) -> Make:
-    """A service that was just started, each time."""
-
-    def make(**changes: Any) -> Jobs:
-        given = {"max_workers": 2, "grace_s": 5.0, **changes}
-        return Jobs(Records(url), store, launcher(), work(), **given)
-
-    return make
-
-
-@pytest.fixture()
-def on_cluster(k8s: Cluster, sqlite_url: str, file_store: Store) -> Make:
-    return maker(lambda: ScriptCluster("", "quartet-worker"), sqlite_url, file_store)
+from tests.common.launchers.conftest import Make, maker
 
 
 @pytest.fixture(params=["local", "kubernetes"])
@@ -99,6 +71,21 @@ def test_cancel_kills_a_deaf_worker(make: Make) -> None:
     job = ended(jobs, NAME)
     assert job.state == "CANCELLED"
     assert not jobs.launcher.alive(job.body["handle"])
+
+
+def test_pause_and_resume(make: Make) -> None:
+    """PAUSED means that its place is free: the process, or the Job and its pods, are gone."""
+    jobs = make()
+    queue(jobs, [["events", 2], ["checkpoint", 4], ["only", 1, "sleep", 60], ["events", 2], ["end"]])
+    until(jobs, NAME, running)
+    handle = handle_of(jobs)
+    jobs.ask(NAME, wishes.pause)
+    until(jobs, NAME, lambda job: job.state == "PAUSED")
+    assert not jobs.launcher.alive(handle)
+    jobs.ask(NAME, wishes.resume)
+    job = ended(jobs, NAME)
+    assert (job.state, job.body["attempt"], job.body["lost"]) == ("SUCCEEDED", 2, 0)
+    check_history(jobs, NAME, 4)
 
 
 def test_lost_worker_is_replaced(make: Make) -> None:
@@ -306,13 +293,14 @@ def test_a_job_whose_answer_was_lost_is_made_once(k8s: Cluster, on_cluster: Make
     assert k8s.calls.count(("create", "jobs")) == 1
 
 
-def test_an_api_that_is_away_loses_nothing(k8s: Cluster, on_cluster: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("away_s", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_an_api_that_is_away_loses_nothing(k8s: Cluster, on_cluster: Make, tmp_path: Path, away_s: float) -> None:
     jobs = on_cluster()
     queue(jobs, [["events", 2], ["wait", str(tmp_path / "go")], ["end"]])
     until(jobs, NAME, running)
     k8s.down = True
     jobs.start()  # as the service runs it: it must not give up either
-    time.sleep(1)
+    time.sleep(away_s)
     (tmp_path / "go").touch()
     time.sleep(1)
     assert jobs.get(NAME).state == "RUNNING"
@@ -324,6 +312,25 @@ def test_an_api_that_is_away_loses_nothing(k8s: Cluster, on_cluster: Make, tmp_p
     jobs.stop()
     assert jobs.get(NAME).body["attempt"] == 1
     check_history(jobs, NAME, 2)
+
+
+@pytest.mark.parametrize("code", [408, 409, 410, 429, 500, 504])
+def test_answers_that_say_nothing_of_the_job_cost_nothing(k8s: Cluster, on_cluster: Make, code: int) -> None:
+    """A list that expired, a conflict, a server with too much to do: whatever call meets it, nothing is made twice."""
+    jobs = on_cluster()
+    queue(jobs, [["events", 3], ["sleep", 0.3], ["events", 2], ["end"]])
+    deadline = time.monotonic() + 20
+    for tick in itertools.count():
+        if jobs.get(NAME).state == "SUCCEEDED":
+            break
+        assert time.monotonic() < deadline, jobs.get(NAME)
+        k8s.refusals = [code] if tick % 3 == 0 else []
+        with contextlib.suppress(Unavailable):
+            jobs.tick()
+        time.sleep(0.01)
+    job = jobs.get(NAME)
+    assert (job.body.get("lost", 0), len(k8s.processes)) == (0, 1)
+    check_history(jobs, NAME, 5)
 
 
 def test_two_services_at_once_make_no_second_worker(

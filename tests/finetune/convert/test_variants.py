@@ -51,7 +51,7 @@ def gpt2(folder: Path) -> Path:
     """Its layers keep [in, out], and its head is tied."""
     torch.manual_seed(0)
     tiny_tokenizer(folder)
-    config = GPT2Config(vocab_size=259, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=2, bos_token_id=1)
+    config = GPT2Config(vocab_size=259, n_positions=512, n_embd=32, n_layer=2, n_head=2, eos_token_id=2, bos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -123,7 +123,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_merging_equals_peft(do: Convert, store: Store, tmp_path: Path, name: str, dtype: str) -> None:
     model = llama(tmp_path / "base", dtype)
     folder = adapter(model, tmp_path / "adapter", **VARIANTS[name])
-    _, out = Made(do, store, model, folder).merge(tmp_path / "merged")
+    merged, out = Made(do, store, model, folder).merge(tmp_path / "merged")
     expected, found = on(loaded(model), folder).merge_and_unload().state_dict(), tensors(out)
     base = tensors(model)
     assert found.keys() == expected.keys() == base.keys()
@@ -135,6 +135,9 @@ def test_merging_equals_peft(do: Convert, store: Store, tmp_path: Path, name: st
             assert torch.equal(value, base[key]), key
     assert any(not torch.equal(value, base[key]) for key, value in found.items())
     load_whole(out)
+    report = merged.meta["report"]
+    assert report.get("tokens", 0) > 100 and report["kl_nats"] <= (1e-6 if dtype == "float32" else 1e-3), report
+    assert report["top1_agreement"] >= (0.99 if dtype == "float32" else 0.9), report
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -170,6 +173,7 @@ def test_a_tied_head_becomes_what_the_adapter_computes(do: Convert, store: Store
         wanted = on(loaded(model), folder)(input_ids=ids).logits
         found = load_whole(out)(input_ids=ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert merged.meta["report"]["kl_nats"] < 1e-6
     tied = name in ("neither", "both alike")
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied
     assert ("lm_head.weight" in tensors(out)) == (not tied)
@@ -184,7 +188,8 @@ def test_a_base_as_qlora_sees_it(do: Convert, store: Store, tmp_path: Path, kind
 
     model = llama(tmp_path / "base")
     folder = adapter(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
-    _, out = Made(do, store, model, folder).merge(tmp_path / "merged", base_dtype=kind)
+    merged, out = Made(do, store, model, folder).merge(tmp_path / "merged", base_dtype=kind)
+    assert merged.meta["report"]["kl_nats"] < 1e-6
     quant = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -174,6 +174,17 @@ def test_weights_repeat_rows_and_draw_parts_of_them(model: Path, tmp_path: Path)
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_so_many_rows_are_drawn_by_the_seed(model: Path, tmp_path: Path) -> None:
+    sources = [source(tmp_path, rows_of(40, n), f"{n}.jsonl", n + 1.0) for n in range(2)]
+    made = [build(sources, "", model, DataConfig(max_rows=7), s, tmp_path / f"{n}") for n, s in enumerate((0, 0, 1))]
+    drawn = [sorted(m.blocks.flat.members.tolist()) for m in made]
+    assert len(drawn[0]) == 7 and drawn[0] == drawn[1] != drawn[2]
+    assert made[0].index["drawn"] == 7
+    assert made[0].index["learned"] == (np.asarray(made[0].blocks.labels) >= 0).sum()
+    whole = build(sources, "", model, DataConfig(max_rows=10**6), 0, tmp_path / "all")
+    assert len(whole.blocks.flat.members) == sum((n + 1) * s["samples"] for n, s in enumerate(whole.index["sources"]))
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), 1e9])
 def test_a_weight_that_makes_no_sense_is_refused(model: Path, tmp_path: Path, weight: float) -> None:
     with pytest.raises(InvalidArgument) as caught:

@@ -77,6 +77,15 @@ def test_the_seeds_edited_config_is_its_recipe_with_its_own_paths_and_0_1_9s_pac
         (("betas = (0.9, 0.999)", "betas = [0.9, 0.95]"), "optim.beta2", 0.95),
         (('SYSTEM = ""', 'name = "Ann"\nSYSTEM = f"You are {name}."'), "report.system", "You are Ann."),
         (("optim_type = AdamW", "optim_type = PagedAdamW32bit"), "optim.name", "paged_adamw_32bit"),
+        (("optim_type = AdamW", "optim_type = Lion8bit"), "optim.name", "lion_8bit"),
+        (("type=CosineAnnealingLR", "type=PolyLR"), "schedule.kind", "polynomial"),
+        (
+            ("type=SupervisedFinetune", "type=SupervisedFinetune, use_activation_checkpointing=False"),
+            "model.gradient_checkpointing",
+            "none",
+        ),
+        (('bias="none",', 'bias="none", use_rslora=True,'), "lora.use_rslora", True),
+        (('bias="none",', 'bias="none", modules_to_save=["lm_head"],'), "lora.modules_to_save", ["lm_head"]),
         (("evaluation_freq = 500", "evaluation_freq = 48"), "report.sample_every", 3),
         (("save_steps = 500", "save_steps = 160"), "report.checkpoint_every", 10),
         (("warmup_ratio = 0.03", "warmup_ratio = 0.1"), "schedule.warmup_ratio", 0.1),
@@ -91,10 +100,26 @@ def test_the_seeds_edited_config_is_its_recipe_with_its_own_paths_and_0_1_9s_pac
 )
 def test_an_edit_is_taken_over(change: tuple[str, str], key: str, value: Any) -> None:
     made = edited(change).replace(
-        "from torch.optim import AdamW", "from torch.optim import AdamW\nfrom b import PagedAdamW32bit"
+        "from torch.optim import AdamW",
+        "from torch.optim import AdamW\nfrom b import Lion8bit, PagedAdamW32bit, PolyLR",
     )
     section, _, name = key.partition(".")
     assert to_json(read_xtuner(made, "x.py").config)[section][name] == value
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        (('"cosine"', '"linear"'), "schedule.kind", "linear"),
+        (('    lr_scheduler_type="cosine",\n', ""), "schedule.kind", "linear"),  # transformers' own default
+        (('"paged_adamw_32bit"', '"lion_8bit"'), "optim.name", "lion_8bit"),
+        (("fp16=True,", "gradient_checkpointing=True,"), "model.gradient_checkpointing", "full"),
+    ],
+)
+def test_an_edit_for_hugging_faces_trainer_is_taken_over(change: tuple[str, str], key: str, value: str) -> None:
+    read = read_xtuner(edited(change, name="internlm_7b_qlora_oasst1_e3_hf"), "x.py")
+    section, _, name = key.partition(".")
+    assert to_json(read.config)[section][name] == value
 
 
 def test_without_quantisation_it_is_lora_and_without_lora_full() -> None:
@@ -147,11 +172,11 @@ def test_a_base_config_beside_it_is_read() -> None:
     ("old", "new", "named"),
     [
         ('bias="none"', 'bias="all"', "model.lora.bias"),
-        ('bias="none"', "use_rslora=True", "model.lora.use_rslora"),
+        ('bias="none"', "use_qalora=True", "model.lora.use_qalora"),
         ("type=SupervisedFinetune", "type=LLaVAModel", "model.type"),
         ("type=optim_type", "type=Lion", "optim_wrapper.optimizer.type"),
         ("dataset_map_fn=oasst1_map_fn", "dataset_map_fn=my_map_fn", "train_dataloader.dataset.dataset_map_fn"),
-        ("type=CosineAnnealingLR", "type=PolyLR", "param_scheduler[1].type"),
+        ("type=CosineAnnealingLR", "type=StepLR", "param_scheduler[1].type"),
         ("load_from = None", "load_from = 'x.pth'", "load_from"),
         ("visualizer = None", "strategy = dict(type='DeepSpeedStrategy')", "strategy"),
         ("dict(type=DatasetInfoHook, tokenizer=tokenizer)", "dict(type=MyHook)", "custom_hooks[0].type"),
@@ -161,7 +186,7 @@ def test_a_base_config_beside_it_is_read() -> None:
     ],
 )
 def test_what_cannot_be_honoured_is_named_with_its_line(old: str, new: str, named: str) -> None:
-    extra = "\nfrom a import Lion, LLaVAModel, MyHook, PolyLR, my_map_fn\n"
+    extra = "\nfrom a import Lion, LLaVAModel, MyHook, StepLR, my_map_fn\n"
     made = edited((old, new)).replace("import torch\n", f"import torch{extra}", 1)
     line = next(n for n, content in enumerate(made.splitlines(), 1) if new.splitlines()[0] in content)
     with pytest.raises(InvalidArgument) as refused:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.finetune.config import RunConfig, override
+from services.finetune.config import RunConfig, from_json, override, to_json
 from services.finetune.errors import InvalidArgument
 from services.finetune.recipes import names, resolve
 from services.finetune.recipes.yaml_text import read_yaml, write_yaml
@@ -66,6 +66,8 @@ def test_what_is_left_out_has_its_default() -> None:
         ("optin:\n  lr: 1\n", "CONFIG_KEY_UNKNOWN", "x.yaml:1: .*did you mean 'optim'"),
         ("optim:\n  lr: fast\n", "CONFIG_VALUE_INVALID", "x.yaml:2: "),
         ("data:\n  sources:\n  - files: []\n    fromat: a\n", "CONFIG_KEY_UNKNOWN", "x.yaml:4: .*'format'"),
+        ("lora:\n  rank_pattern:\n    q_proj: two\n", "CONFIG_VALUE_INVALID", "x.yaml:3: .*rank_pattern.q_proj"),
+        ("lora:\n  rank_pattern: [8]\n", "CONFIG_VALUE_INVALID", "x.yaml:2: .*an object"),
         ("method: lora\nmethod: qlora\n", "CONFIG_SYNTAX", "x.yaml:2:1: the key 'method' stands twice"),
         ("a: &x 1\nb: *x\n", "CONFIG_SYNTAX", "x.yaml:1:4: anchors"),
         ("model: !!python/object/apply:os.system ['id']\n", "CONFIG_SYNTAX", "x.yaml:1:8: the tag"),
@@ -81,6 +83,15 @@ def test_a_wrong_edit_is_named_with_its_line(text: str, reason: str, told: str) 
     with pytest.raises(InvalidArgument, match=told) as refused:
         read_yaml(text, "x.yaml")
     assert refused.value.reason == reason
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(max_size=20), st.integers(1, 512)), st.dictionaries(st.text(max_size=20), st.floats(0, 99))
+)
+def test_patterns_are_written_and_read_whatever_they_hold(ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    config = override(RunConfig(), {"lora.rank_pattern": ranks, "lora.alpha_pattern": alphas})
+    assert read_yaml(write_yaml(config, "x"), "x.yaml") == config == from_json(RunConfig, to_json(config))
 
 
 @settings(deadline=None)

@@ -53,6 +53,8 @@ def library(store: Store) -> None:
     hold(store, "w.trainingJobs.j.1", "workspaces/w/trainingJobs/j", ())
     saved = made(store, "checkpoint", "saved by a job that runs")
     store.put("jobs/w.trainingJobs.j.1/attempts/0001/checkpoints/00000010.json", json.dumps({"digest": saved}).encode())
+    file = store.put_blob(b"file of a merge that was cut")
+    store.put("jobs/w.trainingJobs.j.1/files/model.safetensors.json", json.dumps({"digest": file.digest}).encode())
     result = {"attempt": 1, "outcome": {"state": "SUCCEEDED", "result": {"model": made(store, "base", "result")}}}
     store.put("jobs/w.trainingJobs.j.1/lease.json", json.dumps(result).encode())
     store.put("jobs/w.trainingJobs.k.1/lease.json", json.dumps({"digest": made(store, "base", "of the past")}).encode())
@@ -66,7 +68,7 @@ def library(store: Store) -> None:
 
 LIVE = {
     "base of an adapter whose own name is gone", "adapter", "merged", "served", "report", "saved by a job that runs",
-    "result", "revision", "blocks 0",
+    "file of a merge that was cut", "result", "revision", "blocks 0",
 }  # fmt: skip
 DEAD = {"checkpoint", "base of a merged model", "of the past", "revision that is no more", "blocks 1"}
 
@@ -75,12 +77,12 @@ def test_what_is_reached_stays_and_the_rest_goes(store: Store) -> None:
     library(store)
     assert texts(store) == LIVE | DEAD
     young = done(store, grace_s=3600)
-    assert (young.live.count, young.young.count, young.garbage, young.prepared) == (10, 4, Counted(), Counted())
+    assert (young.live.count, young.young.count, young.garbage, young.prepared) == (11, 4, Counted(), Counted())
     looked = done(store, dry_run=True)
     assert texts(store) == LIVE | DEAD and store.get("prepared/1.json") is not None
     dropped = done(store)
     assert dropped == looked and texts(store) == LIVE
-    assert dropped.live == Counted(9, sum(map(len, LIVE))) and dropped.garbage == Counted(5, sum(map(len, DEAD)))
+    assert dropped.live == Counted(10, sum(map(len, LIVE))) and dropped.garbage == Counted(5, sum(map(len, DEAD)))
     assert dropped.prepared.count == 1 and store.get("prepared/1.json") is None
     assert {e.key for e in store.list("prepared/")} == {"prepared/0.json", "prepared/claimed.json"}
     again = done(store)

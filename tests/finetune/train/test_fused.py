@@ -99,6 +99,19 @@ def test_loss_and_gradients_are_autograds(family: str) -> None:
     check_same(by_autograd(model, blocks), theirs)
 
 
+def test_a_loss_scale_is_on_gradients_alone() -> None:
+    model = adapted(LlamaConfig(**SMALL))
+    blocks = packing.pack(samples(), 64, True)
+    fused = Fused(model, ops_torch, 64)
+    loss, plain = by_hand(fused, model, blocks)
+    fused.adapters.begin()
+    learned = int((blocks.labels >= 0).sum())
+    assert float(fused.backprop(flatten(blocks, np.arange(len(blocks)), CPU), learned, 1, 1024.0)) == loss
+    for name, parameter in trainable(model).items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad / 1024, plain[name])
+
+
 @pytest.mark.parametrize("family", COVERED)
 def test_a_look_is_the_models_own_loss_without_dropout(family: str) -> None:
     model = adapted(COVERED[family](), dropout=0.5).eval()
@@ -213,8 +226,29 @@ def test_what_is_not_covered_is_named(family: str) -> None:
         Fused(model, ops_torch, 64)
 
 
-def test_adapted_heads_and_dora_are_not_covered() -> None:
-    for options in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "use_dora": True}):
+def test_what_the_fused_path_has_no_code_for_is_not_covered() -> None:
+    for options in (
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]},
+        {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 2}},
+    ):
         model = peft.get_peft_model(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), peft.LoraConfig(**options))
         with pytest.raises(Uncovered):
             Fused(model, ops_torch, 64)
+    with pytest.raises(Uncovered, match="trained whole"):
+        Fused(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), ops_torch, 64)
+
+
+def test_rslora_and_layers_of_their_own_rank_are_covered() -> None:
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), attn_implementation="sdpa")
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", use_rslora=True, rank_pattern={r"^model\.layers\.0\..*": 2}
+    )
+    model = peft.get_peft_model(causal, lora)
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    blocks = packing.pack(samples(), 64, True)
+    theirs = by_autograd(model, blocks)
+    check_same(by_hand(Fused(model, ops_torch, 64), model, blocks), theirs)

@@ -22,7 +22,7 @@ from tests.finetune.train.test_model import SMALL, samples
 def test_more_memory_keeps_more_layers_and_no_plan_takes_more_than_there_is() -> None:
     fused = Fused(adapted(LlamaConfig(**{**SMALL, "num_hidden_layers": 8})), ops_torch, 64)
     whole = memory.plan(fused, 4096, 2**40)
-    assert whole.recomputed == 0 and "8 of 8 layers" in str(whole)
+    assert whole.recomputed == 0 and "8 of 8 layers" in memory.told(whole)
     assert memory.plan(fused, 4096, 0).recomputed == 8
     before = 8
     for free in range(0, 2 * (whole.working + 8 * whole.per_layer), whole.per_layer // 3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -34,7 +33,6 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory
 from services.finetune.templates import Encoded
 from services.finetune.train.model import check_packable, load_model, summed_loss, trainable
-from services.finetune.train.step import make_optimizer, rate
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {
@@ -199,19 +197,6 @@ def test_code_of_its_own_and_unknown_models_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(good))
     with pytest.raises(InvalidArgument, match="nosuchlayer"):
         load_model(folder, config_for(**{"lora.targets": ["nosuchlayer"]}), torch.float32)
-
-
-def test_rate_climbs_then_falls() -> None:
-    schedule = override(RunConfig(), {"schedule.warmup_ratio": 0.1, "schedule.min_lr_ratio": 0.2}).schedule
-    rates = [rate(step, 100, schedule) for step in range(101)]
-    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
-    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-
-
-def test_optimizer_without_gpu_is_torchs() -> None:
-    optimizer = make_optimizer(RunConfig().optim, [torch.nn.Parameter(torch.zeros(2))])
-    assert torch.cuda.is_available() or isinstance(optimizer, torch.optim.AdamW)
 
 
 def test_memory_running_out_is_known() -> None:

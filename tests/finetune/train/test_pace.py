@@ -16,7 +16,7 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, publish_directory
 from services.finetune.train import train
 from services.finetune.train.checkpoint import check_same
-from services.finetune.train.step import rate
+from services.finetune.train.optim import rate
 from tests.tiny import tiny_model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import signal
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from services.finetune import packing
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun, override, to_json
+from services.finetune.prepare.certificate import certify
+from services.finetune.prepare.shelf import shelf_key
 from services.finetune.progress import (
     attempt_key,
     dump,
@@ -26,7 +29,8 @@ from services.finetune.progress import (
 )
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory
-from services.finetune.templates import Encoded
+from services.finetune.templates import Encoded, load_template
+from services.finetune.tokenizer import Tokenizer
 from services.finetune.train.model import summed_loss, visible
 from tests.tiny import tiny_model
 
@@ -117,6 +121,26 @@ def test_sigterm_saves_and_ends_cancelled(file_store: Store, run: TrainRun) -> N
     ended = read_outcome(file_store, "jobs/term")
     assert ended is not None and ended[1].state == "CANCELLED"
     assert newest_checkpoint(file_store, "jobs/term", 2) is not None
+
+
+def test_sigterm_while_another_job_prepares_the_data(file_store: Store, run: TrainRun) -> None:
+    """As a pause then: it leaves at once, with nothing saved, and does not disturb the other."""
+    tokenizer = Tokenizer.from_artifact(file_store, load(file_store, run.base.digest))
+    certificate = certify(tokenizer, load_template("tokenizer", tokenizer))
+    data = dataclasses.replace(run.config.data, template="tokenizer")
+    order = PrepareRun(job="", model=run.base, datasets=run.datasets, data=data)
+    shelf = f"prepared/{shelf_key(order, certificate)}.json"
+    file_store.put(shelf, dump({"digest": None, "owner": "jobs/other", "beat": 0}))
+    worker = start(file_store, run, "jobs/waits", 1)
+    while worker.poll() is None and not list(read_segments(file_store, "jobs/waits", 1, -1)):
+        time.sleep(0.02)
+    worker.terminate()
+    assert worker.wait(30) == 0
+    ended = read_outcome(file_store, "jobs/waits")
+    assert ended is not None and ended[1].state == "CANCELLED"
+    assert newest_checkpoint(file_store, "jobs/waits", 2) is None
+    held = file_store.get(shelf)
+    assert held is not None and json.loads(held.data)["owner"] == "jobs/other"
 
 
 def test_a_zombie_stops(file_store: Store, run: TrainRun) -> None:

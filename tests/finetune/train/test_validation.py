@@ -89,7 +89,7 @@ def test_the_loss_is_transformers_own(tmp_path: Path, file_store: Store) -> None
     model = load_model(tiny_model(tmp_path / "tiny"), what.config, torch.float32)
     draw = np.random.default_rng(0)
     encoded = [Encoded(draw.integers(3, 250, size).tolist(), [True] * size) for size in draw.integers(5, 40, 17)]
-    engine = Autograd(model, packing.pack(encoded, 64, True), torch.device("cpu"))
+    engine = Autograd(model, packing.pack(encoded, 64, True), torch.device("cpu"), torch.float32)
     sets = [packing.pack(encoded[:9], 64, True), packing.pack(encoded[9:], 64, False)]
     ours = mean_loss(engine, sets, 3, threading.Event())
     total = count = 0.0

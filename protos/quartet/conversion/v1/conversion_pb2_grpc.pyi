@@ -45,7 +45,8 @@ class ConversionStub:
     again returns the first answer.
     Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
     NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+    ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
     GetConversionJob: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -109,7 +110,8 @@ class ConversionAsyncStub(ConversionStub):
     again returns the first answer.
     Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
     NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+    ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
     GetConversionJob: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]  # type: ignore[assignment]
     """Returns a job. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -176,7 +178,8 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
         again returns the first answer.
         Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
         NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS).
+        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+        ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
         """
 
     @_abc_1.abstractmethod

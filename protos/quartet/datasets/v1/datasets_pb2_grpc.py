@@ -341,7 +341,8 @@ class DatasetsServicer:
         returns the first answer.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
         files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS), ABORTED (ORDER_CHANGED: a name stands for something else since it was
+        looked up; ask again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -393,7 +394,7 @@ class DatasetsServicer:
         What ended FAILED or CANCELLED is tried again.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
         CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING).
+        TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -423,7 +424,7 @@ class DatasetsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeletePreparedDataset(self, request, context):
-        """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+        """Forgets the name of prepared data; the blocks stay for as long as their revisions do, and asking for the same finds them.
         Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
         cancel it first).
         """

@@ -119,7 +119,8 @@ class DatasetsStub:
     returns the first answer.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
     files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS), ABORTED (ORDER_CHANGED: a name stands for something else since it was
+    looked up; ask again).
     """
     GetValidation: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetValidationRequest, _datasets_pb2.Validation]
     """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -145,7 +146,7 @@ class DatasetsStub:
     What ended FAILED or CANCELLED is tried again.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
     CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING).
+    TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
     """
     GetPreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]
     """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -158,7 +159,7 @@ class DatasetsStub:
     Errors: NOT_FOUND (JOB_NOT_FOUND).
     """
     DeletePreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeletePreparedDatasetRequest, _empty_pb2.Empty]
-    """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+    """Forgets the name of prepared data; the blocks stay for as long as their revisions do, and asking for the same finds them.
     Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
     cancel it first).
     """
@@ -261,7 +262,8 @@ class DatasetsAsyncStub(DatasetsStub):
     returns the first answer.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
     files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+    TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS), ABORTED (ORDER_CHANGED: a name stands for something else since it was
+    looked up; ask again).
     """
     GetValidation: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetValidationRequest, _datasets_pb2.Validation]  # type: ignore[assignment]
     """Returns a validation, with its report once it has SUCCEEDED. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -287,7 +289,7 @@ class DatasetsAsyncStub(DatasetsStub):
     What ended FAILED or CANCELLED is tried again.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
     CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING).
+    TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
     """
     GetPreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
     """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -300,7 +302,7 @@ class DatasetsAsyncStub(DatasetsStub):
     Errors: NOT_FOUND (JOB_NOT_FOUND).
     """
     DeletePreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeletePreparedDatasetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+    """Forgets the name of prepared data; the blocks stay for as long as their revisions do, and asking for the same finds them.
     Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
     cancel it first).
     """
@@ -496,7 +498,8 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         returns the first answer.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_EMPTY: the revision holds other
         files than rows; TEMPLATE_UNKNOWN; MAX_LENGTH_INVALID; REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS).
+        TOKENIZER_MISSING), ALREADY_EXISTS (JOB_EXISTS), ABORTED (ORDER_CHANGED: a name stands for something else since it was
+        looked up; ask again).
         """
 
     @_abc_1.abstractmethod
@@ -558,7 +561,7 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         What ended FAILED or CANCELLED is tried again.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
         CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING).
+        TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
         """
 
     @_abc_1.abstractmethod
@@ -595,7 +598,7 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.DeletePreparedDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Forgets the name of prepared data; the blocks themselves stay, and asking for the same finds them.
+        """Forgets the name of prepared data; the blocks stay for as long as their revisions do, and asking for the same finds them.
         Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (JOB_NOT_ENDED:
         cancel it first).
         """

@@ -109,7 +109,8 @@ class InferenceServicer:
         model answers. The same `request_id` again returns the first answer.
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
         needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
-        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
+        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS), ABORTED (MODEL_CHANGED: a name stands for something
+        else since it was looked up; ask again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +143,7 @@ class InferenceServicer:
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, MODEL_CHANGED, ADAPTER_PENDING: not done
         within a minute, but it goes on).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

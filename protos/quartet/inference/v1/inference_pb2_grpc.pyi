@@ -46,7 +46,8 @@ class InferenceStub:
     model answers. The same `request_id` again returns the first answer.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
     needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
-    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
+    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS), ABORTED (MODEL_CHANGED: a name stands for something
+    else since it was looked up; ask again).
     """
     GetEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]
     """Returns an endpoint. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND)."""
@@ -61,7 +62,7 @@ class InferenceStub:
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, MODEL_CHANGED, ADAPTER_PENDING: not done
     within a minute, but it goes on).
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]
@@ -102,7 +103,8 @@ class InferenceAsyncStub(InferenceStub):
     model answers. The same `request_id` again returns the first answer.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
     needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
-    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
+    REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS), ABORTED (MODEL_CHANGED: a name stands for something
+    else since it was looked up; ask again).
     """
     GetEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
     """Returns an endpoint. Errors: NOT_FOUND (ENDPOINT_NOT_FOUND)."""
@@ -117,7 +119,7 @@ class InferenceAsyncStub(InferenceStub):
     once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
     has done it; on an endpoint that is not READY, at once, and the engine starts with it.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+    (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, MODEL_CHANGED, ADAPTER_PENDING: not done
     within a minute, but it goes on).
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
@@ -161,7 +163,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         model answers. The same `request_id` again returns the first answer.
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
         needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
-        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS).
+        REQUEST_ID_REUSED), ALREADY_EXISTS (ENDPOINT_EXISTS), ABORTED (MODEL_CHANGED: a name stands for something
+        else since it was looked up; ask again).
         """
 
     @_abc_1.abstractmethod
@@ -200,7 +203,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         once: answers under way end with the old one. Rolling back is loading the older model again. Answers when the engine
         has done it; on an endpoint that is not READY, at once, and the engine starts with it.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (ALIAS_MALFORMED), FAILED_PRECONDITION
-        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, ADAPTER_PENDING: not done
+        (MODEL_NOT_SERVABLE, BASE_MISMATCH, PARITY_MISMATCH: as Chat), ABORTED (ETAG_MISMATCH, MODEL_CHANGED, ADAPTER_PENDING: not done
         within a minute, but it goes on).
         """
 

@@ -94,7 +94,7 @@ class TrainingJob(_message.Message):
         RUNNING: TrainingJob._State.ValueType  # 3
         """A worker has reported."""
         PAUSED: TrainingJob._State.ValueType  # 4
-        """Stopped on request, resumable."""
+        """Stopped on request, without a worker; see ResumeTrainingJob."""
         SUCCEEDED: TrainingJob._State.ValueType  # 5
         """Ended well; `result` is the final checkpoint."""
         FAILED: TrainingJob._State.ValueType  # 6
@@ -113,7 +113,7 @@ class TrainingJob(_message.Message):
     RUNNING: TrainingJob.State.ValueType  # 3
     """A worker has reported."""
     PAUSED: TrainingJob.State.ValueType  # 4
-    """Stopped on request, resumable."""
+    """Stopped on request, without a worker; see ResumeTrainingJob."""
     SUCCEEDED: TrainingJob.State.ValueType  # 5
     """Ended well; `result` is the final checkpoint."""
     FAILED: TrainingJob.State.ValueType  # 6
@@ -160,6 +160,7 @@ class TrainingJob(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     VALIDATION_DATASETS_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/trainingJobs/{job}"""
     display_name: _builtins.str
@@ -220,6 +221,10 @@ class TrainingJob(_message.Message):
     def validation_datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Revisions to look at and not to learn from, named as `datasets`; `validation.ratio` holds rows of `datasets` out."""
 
+    @_builtins.property
+    def plan(self) -> Global___Plan:
+        """Output only, with `validate_only`: what the run would take."""
+
     def __init__(
         self,
         *,
@@ -242,14 +247,266 @@ class TrainingJob(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         validation_datasets: _abc.Iterable[_builtins.str] | None = ...,
+        plan: Global___Plan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "overrides", b"overrides", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "overrides", b"overrides", "plan", b"plan", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_model", b"base_model", "config", b"config", "create_time", b"create_time", "datasets", b"datasets", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "labels", b"labels", "name", b"name", "overrides", b"overrides", "progress", b"progress", "recipe", b"recipe", "result", b"result", "resume_from", b"resume_from", "start_time", b"start_time", "state", b"state", "validation_datasets", b"validation_datasets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_model", b"base_model", "config", b"config", "create_time", b"create_time", "datasets", b"datasets", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "labels", b"labels", "name", b"name", "overrides", b"overrides", "plan", b"plan", "progress", b"progress", "recipe", b"recipe", "result", b"result", "resume_from", b"resume_from", "start_time", b"start_time", "state", b"state", "validation_datasets", b"validation_datasets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainingJob: _TypeAlias = TrainingJob  # noqa: Y015
+
+@_typing.final
+class Plan(_message.Message):
+    """What a run will take, before anything is started. What cannot be known is 0 or left out, and `assumptions` says why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Fits:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FitsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Plan._Fits.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FITS_UNSPECIFIED: Plan._Fits.ValueType  # 0
+        UNKNOWN: Plan._Fits.ValueType  # 1
+        """The device's memory or the model's shape is not known."""
+        YES: Plan._Fits.ValueType  # 2
+        NO: Plan._Fits.ValueType  # 3
+        """`changes` holds what would fit."""
+
+    class Fits(_Fits, metaclass=_FitsEnumTypeWrapper):
+        """Whether the run fits the memory of its device."""
+
+    FITS_UNSPECIFIED: Plan.Fits.ValueType  # 0
+    UNKNOWN: Plan.Fits.ValueType  # 1
+    """The device's memory or the model's shape is not known."""
+    YES: Plan.Fits.ValueType  # 2
+    NO: Plan.Fits.ValueType  # 3
+    """`changes` holds what would fit."""
+
+    DATA_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STEPS_PER_EPOCH_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    LEAST_S_FIELD_NUMBER: _builtins.int
+    MOST_S_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    ASSUMPTIONS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Optimizer steps in all, and in an epoch."""
+    steps_per_epoch: _builtins.int
+    fits: Global___Plan.Fits.ValueType
+    least_s: _builtins.float
+    """Seconds of training, from and to; both 0 if nothing tells the device's speed."""
+    most_s: _builtins.float
+    engine: _builtins.str
+    """"fused" (kernels of ours, on a GPU) or "autograd" (torch's)."""
+    dtype: _builtins.str
+    """"bfloat16", "float16", "float32": what is computed in."""
+    @_builtins.property
+    def data(self) -> Global___DataFigures: ...
+    @_builtins.property
+    def memory(self) -> Global___MemoryPlan:
+        """What one process holds at its peak."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanChange]:
+        """Where it does not fit: what does, the least harmful first. Each was computed as the plan itself."""
+
+    @_builtins.property
+    def device(self) -> Global___PlanDevice: ...
+    @_builtins.property
+    def assumptions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For people: what the figures rest on."""
+
+    def __init__(
+        self,
+        *,
+        data: Global___DataFigures | None = ...,
+        steps: _builtins.int = ...,
+        steps_per_epoch: _builtins.int = ...,
+        memory: Global___MemoryPlan | None = ...,
+        fits: Global___Plan.Fits.ValueType = ...,
+        changes: _abc.Iterable[Global___PlanChange] | None = ...,
+        least_s: _builtins.float = ...,
+        most_s: _builtins.float = ...,
+        engine: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        device: Global___PlanDevice | None = ...,
+        assumptions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "device", b"device", "memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assumptions", b"assumptions", "changes", b"changes", "data", b"data", "device", b"device", "dtype", b"dtype", "engine", b"engine", "fits", b"fits", "least_s", b"least_s", "memory", b"memory", "most_s", b"most_s", "steps", b"steps", "steps_per_epoch", b"steps_per_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class DataFigures(_message.Message):
+    """The data of a run, for one epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    BLOCK_LENGTH_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LEARNED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    DROPPED_ROWS_FIELD_NUMBER: _builtins.int
+    SAMPLED_ROWS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in all datasets."""
+    samples: _builtins.int
+    """Rows that are learned from, as often as their dataset's weight says."""
+    blocks: _builtins.int
+    block_length: _builtins.int
+    """Tokens in a block."""
+    tokens: _builtins.int
+    learned_tokens: _builtins.int
+    truncated_rows: _builtins.int
+    """Rows cut at the end of a block, and rows without anything to learn within one."""
+    dropped_rows: _builtins.int
+    sampled_rows: _builtins.int
+    """0 if the data was prepared before and the figures are exact; else they are scaled up from so many rows."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        block_length: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        learned_tokens: _builtins.int = ...,
+        truncated_rows: _builtins.int = ...,
+        dropped_rows: _builtins.int = ...,
+        sampled_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_length", b"block_length", "blocks", b"blocks", "dropped_rows", b"dropped_rows", "learned_tokens", b"learned_tokens", "rows", b"rows", "sampled_rows", b"sampled_rows", "samples", b"samples", "tokens", b"tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataFigures: _TypeAlias = DataFigures  # noqa: Y015
+
+@_typing.final
+class MemoryPlan(_message.Message):
+    """Bytes that one process holds at the peak, by what they are for. Their sum is `peak`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    GRADIENTS_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    LOGITS_FIELD_NUMBER: _builtins.int
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PEAK_FIELD_NUMBER: _builtins.int
+    weights: _builtins.int
+    adapter: _builtins.int
+    gradients: _builtins.int
+    optimizer: _builtins.int
+    activations: _builtins.int
+    logits: _builtins.int
+    runtime: _builtins.int
+    """The interpreter and its libraries on a CPU; CUDA's context on a GPU."""
+    checkpoint: _builtins.int
+    """A copy of what is trained, while it is saved beside the next steps."""
+    peak: _builtins.int
+    def __init__(
+        self,
+        *,
+        weights: _builtins.int = ...,
+        adapter: _builtins.int = ...,
+        gradients: _builtins.int = ...,
+        optimizer: _builtins.int = ...,
+        activations: _builtins.int = ...,
+        logits: _builtins.int = ...,
+        runtime: _builtins.int = ...,
+        checkpoint: _builtins.int = ...,
+        peak: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "adapter", b"adapter", "checkpoint", b"checkpoint", "gradients", b"gradients", "logits", b"logits", "optimizer", b"optimizer", "peak", b"peak", "runtime", b"runtime", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
+
+@_typing.final
+class PlanDevice(_message.Message):
+    """Where a run computes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"cpu", or a GPU: h200, h100, a100-80g, a100, l40s, a10, l4, rtx4090, v100, t4. Empty is a GPU of unknown speed."""
+    memory: _builtins.int
+    """Memory for one process, in bytes; 0 is the kind's own, or unknown."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        memory: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanDevice: _TypeAlias = PlanDevice  # noqa: Y015
+
+@_typing.final
+class PlanChange(_message.Message):
+    """One way to make a run fit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERRIDES_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PEAK_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Another kind of GPU instead."""
+    message: _builtins.str
+    """For people."""
+    peak: _builtins.int
+    """The peak then."""
+    @_builtins.property
+    def overrides(self) -> _struct_pb2.Struct:
+        """Further overrides, by dotted key."""
+
+    def __init__(
+        self,
+        *,
+        overrides: _struct_pb2.Struct | None = ...,
+        device: _builtins.str = ...,
+        message: _builtins.str = ...,
+        peak: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["overrides", b"overrides"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "message", b"message", "overrides", b"overrides", "peak", b"peak"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanChange: _TypeAlias = PlanChange  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
@@ -767,6 +1024,7 @@ class CreateTrainingJobRequest(_message.Message):
     TRAINING_JOB_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """workspaces/{workspace}"""
     training_job_id: _builtins.str
@@ -774,10 +1032,14 @@ class CreateTrainingJobRequest(_message.Message):
     request_id: _builtins.str
     """A UUID; the same again returns the first answer."""
     validate_only: _builtins.bool
-    """Check, answer, change nothing."""
+    """Check, answer with the job's plan, change nothing."""
     @_builtins.property
     def training_job(self) -> Global___TrainingJob:
         """The job to make; its output fields are ignored."""
+
+    @_builtins.property
+    def device(self) -> Global___PlanDevice:
+        """With `validate_only`: where the run is to compute, if the service is not to go by what it knows itself."""
 
     def __init__(
         self,
@@ -787,10 +1049,11 @@ class CreateTrainingJobRequest(_message.Message):
         training_job: Global___TrainingJob | None = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        device: Global___PlanDevice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["training_job", b"training_job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "training_job", b"training_job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "request_id", b"request_id", "training_job", b"training_job", "training_job_id", b"training_job_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "parent", b"parent", "request_id", b"request_id", "training_job", b"training_job", "training_job_id", b"training_job_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,6 +1162,54 @@ class CancelTrainingJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTrainingJobRequest: _TypeAlias = CancelTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class PauseTrainingJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    request_id: _builtins.str
+    """A UUID; the same again does nothing and returns the job as it is by then."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingJobRequest: _TypeAlias = PauseTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """workspaces/{workspace}/trainingJobs/{job}"""
+    request_id: _builtins.str
+    """A UUID; the same again does nothing and returns the job as it is by then."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTrainingJobRequest: _TypeAlias = ResumeTrainingJobRequest  # noqa: Y015
 
 @_typing.final
 class DeleteTrainingJobRequest(_message.Message):

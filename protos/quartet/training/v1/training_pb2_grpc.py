@@ -70,6 +70,16 @@ class TrainingStub:
                 request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.SerializeToString,
                 response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
                 _registered_method=True)
+        self.PauseTrainingJob = channel.unary_unary(
+                '/quartet.training.v1.Training/PauseTrainingJob',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+                _registered_method=True)
+        self.ResumeTrainingJob = channel.unary_unary(
+                '/quartet.training.v1.Training/ResumeTrainingJob',
+                request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.SerializeToString,
+                response_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+                _registered_method=True)
         self.DeleteTrainingJob = channel.unary_unary(
                 '/quartet.training.v1.Training/DeleteTrainingJob',
                 request_serializer=quartet_dot_training_dot_v1_dot_training__pb2.DeleteTrainingJobRequest.SerializeToString,
@@ -123,10 +133,12 @@ class TrainingServicer:
 
     def CreateTrainingJob(self, request, context):
         """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+        and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
         Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
         (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-        REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again),
         UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -156,9 +168,28 @@ class TrainingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTrainingJob(self, request, context):
+        """Asks a job to stop for a while. Its worker saves a checkpoint and stops within its grace; once its place and its GPU
+        are free the job is PAUSED. One that is preparing data keeps nothing half-made. Pausing twice is harmless. The same
+        `request_id` again pauses nothing, even if the job was resumed meanwhile. Errors: NOT_FOUND (JOB_NOT_FOUND),
+        FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTrainingJob(self, request, context):
+        """Lets a paused job wait for its next attempt, which goes on from the newest checkpoint. A job that is not paused is
+        returned as it is. The same `request_id` again resumes nothing, even if the job was paused meanwhile. Errors:
+        NOT_FOUND (JOB_NOT_FOUND), FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteTrainingJob(self, request, context):
-        """Forgets an ended job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
-        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+        """Forgets an ended or paused job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel or pause it first).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +262,16 @@ def add_TrainingServicer_to_server(servicer, server):
             'CancelTrainingJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelTrainingJob,
                     request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
+            ),
+            'PauseTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTrainingJob,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.FromString,
+                    response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
+            ),
+            'ResumeTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTrainingJob,
+                    request_deserializer=quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.FromString,
                     response_serializer=quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.SerializeToString,
             ),
             'DeleteTrainingJob': grpc.unary_unary_rpc_method_handler(
@@ -425,6 +466,60 @@ class Training:
             target,
             '/quartet.training.v1.Training/CancelTrainingJob',
             quartet_dot_training_dot_v1_dot_training__pb2.CancelTrainingJobRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.training.v1.Training/PauseTrainingJob',
+            quartet_dot_training_dot_v1_dot_training__pb2.PauseTrainingJobRequest.SerializeToString,
+            quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.training.v1.Training/ResumeTrainingJob',
+            quartet_dot_training_dot_v1_dot_training__pb2.ResumeTrainingJobRequest.SerializeToString,
             quartet_dot_training_dot_v1_dot_training__pb2.TrainingJob.FromString,
             options,
             channel_credentials,

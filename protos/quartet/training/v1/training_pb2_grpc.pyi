@@ -49,10 +49,12 @@ class TrainingStub:
     """
     CreateTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.CreateTrainingJobRequest, _training_pb2.TrainingJob]
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+    and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
     (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again),
     UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]
@@ -65,9 +67,20 @@ class TrainingStub:
     """Asks a job to end. Its worker saves a checkpoint and stops within its grace; the job ends CANCELLED and keeps its
     checkpoints. A job that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND).
     """
+    PauseTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingJobRequest, _training_pb2.TrainingJob]
+    """Asks a job to stop for a while. Its worker saves a checkpoint and stops within its grace; once its place and its GPU
+    are free the job is PAUSED. One that is preparing data keeps nothing half-made. Pausing twice is harmless. The same
+    `request_id` again pauses nothing, even if the job was resumed meanwhile. Errors: NOT_FOUND (JOB_NOT_FOUND),
+    FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+    """
+    ResumeTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingJobRequest, _training_pb2.TrainingJob]
+    """Lets a paused job wait for its next attempt, which goes on from the newest checkpoint. A job that is not paused is
+    returned as it is. The same `request_id` again resumes nothing, even if the job was paused meanwhile. Errors:
+    NOT_FOUND (JOB_NOT_FOUND), FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+    """
     DeleteTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingJobRequest, _empty_pb2.Empty]
-    """Forgets an ended job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
-    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+    """Forgets an ended or paused job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel or pause it first).
     """
     WatchTrainingJob: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchTrainingJobRequest, _training_pb2.TrainingEvent]
     """Streams a job's events after `after_sequence`, then goes on as they happen and ends after the terminal state.
@@ -109,10 +122,12 @@ class TrainingAsyncStub(TrainingStub):
     """
     CreateTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.CreateTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
     """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+    the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+    and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
     Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
     (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-    REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+    ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again),
     UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
     """
     GetTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
@@ -125,9 +140,20 @@ class TrainingAsyncStub(TrainingStub):
     """Asks a job to end. Its worker saves a checkpoint and stops within its grace; the job ends CANCELLED and keeps its
     checkpoints. A job that has ended already is returned as it is. Errors: NOT_FOUND (JOB_NOT_FOUND).
     """
+    PauseTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
+    """Asks a job to stop for a while. Its worker saves a checkpoint and stops within its grace; once its place and its GPU
+    are free the job is PAUSED. One that is preparing data keeps nothing half-made. Pausing twice is harmless. The same
+    `request_id` again pauses nothing, even if the job was resumed meanwhile. Errors: NOT_FOUND (JOB_NOT_FOUND),
+    FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+    """
+    ResumeTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingJobRequest, _training_pb2.TrainingJob]  # type: ignore[assignment]
+    """Lets a paused job wait for its next attempt, which goes on from the newest checkpoint. A job that is not paused is
+    returned as it is. The same `request_id` again resumes nothing, even if the job was paused meanwhile. Errors:
+    NOT_FOUND (JOB_NOT_FOUND), FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+    """
     DeleteTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingJobRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Forgets an ended job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
-    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+    """Forgets an ended or paused job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+    FAILED_PRECONDITION (JOB_NOT_ENDED: cancel or pause it first).
     """
     WatchTrainingJob: _aio.UnaryStreamMultiCallable[_training_pb2.WatchTrainingJobRequest, _training_pb2.TrainingEvent]  # type: ignore[assignment]
     """Streams a job's events after `after_sequence`, then goes on as they happen and ends after the terminal state.
@@ -184,10 +210,12 @@ class TrainingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.TrainingJob, _abc.Awaitable[_training_pb2.TrainingJob]]:
         """Queues a job. The job is the handle: it runs whether or not anybody watches. The same `request_id` again returns
-        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config.
+        the first answer. With `validate_only` the answer is the job as it would be made, with its resolved config
+        and its plan: steps, memory, time, and what to change if it does not fit. Nothing of a plan's makes it fail.
         Errors: NOT_FOUND (RECIPE_UNKNOWN, MODEL_NOT_FOUND, REVISION_NOT_FOUND, CHECKPOINT_NOT_FOUND), INVALID_ARGUMENT
         (CONFIG_KEY_UNKNOWN, naming the nearest; CONFIG_VALUE_INVALID; RECIPE_NOT_TRAINABLE; MODEL_MISSING; DATASET_MISSING;
-        REQUEST_ID_REUSED), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        REQUEST_ID_REUSED; DEVICE_UNKNOWN), FAILED_PRECONDITION (MODEL_NOT_TRAINABLE, TEMPLATE_MISSING), ALREADY_EXISTS (JOB_EXISTS),
+        ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again),
         UNIMPLEMENTED (TRAINER_LACKS, with a violation for each value of the config that the trainer cannot act on yet).
         """
 
@@ -220,13 +248,36 @@ class TrainingServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PauseTrainingJob(
+        self,
+        request: _training_pb2.PauseTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.TrainingJob, _abc.Awaitable[_training_pb2.TrainingJob]]:
+        """Asks a job to stop for a while. Its worker saves a checkpoint and stops within its grace; once its place and its GPU
+        are free the job is PAUSED. One that is preparing data keeps nothing half-made. Pausing twice is harmless. The same
+        `request_id` again pauses nothing, even if the job was resumed meanwhile. Errors: NOT_FOUND (JOB_NOT_FOUND),
+        FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTrainingJob(
+        self,
+        request: _training_pb2.ResumeTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.TrainingJob, _abc.Awaitable[_training_pb2.TrainingJob]]:
+        """Lets a paused job wait for its next attempt, which goes on from the newest checkpoint. A job that is not paused is
+        returned as it is. The same `request_id` again resumes nothing, even if the job was paused meanwhile. Errors:
+        NOT_FOUND (JOB_NOT_FOUND), FAILED_PRECONDITION (JOB_ENDED), INVALID_ARGUMENT (REQUEST_ID_REUSED).
+        """
+
+    @_abc_1.abstractmethod
     def DeleteTrainingJob(
         self,
         request: _training_pb2.DeleteTrainingJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Forgets an ended job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
-        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel it first).
+        """Forgets an ended or paused job and its checkpoints' names. Errors: NOT_FOUND (JOB_NOT_FOUND), ABORTED (ETAG_MISMATCH),
+        FAILED_PRECONDITION (JOB_NOT_ENDED: cancel or pause it first).
         """
 
     @_abc_1.abstractmethod

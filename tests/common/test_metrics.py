@@ -1,0 +1,82 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.common.records import Record, Records
+from services.common.server import Room
+from services.finetune.errors import InvalidArgument, Unavailable
+from tests.common.test_server import Probe, call, error_of, refused_start
+
+LABELS = ("service", "method", "code", "kind", "state")
+Told = dict[tuple[str, ...], float]
+
+
+def scrape(port: int) -> dict[str, Told]:
+    """Sample name -> label values -> value."""
+    found: dict[str, Told] = {}
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        for family in text_string_to_metric_families(answer.read().decode()):
+            for sample in family.samples:
+                labels = tuple(sample.labels[name] for name in LABELS if name in sample.labels)
+                found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+@pytest.fixture()
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+    return free
+
+
+def test_calls_are_counted_by_their_code(tmp_path: Path, port: int) -> None:
+    probe = Probe(tmp_path, "--metrics-port", str(port))
+    service = "quartet.probe.v1.Probe"
+    with grpc.insecure_channel(probe.address) as channel:
+        for _ in range(3):
+            call(channel, "unary_unary", b"ok")
+        call(channel, "unary_stream", b"ok")
+        assert isinstance(error_of(channel, "unary_unary", b"bad"), InvalidArgument)
+        error_of(channel, "stream_stream", b"bug")
+    wanted = {
+        (service, "unary_unary", "OK"): 3,
+        (service, "unary_unary", "INVALID_ARGUMENT"): 1,
+        (service, "unary_stream", "OK"): 1,
+        (service, "stream_stream", "INTERNAL"): 1,
+    }
+    # An error is on its way to the caller a moment before it is counted.
+    deadline = time.monotonic() + 20
+    while (told := scrape(port))["quartet_rpcs_total"] != wanted:
+        assert time.monotonic() < deadline, told
+        time.sleep(0.02)
+    assert told["quartet_rpc_seconds_count"][service, "unary_unary"] == 4
+    assert "port" in refused_start(tmp_path / "other", "--port", "0", "--metrics-port", str(port))
+    assert probe.stop() == 0
+
+
+def test_jobs_are_counted_by_their_state(database_url: str, port: int) -> None:
+    from services.common.metrics import Metrics
+
+    def away() -> dict[tuple[str, str], int]:
+        raise Unavailable("the database does not answer", reason="DATABASE_UNAVAILABLE")
+
+    records = Records(database_url)
+    for n, (kind, state) in enumerate([("trainingJob", "RUNNING"), ("trainingJob", "RUNNING"), ("x", "RUNNING")]):
+        records.create(Record(f"workspaces/w/{kind}s/{n}", kind, state, {}))
+    close = Metrics().listen("127.0.0.1", port, [lambda: records.counts("trainingJob"), away])
+    try:
+        assert scrape(port)["quartet_resources"] == {("trainingJob", "RUNNING"): 2}
+    finally:
+        close()
+        records.close()
+    assert Room("x", lambda server: None).counts() == {}

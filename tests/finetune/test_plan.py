@@ -1,0 +1,157 @@
+"""Plans beside the real thing: parameters, what torch keeps, what the fused path lays out, and what would fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from services.finetune import plan
+from services.finetune.config import RunConfig, override
+from services.finetune.plan import GIB, Batch, Device, Shape
+from services.finetune.store import Store
+from services.finetune.train import memory, ops_torch
+from services.finetune.train.fused import Fused
+from services.finetune.train.methods import adapt
+from services.finetune.train.model import summed_loss
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "head_dim": 16,
+}
+LLAMA_7B = Shape(
+    architecture="LlamaForCausalLM",
+    layers=32,
+    hidden=4096,
+    intermediate=11008,
+    heads=32,
+    head_size=128,
+    vocabulary=32000,
+    parameters=6_738_415_616,
+    linears={
+        **{leaf: plan.Linear(32, 4096, 4096) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{leaf: plan.Linear(32, 4096, 11008) for leaf in ("gate_proj", "up_proj")},
+        "down_proj": plan.Linear(32, 11008, 4096),
+    },
+)
+
+
+def config(**changes: Any) -> RunConfig:
+    given = {"method": "lora", "quant.bits": 0, "lora.rank": 8, "schedule.accumulate": 1}
+    return override(RunConfig(), {**given, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+def written(kind: type[Any], folder: Path, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, **changes), dtype=torch.float32, attn_implementation="sdpa")
+    model.save_pretrained(folder)
+    return model
+
+
+def shape_of(folder: Path) -> Shape:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+    return plan.read_shape(json.loads((folder / "config.json").read_text()), tensors)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_a_shape_is_the_models(tmp_path: Path, kind: type[Any], tied: bool) -> None:
+    model = written(kind, tmp_path, tie_word_embeddings=tied)
+    shape = shape_of(tmp_path)
+    assert shape.parameters == model.num_parameters()
+    assert shape.normed_heads == (kind is Qwen3Config)
+    for changes in ({}, {"lora__targets": ["q_proj", "down_proj"]}):
+        wrapped = adapt(written(kind, tmp_path), config(**changes))
+        assert plan.lora_parameters(shape, config(**changes)) == sum(
+            p.numel() for p in wrapped.parameters() if p.requires_grad
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_torch_keeps_what_the_plan_says(tmp_path: Path, dropout: float) -> None:
+    """Storages that autograd saves, the weights' own left out, but for the loss's."""
+    chosen = config(lora__dropout=dropout)
+    model = adapt(written(LlamaConfig, tmp_path), chosen).train()
+    length, kept = 256, {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, 300, (2, length))
+    labels = torch.where(torch.arange(length) < 200, -100, ids)
+    positions, segments = torch.arange(length).expand(2, -1), torch.ones(2, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = summed_loss(model, ids, labels, positions, segments)
+    batch = Batch(2, length, int((labels >= 0).sum()))
+    assert loss.requires_grad
+    saved = sum(kept.values()) - 4 * batch.learned * 300
+    assert plan.autograd_bytes(shape_of(tmp_path), chosen, batch, "float32") == pytest.approx(saved, rel=0.04)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_the_fused_path_lays_out_what_is_planned(tmp_path: Path, kind: type[Any]) -> None:
+    fused = Fused(adapt(written(kind, tmp_path), config()), ops_torch, 64)
+    lay = plan.fused_lay(shape_of(tmp_path), config(), "float32")
+    for free in (0, 1 << 22, 1 << 30):
+        assert plan.fused_bytes(lay, 512, free) == memory.plan(fused, 512, free)
+
+
+def test_a_large_run_names_what_fits() -> None:
+    """Every change named is computed to fit, and no lesser one does."""
+    chosen, batch = config(schedule__batch_size=4, data__max_length=2048, lora__rank=64), Batch(4, 2048, 8192)
+    device = Device("l4", 24 * GIB)
+    made = plan.memory(LLAMA_7B, chosen, batch, 100, device, "bfloat16")
+    assert made.peak <= device.memory, "every layer runs forward twice, and it fits"
+    small = Device("", 15 * GIB)
+    assert plan.memory(LLAMA_7B, chosen, batch, 100, small, "bfloat16").peak > small.memory
+    first, other = plan.changes(LLAMA_7B, chosen, batch, 100, small, "bfloat16")
+    assert first.peak <= small.memory and first.overrides["method"] == "qlora"
+    assert other.device == "t4" or plan.DEVICES[other.device].memory > small.memory
+    for parts in (2, 4):
+        lesser = override(chosen, {"schedule.batch_size": 4 // parts})
+        peak = plan.memory(LLAMA_7B, lesser, Batch(4 // parts, 2048, 8192 // parts), 100, small, "bfloat16").peak
+        assert peak > small.memory
+
+
+def test_fewer_blocks_are_named_where_they_suffice() -> None:
+    chosen, batch = config(schedule__batch_size=8, data__max_length=4096), Batch(8, 4096, 32768)
+    device = Device("cpu", 0)
+    need = [
+        plan.memory(LLAMA_7B, config(schedule__batch_size=n), Batch(n, 4096, 4096 * n), 100, device, "float32").peak
+        for n in (4, 8)
+    ]
+    found = plan.changes(LLAMA_7B, chosen, batch, 100, Device("cpu", (need[0] + need[1]) // 2), "float32")
+    assert [dict(c.overrides) for c in found] == [{"schedule.batch_size": 4, "schedule.accumulate": 2}]
+
+
+def test_time_is_a_range_around_what_was_measured() -> None:
+    """docs/benchmarks.md: 18,071 tokens a second on an H100."""
+    found = plan.seconds(LLAMA_7B, 18_071 * 100, Device("h100"), 0.0)
+    assert found is not None and found[0] < 100 < found[1]
+    assert plan.seconds(LLAMA_7B, 1000, Device("cpu", GIB), 0.0) is None
+
+
+@pytest.mark.slow
+def test_a_real_worker_holds_what_was_planned(file_store: Store, tmp_path: Path) -> None:
+    """Within a tenth, at SmolLM2-135M's shape; two different shapes of steps."""
+    from tests.bench.plan import CASES, compare, model
+
+    base = model(file_store, "135M", tmp_path / "model")
+    for n, changes in enumerate(CASES):
+        one = compare(file_store, base, changes, f"jobs/plan-{n}")
+        assert 0.9 < one.ratio < 1.1, (changes, one)
