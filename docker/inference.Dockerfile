@@ -1,4 +1,5 @@
-# The engine server: one endpoint, one process, one model. VARIANT and BASE are those of worker.Dockerfile.
+# The engine server: one endpoint, one process, one model; with vLLM in the variant cuda. VARIANT and BASE are those of
+# worker.Dockerfile.
 ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS packages

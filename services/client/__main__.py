@@ -182,6 +182,38 @@ def _models(verbs: Any) -> None:
     p.add_argument(
         "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
     )
+    for verb in ("split", "reshard"):
+        p = _verb(group, verb, "commands.models:convert_split", "the same weights in files of another size")
+        p.add_argument("model", help="a whole model")
+        p.add_argument("target", help="the new model's name")
+        p.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of one file, as 2GB or 500MB")
+        p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p = _verb(group, "export", "commands.models:convert_export", "files for use elsewhere, fetched by model download")
+    p.add_argument("model")
+    p.add_argument("target", help="the export's name")
+    p.add_argument("--form", default="hf", choices=["hf", "safetensors", "gguf"])
+    p.add_argument(
+        "--type", default="", metavar="TYPE", help="of gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s"
+    )
+    p.add_argument(
+        "--to",
+        default="",
+        metavar="URI",
+        help="send it too: hf://owner/name, s3://bucket/prefix, oci://registry/repo:tag",
+    )
+    p.add_argument("--public", action="store_true", help="a hub's repository that is made now can be read by all")
+    p = _verb(group, "quantize", "commands.models:convert_quantize", "a smaller model to serve")
+    p.add_argument("model", help="a whole model")
+    p.add_argument("target", help="the quantised model's name")
+    p.add_argument(
+        "--method",
+        required=True,
+        choices=["nf4", "fp4", "int8", "fp8", "int4", "gptq"],
+        help="nf4, fp4, int8: bitsandbytes; fp8, int4, gptq: compressed-tensors",
+    )
+    p.add_argument("--calibration", default="", metavar="DATASET", help="of gptq: rows like those it will meet")
+    p.add_argument("--rows", type=int, default=0, help="how many of them; 256 if left out")
+    p.add_argument("--max-length", type=int, default=0, help="tokens of a row; 2048 if left out")
 
 
 def _garbage(verbs: Any) -> None:

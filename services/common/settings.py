@@ -44,6 +44,9 @@ class Settings:
     up`."""
     import_prefixes: str = ""
     """s3://bucket/prefix?endpoint=…, joined by ',', from which datasets may be imported; none if empty."""
+    export_prefixes: str = ""
+    """Places, joined by ',', to which models may be exported; none if empty: hf://owner or hf://owner/name,
+    s3://bucket/prefix?endpoint=…, oci://registry/repository."""
     hub_datasets: str = "off"
     """on lets datasets be imported from the Hugging Face hub."""
     direct_uploads: str = "on"

@@ -19,7 +19,8 @@ from services.finetune.store import open_store
 def build(settings: Settings) -> Room:
     store = open_store(settings.store_uri)
     roots = [Path(root) for root in settings.import_roots.split(":") if root]
-    conversion = Conversion(store, roots)
+    prefixes = [prefix for prefix in settings.export_prefixes.split(",") if prefix]
+    conversion = Conversion(store, roots, prefixes)
     conversion.jobs = Jobs(
         Records(settings.database_url),
         store,

@@ -13,6 +13,7 @@ from services.common import names
 from services.common.jobs import Jobs, Work
 from services.common.paging import page
 from services.common.records import Record
+from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
 from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
@@ -24,6 +25,7 @@ from services.finetune.errors import (
     PermissionDenied,
     Violation,
 )
+from services.finetune.progress import Event
 from services.finetune.store import Store, garbage
 from services.finetune.store.artifacts import (
     Manifest,
@@ -66,10 +68,11 @@ class Conversion:
 
     jobs: Jobs
 
-    def __init__(self, store: Store, import_roots: Sequence[Path]) -> None:
+    def __init__(self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = ()) -> None:
         self._store = store
+        self._export_prefixes = export_prefixes
         self._roots = [root.resolve() for root in import_roots]
-        self.work = Work("conversionJob", "convert", self.order, self._succeed)
+        self.work = Work("conversionJob", "convert", self.order, self._succeed, _notice)
         # A digest names one manifest for ever, so it may be kept.
         self._manifest = lru_cache(maxsize=4096)(lambda digest: load(store, digest))
         self._registry = Registry(store, self._manifest)
@@ -229,7 +232,22 @@ class Conversion:
             return {task: self._adapter(arguments)}
         if task == "merge":
             return {task: self._merge(arguments)}
-        raise InvalidArgument("a job needs one of import_model, adapter, merge", reason="TASK_MISSING")
+        if task == "reshard":
+            size = _shard_size(arguments["max_shard_size_bytes"])
+            return {task: outgoing.reshard(arguments, self._whole(arguments["model"]), size)}
+        if task == "export":
+            model = self.get_model(arguments["model"])
+            ref = ArtifactRef(name=arguments["model"], digest=model.ref.body["digest"])
+            return {task: outgoing.export(arguments, ref, model.manifest.kind, self._export_prefixes)}
+        if task == "quantize":
+            return {task: outgoing.quantize(arguments, self._whole(arguments["model"]), self._revision)}
+        raise InvalidArgument(
+            "a job needs one of import_model, adapter, merge, reshard, export, quantize", reason="TASK_MISSING"
+        )
+
+    def _revision(self, name: str) -> tuple[ArtifactRef, Manifest]:
+        ref = self._resolve(REVISION, name, "REVISION_NOT_FOUND")
+        return ref, self._manifest(ref.digest)
 
     def _import(self, arguments: Mapping[str, Any]) -> ImportTask:
         if arguments["dtype"] not in DTYPES:
@@ -313,8 +331,11 @@ class Conversion:
 
     def _whole(self, name: str) -> ArtifactRef:
         model = self.get_model(name)
-        if model.manifest.kind not in ("base", "merged"):
-            raise FailedPrecondition(f"{name} is no whole model", reason="MODEL_NOT_WHOLE")
+        if model.manifest.kind not in outgoing.WHOLE:
+            raise FailedPrecondition(
+                f"{name} is of kind {model.manifest.kind.upper()}; name a BASE or MERGED model",
+                reason="MODEL_NOT_WHOLE",
+            )
         return ArtifactRef(name=name, digest=model.ref.body["digest"])
 
     def _resolve(self, pattern: str, name: str, reason: str) -> ArtifactRef:
@@ -337,6 +358,11 @@ def _fields(model: Model) -> Mapping[str, Any]:
         "size_bytes": model.manifest.size,
         "parameter_count": meta.get("parameters", 0),
     }
+
+
+def _notice(job: Record, event: Event) -> Event | None:
+    """Rows that are prepared to calibrate with are no bytes of weights: their progress is not told."""
+    return None if event["type"] == "progress" and "done_bytes" not in event else event
 
 
 def _shard_size(given: int, otherwise: int = 2_000_000_000) -> int:

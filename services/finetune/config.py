@@ -337,6 +337,40 @@ class MergeTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReshardTask:
+    """Write the same weights into other files."""
+
+    model: ArtifactRef
+    dtype: str = ""
+    max_shard_size_bytes: int = 2_000_000_000
+
+
+GgufType = Literal["", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportTask:
+    """Make files for use elsewhere. `destination` is a URI that the service's settings allow, completed by them."""
+
+    model: ArtifactRef
+    form: Literal["hf", "safetensors", "gguf"] = "hf"
+    gguf_type: GgufType = ""
+    destination: str = ""
+    public: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeTask:
+    """Make a model with smaller weights; `calibration` is set for gptq alone."""
+
+    model: ArtifactRef
+    method: Literal["nf4", "fp4", "int8", "fp8", "int4", "gptq"]
+    calibration: ArtifactRef | None = None
+    calibration_rows: int = 256
+    max_length: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertRun:
     """An order to convert. Exactly one task is set."""
 
@@ -345,6 +379,9 @@ class ConvertRun:
     import_model: ImportTask | None = None
     adapter: AdapterTask | None = None
     merge: MergeTask | None = None
+    reshard: ReshardTask | None = None
+    export: ExportTask | None = None
+    quantize: QuantizeTask | None = None
 
 
 def to_json(config: object) -> Any:

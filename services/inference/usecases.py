@@ -179,7 +179,17 @@ class Inference:
         _one_of("dtype", spec["dtype"], ("", "bfloat16", "float16", "float32"))
         _one_of("bits", spec["bits"], (0, 4, 8))
         digest, kind = self._model(spec["model"], "endpoint.model")
-        if kind not in ("base", "merged"):
+        if kind == "exported":
+            raise FailedPrecondition(
+                f"{spec['model']} is of kind EXPORTED, made for use elsewhere: serve the model that it was made from",
+                reason="MODEL_NOT_SERVABLE",
+                metadata={"model": spec["model"], "kind": "EXPORTED"},
+            )
+        if kind == "quantized" and spec["bits"]:
+            raise FailedPrecondition(
+                f"{spec['model']} is quantised already: leave bits out", reason="MODEL_NOT_SERVABLE"
+            )
+        if kind not in ("base", "merged", "quantized"):
             raise FailedPrecondition(
                 f"{spec['model']} is of kind {kind.upper()}: serve its base model with it under adapters, or merge it "
                 "into its base first (CreateConversionJob with merge)",

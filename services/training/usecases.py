@@ -263,6 +263,12 @@ class Training:
             raise FailedPrecondition(
                 f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
             )
+        if ref.body["kind"] in ("quantized", "exported"):
+            raise FailedPrecondition(
+                f"{name} is of kind {ref.body['kind'].upper()}; tune the model that it was made from, with the method qlora "
+                "if memory is short",
+                reason="MODEL_NOT_TRAINABLE",
+            )
         return ArtifactRef(name=name, digest=ref.body["digest"])
 
     def _revision(self, name: str, field: str = "training_job.datasets") -> ArtifactRef:

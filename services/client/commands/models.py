@@ -187,6 +187,39 @@ def convert_merge(a: Namespace) -> int:
         return follow(client, client.convert(a.target, merge=task).name, a.json)
 
 
+def convert_split(a: Namespace) -> int:
+    size = read_size(a.max_shard_size)
+    with connect(a) as client:
+        task = conversion_pb2.ReshardTask(
+            model=client.name("models", a.model), dtype=a.dtype, max_shard_size_bytes=size
+        )
+        return follow(client, client.convert(a.target, reshard=task).name, a.json)
+
+
+def convert_export(a: Namespace) -> int:
+    with connect(a) as client:
+        task = conversion_pb2.ExportTask(
+            model=client.name("models", a.model),
+            form=a.form,
+            gguf_type=a.type,
+            destination=a.to,
+            public=a.public,
+        )
+        return follow(client, client.convert(a.target, export=task).name, a.json)
+
+
+def convert_quantize(a: Namespace) -> int:
+    with connect(a) as client:
+        task = conversion_pb2.QuantizeTask(
+            model=client.name("models", a.model),
+            method=a.method,
+            calibration=client.revision(a.calibration) if a.calibration else "",
+            calibration_rows=a.rows,
+            max_length=a.max_length,
+        )
+        return follow(client, client.convert(a.target, quantize=task).name, a.json)
+
+
 def read_size(text: str) -> int:
     """Bytes of a size such as 2GB or 500MB. InvalidArgument (SHARD_SIZE_INVALID)."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)

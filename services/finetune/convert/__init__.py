@@ -40,4 +40,16 @@ def _convert(run: ConvertRun, attempt: Attempt, stop: threading.Event, workdir: 
         from services.finetune.convert.merge import merge
 
         return merge(run.merge, attempt, stop)
+    if run.reshard is not None:
+        from services.finetune.convert.reshard import reshard
+
+        return reshard(run.reshard, attempt, stop)
+    if run.export is not None:
+        from services.finetune.convert.export import export
+
+        return export(run.export, attempt, stop, workdir)
+    if run.quantize is not None:
+        from services.finetune.convert.quantize import quantize
+
+        return quantize(run.quantize, attempt, stop, workdir)
     raise InvalidArgument("the order has no task", reason="TASK_MISSING")

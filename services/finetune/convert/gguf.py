@@ -21,6 +21,7 @@ def convert_gguf(path: Path, out: Path, dtype: str, stop: threading.Event) -> No
     """
     with _remembered():
         pre = _pre_tokenizer(path)
+        _refuse_biases(path)
         try:
             tokenizer, model = _load(path, stop)
         except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
@@ -85,6 +86,22 @@ def _pre_tokenizer(path: Path) -> str:
         raise InvalidArgument(
             f"{path.name} is no whole GGUF file: {error}; fetch it again", reason="GGUF_MALFORMED"
         ) from error
+
+
+def _refuse_biases(path: Path) -> None:
+    """transformers reads GGUF's llama without the biases that InternLM's have, and says nothing."""
+    import gguf
+
+    reader = gguf.GGUFReader(str(path))
+    field = reader.get_field("general.architecture")
+    name = bytes(field.parts[field.data[0]]).decode() if field else ""
+    lost = [t.name for t in reader.tensors if t.name.endswith(".bias")]
+    if name == "llama" and lost:
+        raise FailedPrecondition(
+            f"{path.name} is a Llama with biases ({lost[0]}), which transformers would leave out; import the safetensors "
+            "that it was made from",
+            reason="MODEL_UNSUPPORTED",
+        )
 
 
 def _restore_digits(pre: str, tokenizer: Any) -> None:

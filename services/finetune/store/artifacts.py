@@ -22,7 +22,7 @@ from typing import Any, Literal
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
 from services.finetune.store.port import Blob, Store
 
-Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "checkpoint", "report"]
+Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "quantized", "exported", "checkpoint", "report"]
 NEEDS_BASE: tuple[Kind, ...] = ("adapter", "checkpoint")
 """Kinds that are of no use without the parent in the role "base"; all others are whole."""
 

@@ -216,7 +216,8 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quant,
+            # Not even None where there is none: it would hide what a quantised model's own config says.
+            **({"quantization_config": quant} if quant is not None else {}),
             device_map={"": 0} if torch.cuda.is_available() else None,
             trust_remote_code=False,
             local_files_only=True,

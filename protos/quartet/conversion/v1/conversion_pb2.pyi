@@ -42,6 +42,10 @@ class Model(_message.Message):
         """A PEFT adapter; useless without its base."""
         MERGED: Model._Kind.ValueType  # 3
         """A whole model made of a base and an adapter."""
+        QUANTIZED: Model._Kind.ValueType  # 4
+        """A whole model with quantised weights: it is served, and neither trained nor converted further."""
+        EXPORTED: Model._Kind.ValueType  # 5
+        """Files for use elsewhere: they are downloaded, and neither served nor trained."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What the weights are."""
@@ -53,6 +57,10 @@ class Model(_message.Message):
     """A PEFT adapter; useless without its base."""
     MERGED: Model.Kind.ValueType  # 3
     """A whole model made of a base and an adapter."""
+    QUANTIZED: Model.Kind.ValueType  # 4
+    """A whole model with quantised weights: it is served, and neither trained nor converted further."""
+    EXPORTED: Model.Kind.ValueType  # 5
+    """Files for use elsewhere: they are downloaded, and neither served nor trained."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -358,6 +366,9 @@ class ConversionJob(_message.Message):
     IMPORT_MODEL_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     MERGE_FIELD_NUMBER: _builtins.int
+    RESHARD_FIELD_NUMBER: _builtins.int
+    EXPORT_FIELD_NUMBER: _builtins.int
+    QUANTIZE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
@@ -385,6 +396,12 @@ class ConversionJob(_message.Message):
     def adapter(self) -> Global___AdapterTask: ...
     @_builtins.property
     def merge(self) -> Global___MergeTask: ...
+    @_builtins.property
+    def reshard(self) -> Global___ReshardTask: ...
+    @_builtins.property
+    def export(self) -> Global___ExportTask: ...
+    @_builtins.property
+    def quantize(self) -> Global___QuantizeTask: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs of the caller; the model gets them too."""
@@ -418,6 +435,9 @@ class ConversionJob(_message.Message):
         import_model: Global___ImportTask | None = ...,
         adapter: Global___AdapterTask | None = ...,
         merge: Global___MergeTask | None = ...,
+        reshard: Global___ReshardTask | None = ...,
+        export: Global___ExportTask | None = ...,
+        quantize: Global___QuantizeTask | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         state: Global___ConversionJob.State.ValueType = ...,
         error: _status_pb2.Status | None = ...,
@@ -428,11 +448,11 @@ class ConversionJob(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "import_model", b"import_model", "merge", b"merge", "progress", b"progress", "start_time", b"start_time", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "export", b"export", "import_model", b"import_model", "merge", b"merge", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "import_model", b"import_model", "labels", b"labels", "merge", b"merge", "name", b"name", "progress", b"progress", "start_time", b"start_time", "state", b"state", "target_model", b"target_model", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "export", b"export", "import_model", b"import_model", "labels", b"labels", "merge", b"merge", "name", b"name", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "state", b"state", "target_model", b"target_model", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["import_model", "adapter", "merge"]  # noqa: Y015
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["import_model", "adapter", "merge", "reshard", "export", "quantize"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
 
@@ -568,6 +588,120 @@ class MergeTask(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MergeTask: _TypeAlias = MergeTask  # noqa: Y015
+
+@_typing.final
+class ReshardTask(_message.Message):
+    """RESHARD: the same weights in files of another size, or in another dtype. The kind stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    MAX_SHARD_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model} of kind BASE or MERGED."""
+    dtype: _builtins.str
+    """"bfloat16", "float16", "float32", or empty to keep the model's."""
+    max_shard_size_bytes: _builtins.int
+    """Largest size of one safetensors file; 0 means 2 GB (2,000,000,000)."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        max_shard_size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "max_shard_size_bytes", b"max_shard_size_bytes", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReshardTask: _TypeAlias = ReshardTask  # noqa: Y015
+
+@_typing.final
+class ExportTask(_message.Message):
+    """EXPORT: a model becomes files for use elsewhere, of kind EXPORTED, and is sent to `destination` if there is one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    GGUF_TYPE_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    PUBLIC_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model}: any model for "hf", BASE or MERGED for the others."""
+    form: _builtins.str
+    """"hf": the files that transformers loads, and a model card. "safetensors": the same with all weights in one file.
+    "gguf": one file for llama.cpp, with tokenizer and chat template.
+    """
+    gguf_type: _builtins.str
+    """How GGUF holds matrices: "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"; empty means
+    "f16" or, where the model is bfloat16, "bf16". A row of a length that no such block divides gets the next finer one.
+    """
+    destination: _builtins.str
+    """hf://owner/name[@branch], s3://bucket/prefix or oci://registry/repository[:tag]; refused unless the service's settings
+    allow the place. Credentials are the worker's own. Empty keeps the files in the store alone.
+    """
+    public: _builtins.bool
+    """A repository that has to be made at a hub is private unless this is set."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        form: _builtins.str = ...,
+        gguf_type: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        public: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "form", b"form", "gguf_type", b"gguf_type", "model", b"model", "public", b"public"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTask: _TypeAlias = ExportTask  # noqa: Y015
+
+@_typing.final
+class QuantizeTask(_message.Message):
+    """QUANTIZE: a model with smaller weights, of kind QUANTIZED. Embeddings, output head and norms keep their dtype."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    CALIBRATION_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """workspaces/{workspace}/models/{model} of kind BASE or MERGED."""
+    method: _builtins.str
+    """bitsandbytes: "nf4", "fp4", "int8". compressed-tensors: "fp8" (a scale per row, activations per token as they come),
+    "int4" (groups of 128 rounded to the nearest; activations stay), "gptq" (the same form, rounded by what
+    `calibration` shows of the activations).
+    """
+    calibration: _builtins.str
+    """A dataset revision to calibrate "gptq" with; refused for all others."""
+    calibration_rows: _builtins.int
+    """Rows to calibrate with, 0 means 256; rows are cut after `max_length` tokens, 0 means 2048."""
+    max_length: _builtins.int
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        method: _builtins.str = ...,
+        calibration: _builtins.str = ...,
+        calibration_rows: _builtins.int = ...,
+        max_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "calibration_rows", b"calibration_rows", "max_length", b"max_length", "method", b"method", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuantizeTask: _TypeAlias = QuantizeTask  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class ConversionStub:
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -99,8 +99,8 @@ class ConversionStub:
 
 
 class ConversionServicer:
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -110,9 +110,10 @@ class ConversionServicer:
     def CreateConversionJob(self, request, context):
         """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
         again returns the first answer.
-        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
-        NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
+        FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
+        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+        PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
         ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -273,8 +274,8 @@ def add_ConversionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Conversion:
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries

@@ -28,8 +28,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ConversionStub:
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -43,9 +43,10 @@ class ConversionStub:
     CreateConversionJob: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.CreateConversionJobRequest, _conversion_pb2.ConversionJob]
     """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
     again returns the first answer.
-    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
-    NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
+    FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
+    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+    PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
     ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
     GetConversionJob: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]
@@ -96,8 +97,8 @@ class ConversionStub:
 
 @_typing.type_check_only
 class ConversionAsyncStub(ConversionStub):
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -108,9 +109,10 @@ class ConversionAsyncStub(ConversionStub):
     CreateConversionJob: _aio.UnaryUnaryMultiCallable[_conversion_pb2.CreateConversionJobRequest, _conversion_pb2.ConversionJob]  # type: ignore[assignment]
     """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
     again returns the first answer.
-    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
-    NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-    MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+    Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
+    FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
+    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+    PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
     ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
     GetConversionJob: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetConversionJobRequest, _conversion_pb2.ConversionJob]  # type: ignore[assignment]
@@ -160,8 +162,8 @@ class ConversionAsyncStub(ConversionStub):
     """
 
 class ConversionServicer(metaclass=_abc_1.ABCMeta):
-    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, and keeps the registry of
-    all of them.
+    """Conversion brings models in, turns checkpoints into adapters, merges adapters into models, cuts, quantises and exports
+    models, and keeps the registry of all of them.
 
     Errors common to every rpc: UNAUTHENTICATED (TOKEN_MISSING, TOKEN_WRONG), INVALID_ARGUMENT (NAME_MALFORMED, with a
     field violation), UNAVAILABLE (STORE_UNREACHABLE, DATABASE_UNAVAILABLE; try again). Each error carries
@@ -176,9 +178,10 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_conversion_pb2.ConversionJob, _abc.Awaitable[_conversion_pb2.ConversionJob]]:
         """Queues a conversion. The job is the handle; its result is the model named by `target_model`. The same `request_id`
         again returns the first answer.
-        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
-        NOT_FOUND (CHECKPOINT_NOT_FOUND, MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER,
-        MODEL_NOT_WHOLE, BASE_MISMATCH), PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
+        Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
+        FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
+        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+        PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
         ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
         """
 
