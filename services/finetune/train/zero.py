@@ -193,7 +193,7 @@ class Zero:
 
 
 BUCKET = 500_000_000
-"""Elements that DeepSpeed's stages 1 and 2 reduce at once, if they are not told otherwise."""
+"""Elements that DeepSpeed reduces at once, if it is not told otherwise."""
 
 
 def settings_of(preset: str, clip_norm: float, trainable: int) -> dict[str, Any]:
@@ -202,9 +202,9 @@ def settings_of(preset: str, clip_norm: float, trainable: int) -> dict[str, Any]
     tuned = {**settings["zero_optimization"]}
     # Small parts that every rank keeps whole save little; 4-bit weights of few bytes would all be such parts.
     tuned |= {"stage3_param_persistence_threshold": 0} if tuned["stage"] == 3 else {}
-    if tuned["stage"] < 3:
-        # Buffers of this size are made whatever is trained: for LoRA gigabytes, and on a CPU seconds a step.
-        tuned |= dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), min(BUCKET, trainable))
+    # Buffers of this size are made whatever is trained: for LoRA gigabytes, and on a CPU seconds a step.
+    buckets = ("reduce_bucket_size",) if tuned["stage"] == 3 else ("reduce_bucket_size", "allgather_bucket_size")
+    tuned |= dict.fromkeys(buckets, min(BUCKET, trainable))
     if not torch.cuda.is_available():
         tuned["overlap_comm"] = False
     return {
