@@ -17,7 +17,7 @@ from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgumen
 from services.finetune.plan import Device
 from services.finetune.prepare import check_weights
 from services.finetune.progress import Event, retained
-from services.finetune.recipes.deepspeed import lacks as preset_lacks
+from services.finetune.recipes.deepspeed import lacks as zero_lacks
 from services.finetune.store import Store
 from services.finetune.store.artifacts import (
     File,
@@ -373,7 +373,7 @@ def _supported(config: RunConfig) -> None:
     if preset := config.parallel.deepspeed:
         violations += [
             Violation(key, f"{value!r} is not supported with {preset}; {instead}", "TRAINER_LACKS")
-            for key, (value, instead) in preset_lacks(config, preset).items()
+            for key, (value, instead) in zero_lacks(config).items()
         ]
     if violations:
         told = "; ".join(f"{v.field} {v.message}" for v in violations)

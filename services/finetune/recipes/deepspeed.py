@@ -43,8 +43,8 @@ def preset_json(name: str) -> dict[str, Any]:
     return {**tables["common"], "zero_optimization": tables["presets"][name]}
 
 
-def lacks(config: RunConfig, preset: str) -> dict[str, tuple[str, str]]:
-    """What a run asks for that a preset does not do: {key: (value, what to do)}."""
+def lacks(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """What a run asks for that ZeRO does not do here: {key: (value, what to do)}."""
     found: dict[str, tuple[str, str]] = {}
     if config.optim.name not in ("adamw", "paged_adamw_32bit"):
         found["optim.name"] = config.optim.name, "set it to adamw"

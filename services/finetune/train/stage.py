@@ -30,7 +30,7 @@ def choose_stage(config: RunConfig, model: Any, group: Group) -> tuple[str, str]
         return "", whole
     room = ROOM * torch.cuda.get_device_properties(group.local_rank).total_memory
     needs = needed_bytes(*count_bytes(model), group.world)
-    able = [s for s in STAGES if not s or not lacks(config, s)]
+    able = [s for s in STAGES if not s or not lacks(config)]
     stage = next((s for s in able if needs[s] <= room), able[-1])
     told = f"{needs[stage] / 2**30:.1f} GiB a GPU for weights, gradients and optimizer"
     how = whole if not stage else "the lowest stage that fits"

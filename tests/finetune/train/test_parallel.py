@@ -46,7 +46,17 @@ PLAIN: dict[str, Any] = {
     "report.prompts": ["hi"],
     "report.sample_tokens": 4,
 }
-QLORA = {"method": "qlora", "quant.bits": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "qlora": {"method": "qlora", "quant.bits": 4},
+    "int8": {"method": "int8_lora", "quant.bits": 8},
+    "full": {"method": "full"},
+    "dora": {"lora.use_dora": True},
+    "plus": {"lora.loraplus_lr_ratio": 16.0},
+    "saved": {"lora.modules_to_save": ["lm_head"]},
+    "twice": {"model.gradient_checkpointing": "full"},
+}
+QLORA = KINDS["qlora"]
 WAYS: dict[str, tuple[dict[str, Any], list[Any] | None]] = {
     "copies": ({}, None),
     "zero1": ({"parallel.deepspeed": "deepspeed_zero1"}, None),
@@ -56,6 +66,11 @@ WAYS: dict[str, tuple[dict[str, Any], list[Any] | None]] = {
     "zero3_offload": ({"parallel.deepspeed": "deepspeed_zero3_offload"}, None),
     "qlora_zero2": ({**QLORA, "parallel.deepspeed": "deepspeed_zero2"}, None),
     "qlora_zero3": ({**QLORA, "parallel.deepspeed": "deepspeed_zero3"}, None),
+    **{
+        f"{kind}_zero{stage}": ({**KINDS[kind], "parallel.deepspeed": f"deepspeed_zero{stage}"}, None)
+        for kind in ("int8", "full", "dora", "plus", "saved", "twice")
+        for stage in (2, 3)
+    },
     "zero2_after_copies": ({"parallel.deepspeed": "deepspeed_zero2"}, ["copies", 3]),
     "zero3_after_zero2": ({"parallel.deepspeed": "deepspeed_zero3"}, ["zero2", 3]),
     "copies_after_zero3": ({}, ["zero3", 3]),
@@ -138,9 +153,14 @@ def norms(told: list[dict[str, Any]]) -> list[float]:
     return [e["values"]["grad_norm"] for e in told if e["type"] == "metric"]
 
 
+def kind(way: str) -> str:
+    first = way.partition("_")[0]
+    return first if first in KINDS else "lora"
+
+
 @pytest.mark.parametrize("way", QUICK)
 def test_two_processes_are_one(told: Told, alone: Told, way: str) -> None:
-    one = alone["qlora" if way.startswith("qlora") else "lora"]
+    one = alone[kind(way)]
     resume = WAYS[way][1]
     first = resume[1] if resume else 0
     assert losses(told[way]) == pytest.approx(losses(one)[first:], abs=1e-3)
@@ -174,11 +194,11 @@ def test_twenty_steps_of_two_processes_in_every_way(tmp_path: Path) -> None:
     # itself if it sums all blocks of a step at once: adapters differ by 2 % after 10 steps. At 2e-3 they differ by 4e-8 and
     # losses by 1e-6 over 50 steps. 4 processes or 1, resumed from a checkpoint of 8, are within 1e-6 of the uncut 8 at both.
     run = replace(run, config=override(run.config, {"schedule.max_steps": 20, "optim.lr": 2e-3}))
-    runs = {"lora": run, "qlora": replace(run, config=override(run.config, QLORA))}
+    runs = {name: replace(run, config=override(run.config, changes)) for name, changes in KINDS.items()}
     alone = {name: go(store, f"alone-{name}", to_json(r), ALONE, tmp_path / name) for name, r in runs.items()}
     told = together(run, tmp_path, tuple(WAYS))
     for way, (_, resume) in WAYS.items():
-        one = losses(alone["qlora" if way.startswith("qlora") else "lora"])[resume[1] if resume else 0 :]
+        one = losses(alone[kind(way)])[resume[1] if resume else 0 :]
         assert losses(told[way]) == pytest.approx(one, abs=1e-3), way
         worst = max(abs(a - b) for a, b in zip(losses(told[way]), one, strict=True))
         print(f"{way}: {len(one)} steps, largest difference of the loss {worst:.1e}")
