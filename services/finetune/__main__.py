@@ -121,6 +121,10 @@ def main() -> int:
     except QuartetError as error:
         print(f"worker: {error.message}", file=sys.stderr)
         return 1
+    finally:
+        # All is told. A service that hears of it at once may ask an end of what is ending, and must not spoil its status.
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def adapter(stack: Stack, job: str) -> str:
 def test_paused_and_resumed_it_ends_as_if_it_had_not_been(tiny: Stack) -> None:
     done(tiny, *words("whole"))
     done(tiny, *words("parted"), "--detach")
-    assert pause_at(tiny, "parted", "log").get("progress", {}).get("step", 0) < 200
+    assert pause_at(tiny, "parted", "metric").get("progress", {}).get("step", 0) < 200
     resumed = done(tiny, "job", "resume", "parted", "--wait")
     assert "going on after step" in resumed.stdout and resumed.stdout.splitlines()[-1] == "SUCCEEDED"
     assert adapter(tiny, "parted") == adapter(tiny, "whole")
