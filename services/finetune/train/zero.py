@@ -120,6 +120,9 @@ class Zero:
         """("<parameter>|<slot>", tensor) of the optimizer's state, put together one by one; empty before the first step."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        if self.stage < 3 and self._steps():
+            # DeepSpeed links state to weights when its first group of parameters took a step, and the others have none.
+            self._link()
         for name, parameter in parameters.items() if self._steps() else ():
             for slot in STATE:
                 value = safe_get_full_optimizer_state(parameter, slot)
@@ -189,7 +192,11 @@ class Zero:
                 **{slot: torch.zeros_like(flat.data) for slot in STATE},
             }
         if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._link()
+
+    def _link(self) -> None:
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 BUCKET = 500_000_000

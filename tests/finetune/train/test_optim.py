@@ -166,3 +166,8 @@ def test_rates_stay_between_the_floor_and_the_top(kind: str, warm: int) -> None:
     rates = [rate(step, 60, schedule) for step in range(61)]
     assert all(0.1 <= r <= 1.0 for r in rates[warm:]) and all(0 < r <= 1 for r in rates)
     assert all(a >= b for a, b in itertools.pairwise(rates[max(warm - 1, 0) :]))
+
+
+def test_zero_pages_nothing() -> None:
+    told = "optimizer adamw in place of paged_adamw_32bit: ZeRO deals its state out"
+    assert choose_optimizer("paged_adamw_32bit", torch.device("cuda"), dealt=True) == ("adamw", told)

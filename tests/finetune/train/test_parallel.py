@@ -36,7 +36,11 @@ PLAIN: dict[str, Any] = {
     "model.dtype": "float32",
     "lora.rank": 4,
     "lora.dropout": 0.0,  # each process draws its own
-    "optim.lr": 2e-2,
+    # At 2e-2 the loss bursts at step 6, and from step 11 on 1, 4 and 8 processes differ by 1e-2. So does one process from
+    # itself if it sums all blocks of a step at once: adapters differ by 2 % after 10 steps. At 2e-3 they differ by 4e-8 and
+    # losses by 1e-6 over 50 steps. 4 processes or 1, resumed from a checkpoint of 8, are within 1e-6 of the uncut 8 at both.
+    "optim.lr": 2e-3,
+    "lora.loraplus_lr_ratio": 4.0,  # two groups of parameters
     "data.max_length": 96,
     "schedule.max_steps": STEPS,
     # An odd number of blocks for two processes: in each step one of them has nothing to do for a while.
@@ -50,9 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"method": "qlora", "quant.bits": 4},
     "int8": {"method": "int8_lora", "quant.bits": 8},
-    "full": {"method": "full"},
+    "full": {"method": "full", "optim.weight_decay": 0.1},
     "dora": {"lora.use_dora": True},
-    "plus": {"lora.loraplus_lr_ratio": 16.0},
     "saved": {"lora.modules_to_save": ["lm_head"]},
     "twice": {"model.gradient_checkpointing": "full"},
 }
@@ -68,7 +71,7 @@ WAYS: dict[str, tuple[dict[str, Any], list[Any] | None]] = {
     "qlora_zero3": ({**QLORA, "parallel.deepspeed": "deepspeed_zero3"}, None),
     **{
         f"{kind}_zero{stage}": ({**KINDS[kind], "parallel.deepspeed": f"deepspeed_zero{stage}"}, None)
-        for kind in ("int8", "full", "dora", "plus", "saved", "twice")
+        for kind in ("int8", "full", "dora", "saved", "twice")
         for stage in (2, 3)
     },
     "zero2_after_copies": ({"parallel.deepspeed": "deepspeed_zero2"}, ["copies", 3]),
@@ -190,10 +193,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 def test_twenty_steps_of_two_processes_in_every_way(tmp_path: Path) -> None:
     store = open_store((tmp_path / "store").as_uri())
     run = order(store, tmp_path)
-    # At 2e-2 the loss bursts at step 6, and from step 11 on 1, 4 and 8 processes differ by 1e-2. So does one process from
-    # itself if it sums all blocks of a step at once: adapters differ by 2 % after 10 steps. At 2e-3 they differ by 4e-8 and
-    # losses by 1e-6 over 50 steps. 4 processes or 1, resumed from a checkpoint of 8, are within 1e-6 of the uncut 8 at both.
-    run = replace(run, config=override(run.config, {"schedule.max_steps": 20, "optim.lr": 2e-3}))
+    run = replace(run, config=override(run.config, {"schedule.max_steps": 20}))
     runs = {name: replace(run, config=override(run.config, changes)) for name, changes in KINDS.items()}
     alone = {name: go(store, f"alone-{name}", to_json(r), ALONE, tmp_path / name) for name, r in runs.items()}
     told = together(run, tmp_path, tuple(WAYS))
