@@ -34,7 +34,7 @@ KEY = "jobs/j"
 
 def start(store: Store, tmp_path: Path, attempt: int, processes: int, key: str = KEY) -> subprocess.Popen[bytes]:
     run = order(store, tmp_path / f"base-{processes}-{attempt}")
-    changes = {"optim.lr": 2e-3, "schedule.max_steps": STEPS, "schedule.accumulate": 8, "parallel.processes": processes}
+    changes = {"schedule.max_steps": STEPS, "schedule.accumulate": 8, "parallel.processes": processes}
     run = replace(run, config=override(run.config, changes))
     raise_fence(store, key, attempt)
     store.put(f"{attempt_key(key, attempt)}/run.json", dump(to_json(run)))
