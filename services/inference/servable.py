@@ -1,4 +1,4 @@
-"""Whether an engine can serve an adapter beside others while it answers, told from its adapter_config.json alone."""
+"""What an engine can serve, told before it is started: forms of weights, and adapters from their adapter_config.json."""
 
 from __future__ import annotations
 
@@ -32,6 +32,28 @@ def check_hot(config: Mapping[str, Any], engine: str, name: str) -> None:
     found = [what for what, there in lacks.items() if there]
     if found:
         raise _refused(name, f"has {' and '.join(found)}, which vLLM would refuse or ignore: {MERGE}", "merge needed")
+
+
+def check_weights(engine: str, dtype: str, bits: int, four_bits: bool) -> None:
+    """FailedPrecondition (MODEL_NOT_SERVABLE) if vLLM has no such weights. `bits` are those to quantise to in loading,
+    `four_bits` is whether the model has 4 already.
+
+    In float32 vLLM 0.32 dies of them: of bitsandbytes' in loading, of compressed-tensors' with the first request.
+    """
+    if engine != "vllm":
+        return
+    if bits == 8:
+        raise FailedPrecondition(
+            "vLLM does not quantise to 8 bits as it loads: quantise to int8 first (CreateConversionJob with quantize), "
+            "choose 4, or the transformers engine",
+            reason="MODEL_NOT_SERVABLE",
+        )
+    if (bits or four_bits) and dtype == "float32":
+        raise FailedPrecondition(
+            "vLLM does not compute with weights of 4 bits in float32: choose bfloat16 as the dtype, or the transformers "
+            "engine",
+            reason="MODEL_NOT_SERVABLE",
+        )
 
 
 def _refused(name: str, why: str, verdict: str) -> FailedPrecondition:

@@ -36,10 +36,12 @@ from services.inference.adapters import (
 )
 from services.inference.keeper import KIND, STOP_GRACE_S, TICK_S
 from services.inference.parity import check_parity
-from services.inference.servable import ENGINES, check_hot
+from services.inference.servable import ENGINES, check_hot, check_weights
 
 ENDPOINT = "workspaces/{workspace}/endpoints/{endpoint}"
 MODEL = "workspaces/{workspace}/models/{model}"
+FOUR_BITS = ("nf4", "fp4", "int4", "gptq")
+"""Those with 4 bits of the forms that a worker quantises to."""
 CHANGE_S = 60.0
 """Seconds that a change of adapters is waited for."""
 
@@ -178,6 +180,18 @@ class Inference:
         spec = {**spec, "engine": spec["engine"] or self._engine}
         _one_of("dtype", spec["dtype"], ("", "bfloat16", "float16", "float32"))
         _one_of("bits", spec["bits"], (0, 4, 8))
+        digest, spec["dtype"] = self._weights(spec)
+        adapters = [self._adapter(f"endpoint.adapters[{n}]", a, spec, digest) for n, a in enumerate(spec["adapters"])]
+        aliases = [a["alias"] for a in adapters]
+        for n, alias in enumerate(aliases):
+            if alias in aliases[:n]:
+                raise _bad_alias(f"endpoint.adapters[{n}]", f"two adapters have the alias {alias!r}")
+        check_parity(self._store, spec["model"], digest, digest)
+        template = load(self._store, digest).meta["template"]
+        return {**spec, "digest": digest, "adapters": adapters, "template": template}
+
+    def _weights(self, spec: Mapping[str, Any]) -> tuple[str, str]:
+        """The digest of the model that `spec` names, and the dtype to serve it in; empty for the machine's best."""
         digest, kind = self._model(spec["model"], "endpoint.model")
         if kind == "exported":
             raise FailedPrecondition(
@@ -196,14 +210,11 @@ class Inference:
                 reason="MODEL_NOT_SERVABLE",
                 metadata={"model": spec["model"], "kind": kind.upper()},
             )
-        adapters = [self._adapter(f"endpoint.adapters[{n}]", a, spec, digest) for n, a in enumerate(spec["adapters"])]
-        aliases = [a["alias"] for a in adapters]
-        for n, alias in enumerate(aliases):
-            if alias in aliases[:n]:
-                raise _bad_alias(f"endpoint.adapters[{n}]", f"two adapters have the alias {alias!r}")
-        check_parity(self._store, spec["model"], digest, digest)
-        template = load(self._store, digest).meta["template"]
-        return {**spec, "digest": digest, "adapters": adapters, "template": template}
+        four_bits = kind == "quantized" and load(self._store, digest).meta.get("quantization") in FOUR_BITS
+        check_weights(spec["engine"], spec["dtype"], spec["bits"], four_bits)
+        # The machine's best may be float32, which these lack.
+        lacking = spec["engine"] == "vllm" and (four_bits or spec["bits"])
+        return digest, spec["dtype"] or ("bfloat16" if lacking else "")
 
     def _adapter(self, where: str, adapter: Mapping[str, str], spec: Mapping[str, Any], base: str) -> dict[str, str]:
         """`adapter` with its digest, if the endpoint `spec` on the artifact `base` can serve it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import FailedPrecondition, Unavailable
+from services.finetune.errors import Unavailable
 from tests.common.serving import refused
 from tests.inference import published
 from tests.inference.conftest import READY, Service, until
@@ -93,12 +93,3 @@ def test_whichever_process_is_killed_the_endpoint_comes_back_and_nothing_is_left
     until(lambda: core not in cores() and newest not in serving.engines())
     serving.stub.DeleteEndpoint(pb.DeleteEndpointRequest(name=made.name))
     until(lambda: len(cores()) == len(before) - 1)
-
-
-def test_what_vllm_cannot_do_is_said(serving: Service) -> None:
-    made = endpoint(serving.stub, "eight", "wide", bits=8)
-    until(lambda: serving.stub.GetEndpoint(pb.GetEndpointRequest(name=made.name)).state == pb.Endpoint.FAILED, 120)
-    with refused(FailedPrecondition, "ENDPOINT_NOT_READY") as error:
-        ask(serving, made.name)
-    assert "8 bits" in error[0].message
-    serving.stub.DeleteEndpoint(pb.DeleteEndpointRequest(name=made.name))

@@ -223,7 +223,7 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
             local_files_only=True,
             use_safetensors=True,
         )
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, OSError, ImportError, SafetensorError) as error:
         raise FailedPrecondition(
             f"transformers cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
         ) from error

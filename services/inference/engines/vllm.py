@@ -21,7 +21,7 @@ from typing import Any
 
 from services.finetune.errors import FailedPrecondition, Unavailable
 from services.inference.engines.port import Likely, Sampling, Step
-from services.inference.servable import check_hot
+from services.inference.servable import check_hot, check_weights
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -154,11 +154,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
             "transformers engine",
             reason="ENGINE_MISSING",
         ) from error
-    if bits == 8:
-        raise FailedPrecondition(
-            "vLLM does not quantise to 8 bits as it loads: choose 4, or the transformers engine",
-            reason="MODEL_NOT_SERVABLE",
-        )
+    _check_weights(folder, dtype, bits)
     try:
         args = AsyncEngineArgs(
             model=str(folder),
@@ -181,6 +177,28 @@ def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
         raise FailedPrecondition(
             f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
         ) from error
+
+
+def _check_weights(folder: Path, dtype: str, bits: int) -> None:
+    """FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING): in vLLM's own process it would be a death without a word."""
+    config = folder / "config.json"
+    said = json.loads(config.read_text()).get("quantization_config") or {} if config.is_file() else {}
+    groups = said.get("config_groups", {}).values()
+    four = bool(said.get("load_in_4bit")) or any((g.get("weights") or {}).get("num_bits") == 4 for g in groups)
+    check_weights("vllm", dtype, bits, four)
+    if not (bits or said.get("quant_method") == "bitsandbytes"):
+        return
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if "bitsandbytes" not in QUANTIZATION_METHODS:
+        raise FailedPrecondition(
+            "this vLLM reads no weights of bitsandbytes: install vllm-bnb-plugin beside it, or choose the transformers "
+            "engine",
+            reason="ENGINE_MISSING",
+            metadata={"library": "vllm-bnb-plugin"},
+        )
 
 
 def _guard_children(held: contextlib.ExitStack) -> None:

@@ -20,12 +20,14 @@ async def collect(engine: Engine, ids: Sequence[int], sampling: Sampling, adapte
     return [i for s in steps for i in s.ids], steps[-1].finish
 
 
-def reference(folder: Path, adapter: Path | None, ids: list[int] = PROMPT, **how: Any) -> list[int]:
+def reference(
+    folder: Path, adapter: Path | None, ids: list[int] = PROMPT, dtype: str = "float32", **how: Any
+) -> list[int]:
     """What transformers' own generate (and PEFT's) says."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     if adapter:
         import peft
 

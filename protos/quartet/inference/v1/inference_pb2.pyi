@@ -113,13 +113,15 @@ class Endpoint(_message.Message):
     display_name: _builtins.str
     """For people."""
     model: _builtins.str
-    """workspaces/{workspace}/models/{model} of kind BASE or MERGED."""
+    """workspaces/{workspace}/models/{model} of kind BASE, MERGED or QUANTIZED."""
     engine: _builtins.str
     """"transformers" or "vllm"; empty means the service's default."""
     dtype: _builtins.str
-    """"bfloat16", "float16", "float32"; empty means the best for the machine."""
+    """"bfloat16", "float16", "float32"; empty means the best for the machine. On vLLM weights of 4 bits (`bits`, or models
+    quantised to nf4, fp4, int4, or by gptq) have no float32, and empty means "bfloat16".
+    """
     bits: _builtins.int
-    """0 for the model's own precision, 4 for NF4, 8 for int8."""
+    """0 for the model's own precision (that of a QUANTIZED model too), 4 for NF4, 8 for int8, which vLLM does not have."""
     state: Global___Endpoint.State.ValueType
     """Output only."""
     address: _builtins.str

@@ -105,7 +105,7 @@ class InferenceServicer:
     """
 
     def CreateEndpoint(self, request, context):
-        """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
+        """Starts serving a base, merged or quantised model, with adapters on a base. Answers at once; the endpoint is READY when the
         model answers. The same `request_id` again returns the first answer.
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
         needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,

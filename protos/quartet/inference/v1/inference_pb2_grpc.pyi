@@ -42,7 +42,7 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     CreateEndpoint: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]
-    """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
+    """Starts serving a base, merged or quantised model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
     needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
@@ -99,7 +99,7 @@ class InferenceAsyncStub(InferenceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateEndpoint: _aio.UnaryUnaryMultiCallable[_inference_pb2.CreateEndpointRequest, _inference_pb2.Endpoint]  # type: ignore[assignment]
-    """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
+    """Starts serving a base, merged or quantised model, with adapters on a base. Answers at once; the endpoint is READY when the
     model answers. The same `request_id` again returns the first answer.
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
     needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
@@ -159,7 +159,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CreateEndpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.Endpoint, _abc.Awaitable[_inference_pb2.Endpoint]]:
-        """Starts serving a base or merged model, with adapters on a base. Answers at once; the endpoint is READY when the
+        """Starts serving a base, merged or quantised model, with adapters on a base. Answers at once; the endpoint is READY when the
         model answers. The same `request_id` again returns the first answer.
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_SERVABLE, for an adapter with the `verdict` "merge
         needed" or "cannot serve"; BASE_MISMATCH; PARITY_MISMATCH: as Chat), INVALID_ARGUMENT (ALIAS_MALFORMED, DTYPE_UNKNOWN, BITS_UNKNOWN, ENGINE_UNKNOWN,
