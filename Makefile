@@ -52,10 +52,10 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
 test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not containers and not vllm'
+	$(BIN)/python -m pytest -m 'not slow and not containers and not cluster and not vllm'
 
-test-all: install ## all tests but those in containers and on vLLM
-	$(BIN)/python -m pytest -m 'not containers and not vllm'
+test-all: install ## all tests but those in containers, on a cluster, and on vLLM
+	$(BIN)/python -m pytest -m 'not containers and not cluster and not vllm'
 
 # vLLM for processors. What the overrides leave out asks for a GPU's build of torch; UV_FIND_LINKS or UV_EXTRA_INDEX_URL must
 # say where torch's CPU build is.
