@@ -113,9 +113,9 @@ NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
 	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
-	$(LOCK) --extra worker $(NO_GRPC) -o docker/locks/worker-cuda.txt
+	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve --extra vllm -o docker/locks/inference-cuda.txt
-	$(LOCK) --extra worker $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
+	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
 	$(LOCK) --extra serve -c docker/locks/cpu.in -o docker/locks/inference-cpu.txt
 
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)

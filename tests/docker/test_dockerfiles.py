@@ -18,10 +18,10 @@ DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 SERVICES = ("datasets", "training", "conversion", "inference")
 LOCKS = {
     **{service: (service, "kubernetes") for service in SERVICES},
-    "worker-cpu": ("worker",),
-    "worker-cuda": ("worker",),
-    "inference-cpu": ("worker", "services"),
-    "inference-cuda": ("worker", "services"),
+    "worker-cpu": ("worker", "export", "quantize"),
+    "worker-cuda": ("worker", "export", "quantize"),
+    "inference-cpu": ("serve",),
+    "inference-cuda": ("serve", "vllm"),
 }
 NOT_IN_WORKERS = {"grpcio", "grpcio-status"}
 Pins = dict[str, list[str]]
