@@ -107,7 +107,7 @@ class Attempt:
         self._sending: bytes | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._flush_forever, name="events", daemon=True)
 
     def claim(self, who: Mapping[str, Any]) -> None:
@@ -218,7 +218,7 @@ class Attempt:
 
     def close(self) -> None:
         """Stop reporting; what is pending is written if the store answers."""
-        self._closing = True
+        self._closing.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -233,15 +233,15 @@ class Attempt:
         self.close()
 
     def _flush_forever(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             self._wake.wait()
-            time.sleep(0.0 if self._closing else FLUSH_S)
+            self._closing.wait(FLUSH_S)
             self._wake.clear()
             try:
                 self.flush()
             except QuartetError:
                 # The store is away: keep the events and try again; training goes on meanwhile.
-                time.sleep(FLUSH_S)
+                self._closing.wait(FLUSH_S)
                 self._wake.set()
 
 
