@@ -18,8 +18,8 @@ from services.finetune.prepare.certificate import META, certify
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
 
-LIMIT_BYTES = 8 << 30
-"""Larger models, in float32, are not measured: loading them twice would take longer than merging them."""
+LIMIT_BYTES = 1 << 30
+"""Larger models, in float32, are not measured: loading them twice takes far longer, and more memory, than merging them."""
 FREE_PART = 0.4
 """Nor those that need more of the memory that is free: a model and its tensors are there side by side."""
 MOST_TOKENS = 512
