@@ -10,15 +10,10 @@ from typing import Any
 import google_crc32c
 import pytest
 from quartet.conversion.v1 import conversion_pb2 as pb
-from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub, add_ConversionServicer_to_server
+from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub
 
 from services.common import names, wire
-from services.common.jobs import Jobs
-from services.common.records import Records
-from services.common.server import Room
 from services.common.status import from_status
-from services.conversion.servicer import Servicer
-from services.conversion.usecases import Conversion
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -31,8 +26,8 @@ from services.finetune.errors import (
 )
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import Parent, put_ref
-from tests.common.jobbing import ScriptLauncher
-from tests.common.serving import W, fresh, put_dataset, put_model, refused, serve
+from tests.common.serving import W, fresh, put_dataset, put_model, refused
+from tests.conversion.rooms import serving
 
 CHECKPOINT = f"{W}/trainingJobs/j/checkpoints/10"
 
@@ -66,19 +61,8 @@ def store(home: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def room(home: Path, store: Store, roots: Path) -> Iterator[ConversionStub]:
-    conversion = Conversion(store, [roots])
-    records = Records(f"sqlite:///{home}/q.db")
-    conversion.jobs = Jobs(records, store, ScriptLauncher(home), conversion.work, max_workers=4, grace_s=5)
-    servicer = Servicer(conversion)
-    made = Room(
-        "quartet.conversion.v1.Conversion",
-        lambda server: add_ConversionServicer_to_server(servicer, server),
-        conversion.jobs.start,
-        conversion.jobs.stop,
-    )
-    with serve(made, home) as channel:
-        yield ConversionStub(channel)
-    records.close()
+    with serving(home, store, [roots]) as stub:
+        yield stub
 
 
 def request(target: str = "", job_id: str = "", **given: Any) -> pb.CreateConversionJobRequest:

@@ -11,22 +11,17 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from quartet.conversion.v1 import conversion_pb2 as pb
-from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub, add_ConversionServicer_to_server
+from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub
 
 from services.client.commands.registry import tree
 from services.common import holding, names, wire
-from services.common.jobs import Jobs
-from services.common.records import Records
-from services.common.server import Room
 from services.conversion.registry import Registry
-from services.conversion.servicer import Servicer
-from services.conversion.usecases import Conversion
 from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, Parent, publish, put_ref
 from services.finetune.store.holds import hold, release
-from tests.common.jobbing import ScriptLauncher
-from tests.common.serving import W, fresh, put_model, refused, serve
+from tests.common.serving import W, fresh, put_model, refused
+from tests.conversion.rooms import serving
 
 
 @pytest.fixture()
@@ -41,18 +36,8 @@ def store(home: Path) -> Store:
 
 @pytest.fixture()
 def room(home: Path, store: Store) -> Iterator[ConversionStub]:
-    conversion, records = Conversion(store, []), Records(f"sqlite:///{home}/q.db")
-    conversion.jobs = Jobs(records, store, ScriptLauncher(home), conversion.work, max_workers=4, grace_s=5)
-    servicer = Servicer(conversion)
-    made = Room(
-        "quartet.conversion.v1.Conversion",
-        lambda server: add_ConversionServicer_to_server(servicer, server),
-        conversion.jobs.start,
-        conversion.jobs.stop,
-    )
-    with serve(made, home) as channel:
-        yield ConversionStub(channel)
-    records.close()
+    with serving(home, store) as stub:
+        yield stub
 
 
 def put(store: Store, name: str, kind: Any, *parents: Parent, **meta: Any) -> str:

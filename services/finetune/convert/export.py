@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.config import ExportTask
-from services.finetune.convert.reshard import made_from, recut, rest_of, whole, write_template
+from services.finetune.convert.reshard import made_from, recut, whole
+from services.finetune.convert.rest import rest_of, write_template
 from services.finetune.convert.shards import progress
 from services.finetune.convert.targets import send
 from services.finetune.progress import Attempt

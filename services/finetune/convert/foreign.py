@@ -25,6 +25,7 @@ from services.finetune.convert.adapter import (
 from services.finetune.convert.checkpoints import Settings, Trained, read_checkpoint, read_settings
 from services.finetune.convert.families import FAMILIES, Family, Heads, Part, heads_of, native_parts
 from services.finetune.convert.native import write_native
+from services.finetune.convert.rest import with_dtype
 from services.finetune.convert.shards import Stored, as_torch, progress
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.progress import Attempt
@@ -228,8 +229,7 @@ def _model_files(
     out.mkdir()
     named = [t.named(name) for name, t in tensors.items()]
     write_native(family, config, named, out, task.dtype, task.max_shard_size_bytes, progress(attempt, stop))
-    config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps({**config, "dtype": task.dtype}, indent=2, sort_keys=True))
+    (out / "config.json").write_text(json.dumps(with_dtype(config, task.dtype), indent=2, sort_keys=True))
     found = []
     for path in sorted(out.iterdir()):
         blob = attempt.store.put_file(path)

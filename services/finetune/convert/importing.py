@@ -20,6 +20,7 @@ from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
 from services.finetune.convert.hub import download
 from services.finetune.convert.native import write_native
 from services.finetune.convert.pickles import read_tensors
+from services.finetune.convert.rest import with_dtype
 from services.finetune.convert.shards import (
     DTYPES,
     INDEX,
@@ -302,9 +303,8 @@ def _rewrite(tensors: Sequence[Stored], out: Path, dtype: str, attempt: Attempt,
 
 def _say_dtype(out: Path, dtype: str) -> None:
     if dtype:
-        config = read_json(out / "config.json")
-        config.pop("torch_dtype", None)
-        (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True))
+        config = with_dtype(read_json(out / "config.json"), dtype)
+        (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def _pickled(source: Path, attempt: Attempt, stop: threading.Event) -> list[Stored]:

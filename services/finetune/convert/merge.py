@@ -18,7 +18,8 @@ from services.finetune.config import MergeTask, to_json
 from services.finetune.convert import merge_report
 from services.finetune.convert.adapter import CONFIG, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
-from services.finetune.convert.shards import INDEX, Stored, progress
+from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
+from services.finetune.convert.shards import Stored, progress
 from services.finetune.convert.stream import (
     BLOCK_NUMBERS,
     Piece,
@@ -33,11 +34,9 @@ from services.finetune.convert.stream import (
     slices,
 )
 from services.finetune.errors import FailedPrecondition, InvalidArgument
-from services.finetune.prepare.certificate import META, carried
 from services.finetune.progress import Attempt
-from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file
+from services.finetune.store.artifacts import Manifest, Parent, load, publish, read_file
 from services.finetune.store.port import Store
-from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
 
 Rows = Callable[[int, int], Tensor]
@@ -60,15 +59,12 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
     mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
     files = Writer(attempt, mark, progress(attempt, stop)).write(shards, made.pieces)
     weights = Manifest("merged", tuple(files))
-    files += _rest(store, base, made, task.dtype, adapter.meta["template"])
+    files += rest(store, base, _config(made, task.dtype), adapter.meta["template"])
     parents = (
         Parent("base", task.base.digest, task.base.name),
         Parent("adapter", task.adapter.digest, task.adapter.name),
     )
-    # A certificate of the base's own speaks of the template that the base was tuned with.
-    meta = {k: v for k, v in base.meta.items() if k != META} | carried(adapter.meta)
-    meta |= {k: adapter.meta[k] for k in ("template", "system", "base_name")}
-    meta["dtype"] = task.dtype or base.meta["dtype"]
+    meta = meta_of_tuned(base.meta, adapter.meta, task.dtype)
     meta["report"] = _report(attempt, made, base, adapter.meta, weights)
     return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
@@ -227,28 +223,15 @@ def _report(
     return found
 
 
-def _rest(store: Store, base: Manifest, made: Merge, dtype: str, template: str) -> list[File]:
-    """Config, tokenizer, and a chat template equal to the one the adapter was tuned with."""
-    found = {f.path: f for f in base.files if not f.path.endswith(".safetensors") and f.path != INDEX}
-    if dtype or made.changes.untied:
-        config = {k: v for k, v in made.config.items() if not dtype or k != "torch_dtype"}
-        if dtype:
-            config["dtype"] = dtype
-        if made.changes.untied:
-            config = untie(config)
-        found["config.json"] = _put(store, "config.json", json.dumps(config, indent=2, sort_keys=True))
-    if template not in ("", "tokenizer"):
-        tokenizer = Tokenizer.from_artifact(store, base)
-        found["chat_template.jinja"] = _put(store, "chat_template.jinja", load_template(template, tokenizer).jinja())
-    return list(found.values())
+def _config(made: Merge, dtype: str) -> dict[str, Any] | None:
+    """The merged model's config.json, if it is another than the base's."""
+    if not dtype and not made.changes.untied:
+        return None
+    config = with_dtype(made.config, dtype) if dtype else made.config
+    return untie(config) if made.changes.untied else config
 
 
 def untie(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json whose head has a weight of its own."""
     inner = {k: untie(v) for k, v in config.items() if isinstance(v, dict) and "tie_word_embeddings" in v}
     return {**config, **inner, "tie_word_embeddings": False}
-
-
-def _put(store: Store, path: str, text: str) -> File:
-    blob = store.put_blob(text.encode())
-    return File(path, blob.digest, blob.size)

@@ -21,7 +21,8 @@ from torch import Tensor
 from services.finetune.config import QuantizeTask
 from services.finetune.convert.compressed import compressed_config, fp8, int4
 from services.finetune.convert.importing import read_json
-from services.finetune.convert.reshard import copy_rest, made_from, whole, write_template
+from services.finetune.convert.reshard import made_from, whole
+from services.finetune.convert.rest import copy_rest, write_template
 from services.finetune.convert.shards import (
     NAMES,
     Stored,

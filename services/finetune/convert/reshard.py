@@ -1,27 +1,22 @@
 """RESHARD: the same weights in files of another size or in another dtype, slice by slice, from store to store.
 
-Also what the other tasks that change a whole model's form share: reading its artifact, and what goes along of it.
+Also what the other tasks that change a whole model's form share: reading its artifact, and naming it as the source.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from services.finetune.config import ArtifactRef, ReshardTask
-from services.finetune.convert.shards import DTYPES, INDEX, Stored, order, plan, progress, shard_names
+from services.finetune.convert.rest import rest, with_dtype
+from services.finetune.convert.shards import DTYPES, Stored, order, plan, progress, shard_names
 from services.finetune.convert.stream import Shard, Writer, cast, read_model
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file
-from services.finetune.templates import load_template
-from services.finetune.tokenizer import Tokenizer
 
 REVISION = 1
 """Of the bytes that this code makes: files of an earlier attempt with another are made again."""
@@ -38,15 +33,11 @@ def reshard(task: ReshardTask, attempt: Attempt, stop: threading.Event) -> str:
         raise InvalidArgument("the largest shard must have some bytes", reason="SHARD_SIZE_INVALID")
     source = whole(attempt, task.model)
     files = recut(source, task.dtype, task.max_shard_size_bytes, attempt, stop)
-    rest = {f.path: f for f in rest_of(source)}
-    if task.dtype and task.dtype != source.meta["dtype"]:
-        config: dict[str, Any] = json.loads(read_file(attempt.store, source, "config.json"))
-        config.pop("torch_dtype", None)
-        text = json.dumps({**config, "dtype": task.dtype}, indent=2, sort_keys=True)
-        blob = attempt.store.put_blob(text.encode())
-        rest["config.json"] = File("config.json", blob.digest, blob.size)
+    recast = task.dtype and task.dtype != source.meta["dtype"]
+    config = with_dtype(json.loads(read_file(attempt.store, source, "config.json")), task.dtype) if recast else None
+    files += rest(attempt.store, source, config)
     meta = {**source.meta, "dtype": task.dtype or source.meta["dtype"]}
-    made = tuple(sorted((*files, *rest.values()), key=lambda f: f.path))
+    made = tuple(sorted(files, key=lambda f: f.path))
     return publish(attempt.store, Manifest(source.kind, made, made_from(task.model), meta))
 
 
@@ -81,22 +72,3 @@ def whole(attempt: Attempt, model: ArtifactRef) -> Manifest:
 def made_from(model: ArtifactRef) -> tuple[Parent, ...]:
     """The parents of another form of a model."""
     return (Parent("source", model.digest, model.name),)
-
-
-def rest_of(source: Manifest) -> list[File]:
-    """All files of a model but its weights."""
-    return [f for f in source.files if f.path != INDEX and not f.path.endswith(".safetensors")]
-
-
-def copy_rest(source: Manifest, folder: Path, out: Path) -> None:
-    """All files of a model but its weights, from `folder`, where they lie, to `out`."""
-    for file in rest_of(source):
-        (out / file.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file.path, out / file.path)
-
-
-def write_template(folder: Path, out: Path, meta: Mapping[str, Any]) -> None:
-    """chat_template.jinja in `out`, of the named template that a model was tuned with; one of its own is in its files."""
-    if meta["template"] not in ("", "tokenizer"):
-        jinja = load_template(meta["template"], Tokenizer.from_files(folder)).jinja()
-        (out / "chat_template.jinja").write_text(jinja)

@@ -9,15 +9,13 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from services.finetune.config import AdapterTask, ArtifactRef, to_json
+from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
 from services.finetune.convert.shards import Stored, progress
 from services.finetune.convert.stream import Piece, Writer, cast, check_layout, layout, read_model
 from services.finetune.errors import InvalidArgument
-from services.finetune.prepare.certificate import META, carried
 from services.finetune.progress import Attempt
-from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file
+from services.finetune.store.artifacts import Manifest, Parent, load, publish, read_file
 from services.finetune.store.port import Store
-from services.finetune.templates import load_template
-from services.finetune.tokenizer import Tokenizer
 
 REVISION = 1
 """Of the bytes that this code makes: files of an earlier attempt with another are made again."""
@@ -41,12 +39,10 @@ def make_whole(
     shards = layout(base, list(kept.values()), trained.keys(), task.dtype, task.max_shard_size_bytes)
     mark = json.dumps([REVISION, to_json(task), torch.__version__], sort_keys=True)
     files = Writer(attempt, mark, progress(attempt, stop)).write(shards, pieces)
-    files += _rest(store, base, checkpoint.meta["template"], task.dtype)
+    config = with_dtype(json.loads(read_file(store, base, "config.json")), task.dtype)
+    files += rest(store, base, config, checkpoint.meta["template"])
     parents = (*checkpoint.parents, Parent("checkpoint", named.digest, named.name))
-    # A certificate of the base's own speaks of the template that the base was tuned with.
-    meta = {k: v for k, v in base.meta.items() if k != META} | carried(checkpoint.meta)
-    meta |= {k: checkpoint.meta[k] for k in ("template", "system", "base_name")}
-    meta["dtype"] = task.dtype
+    meta = meta_of_tuned(base.meta, checkpoint.meta, task.dtype)
     return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
@@ -71,15 +67,3 @@ def _tensors(store: Store, checkpoint: Manifest, base: Manifest) -> tuple[dict[s
     for name in map(own, tied):
         kept.pop(name, None)
     return kept, trained
-
-
-def _rest(store: Store, base: Manifest, template: str, dtype: str) -> list[File]:
-    """Config, tokenizer, and a chat template equal to the one that was learned."""
-    config = json.loads(read_file(store, base, "config.json"))
-    config.pop("torch_dtype", None)
-    texts = {"config.json": json.dumps({**config, "dtype": dtype}, indent=2, sort_keys=True)}
-    if template not in ("", "tokenizer"):
-        texts["chat_template.jinja"] = load_template(template, Tokenizer.from_artifact(store, base)).jinja()
-    blobs = {path: store.put_blob(text.encode()) for path, text in texts.items()}
-    made = [File(path, blob.digest, blob.size) for path, blob in blobs.items()]
-    return made + [f for f in base.files if ".safetensors" not in f.path and f.path not in texts]

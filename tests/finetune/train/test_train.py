@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from services.finetune import packing
-from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun, override, to_json
+from services.finetune.config import PrepareRun, TrainRun, override, to_json
 from services.finetune.prepare.certificate import certify
 from services.finetune.prepare.shelf import shelf_key
 from services.finetune.progress import (
@@ -28,39 +28,17 @@ from services.finetune.progress import (
     run_uri,
 )
 from services.finetune.store import Store
-from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory
+from services.finetune.store.artifacts import load
 from services.finetune.templates import Encoded, load_template
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.train.model import summed_loss, visible
+from tests.finetune.train.running import order
 from tests.tiny import tiny_model
-
-META = {"architecture": "LlamaForCausalLM", "template": "tokenizer", "generation": {"eos_token_id": [2]}}
 
 
 @pytest.fixture()
 def run(file_store: Store, tmp_path: Path) -> TrainRun:
-    base = publish_directory(file_store, "base", tiny_model(tmp_path / "tiny"), meta=META)
-    lines = "".join(json.dumps({"instruction": f"say {n}", "output": f"{n} it is"}) + "\n" for n in range(48))
-    blob = file_store.put_blob(lines.encode())
-    files = (File("a.jsonl", blob.digest, blob.size),)
-    data = publish(file_store, Manifest("dataset", files, (), {"format": "alpaca", "rows": 48}))
-    changes = {
-        "method": "lora",
-        "quant.bits": 0,
-        "lora.rank": 4,
-        "optim.lr": 2e-2,
-        "data.max_length": 96,
-        "schedule.epochs": 3,
-        "schedule.accumulate": 2,
-        "report.log_every": 1,
-        "report.checkpoint_every": 3,
-    }
-    return TrainRun(
-        job="workspaces/default/trainingJobs/t",
-        config=override(RunConfig(), changes),
-        base=ArtifactRef(name="workspaces/default/models/tiny", digest=base),
-        datasets=(ArtifactRef(name="workspaces/default/datasets/d/revisions/r1", digest=data),),
-    )
+    return order(file_store, tmp_path, lora__dropout=0.1, model__dtype="auto")
 
 
 def start(store: Store, run: TrainRun, key: str, attempt: int) -> subprocess.Popen[bytes]:
