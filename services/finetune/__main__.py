@@ -100,13 +100,15 @@ def _stop(stop: threading.Event) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 3 or sys.argv[1] not in VERBS:
+    # DeepSpeed's launcher puts this first, beside LOCAL_RANK in the environment, which is read.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    if len(words) != 2 or words[0] not in VERBS:
         print(f"usage: python -m services.finetune {{{'|'.join(VERBS)}}} <run.json URI>", file=sys.stderr)
         return 64
     os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
     # On a GPU, steps of changing size would leave holes between fixed segments; read when torch starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if sys.argv[1] != "convert":
+    if words[0] != "convert":
         os.environ["HF_HUB_OFFLINE"] = "1"  # the store has all that training needs
     # It tells every worker on a CPU of a package for faster kernels that would be fetched from a hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -114,7 +116,7 @@ def main() -> int:
     for number in STOPPING:
         signal.signal(number, lambda *_: _stop(stop))
     try:
-        return work(sys.argv[1], sys.argv[2], stop)
+        return work(words[0], words[1], stop)
     except Fenced as error:
         print(f"worker: {error.message}", file=sys.stderr)
         return error.exit_status
