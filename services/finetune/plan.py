@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from services.finetune.config import RunConfig, override
@@ -35,6 +36,13 @@ MAX_HEADER_BYTES = 64 << 20
 FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Linear layers that read one input."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's processor multiplies it in hardware: emulated, it is slower than float32."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 # ---------------------------------------------------------------------------------------------- the model

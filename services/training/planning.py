@@ -104,9 +104,7 @@ def _dtype(config: RunConfig, device: Device) -> str:
         return config.model.dtype
     if device.gpu:
         return "float16" if device.kind in ("v100", "t4") else "bfloat16"
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    return "bfloat16" if plan.cpu_has_bfloat16() else "float32"
 
 
 def _steps(made: Planned, config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.finetune.config import QuantConfig, RunConfig
 from services.finetune.errors import FailedPrecondition
+from services.finetune.plan import cpu_has_bfloat16
 from services.finetune.train.methods import adapt, check_writable, unfreeze
 
 
@@ -23,8 +24,7 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
     if torch.cuda.is_available():
         good, what = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
     else:
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        good, what = "avx512_bf16" in flags or "amx_bf16" in flags, "this processor"
+        good, what = cpu_has_bfloat16(), "this processor"
     has = f"{what} has bfloat16" if good else f"{what} has no bfloat16"
     if wanted == "auto":
         return (torch.bfloat16 if good else torch.float32), has
