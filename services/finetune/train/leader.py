@@ -137,7 +137,8 @@ class Leader:
             for raw in output:
                 text = raw.decode(errors="replace").rstrip()
                 rank.last.append(text)
-                print(f"rank {rank.number}: {text}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"rank {rank.number}: {text}\n")  # one call: print's second could be another rank's
+                sys.stderr.flush()
 
     def _watch(self) -> dict[str, Any]:
         asked, looked = False, 0.0
