@@ -174,7 +174,7 @@ def _models(verbs: Any) -> None:
     p.add_argument("--fp32", action="store_true", help="keep float32 (bfloat16 otherwise)")
     p.add_argument("--max-shard-size", default="", help="of a model that was trained whole; 2GB if left out")
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
-    p.add_argument("base")
+    p.add_argument("base", help="a model; or a folder or file here, as ./internlm-chat-7b, which is brought first")
     p.add_argument("adapter")
     p.add_argument("target", help="the merged model's name")
     p.add_argument("--max-shard-size", default="", help="as 2GB; the base's own files are kept if none is larger")
