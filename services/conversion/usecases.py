@@ -15,7 +15,7 @@ from services.common.paging import page
 from services.common.records import Record
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -228,6 +228,8 @@ class Conversion:
             raise InvalidArgument(
                 f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
             )
+        if task == "assemble":
+            return {task: self._assemble(arguments)}
         if task == "adapter":
             return {task: self._adapter(arguments)}
         if task == "merge":
@@ -242,7 +244,8 @@ class Conversion:
         if task == "quantize":
             return {task: outgoing.quantize(arguments, self._whole(arguments["model"]), self._revision)}
         raise InvalidArgument(
-            "a job needs one of import_model, adapter, merge, reshard, export, quantize", reason="TASK_MISSING"
+            "a job needs one of import_model, assemble, adapter, merge, reshard, export, quantize",
+            reason="TASK_MISSING",
         )
 
     def _revision(self, name: str) -> tuple[ArtifactRef, Manifest]:
@@ -302,6 +305,25 @@ class Conversion:
             dtype=arguments["dtype"],
             max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
             base_dtype=arguments["base_dtype"],
+        )
+
+    def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
+        tower = self.get_model(arguments["vision_tower"])
+        if tower.manifest.kind != "vision_tower":
+            raise FailedPrecondition(
+                f"{arguments['vision_tower']} is of kind {tower.manifest.kind.upper()}; import a CLIP, SigLIP or DINOv2 model",
+                reason="MODEL_NOT_TOWER",
+            )
+        if not 0 <= arguments["seed"] < 1 << 60:
+            raise InvalidArgument("seed must be from 0 to 2^60", reason="TASK_INVALID")
+        return AssembleTask(
+            language_model=self._whole(arguments["language_model"]),
+            vision_tower=ArtifactRef(name=arguments["vision_tower"], digest=tower.ref.body["digest"]),
+            seed=arguments["seed"],
+            dtype=arguments["dtype"],
+            feature_layer=arguments["feature_layer"] or -2,
+            pad_to_square=arguments["pad_to_square"],
+            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"]),
         )
 
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:

@@ -263,6 +263,11 @@ class Training:
             raise FailedPrecondition(
                 f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
             )
+        if ref.body["kind"] == "vision_tower":
+            raise FailedPrecondition(
+                f"{name} is a vision tower; assemble a LLaVA model with it (CreateConversionJob with assemble) and tune that",
+                reason="MODEL_NOT_TRAINABLE",
+            )
         if ref.body["kind"] in ("quantized", "exported"):
             raise FailedPrecondition(
                 f"{name} is of kind {ref.body['kind'].upper()}; tune the model that it was made from, with the method qlora "
