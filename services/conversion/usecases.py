@@ -308,17 +308,11 @@ class Conversion:
         )
 
     def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
-        tower = self.get_model(arguments["vision_tower"])
-        if tower.manifest.kind != "vision_tower":
-            raise FailedPrecondition(
-                f"{arguments['vision_tower']} is of kind {tower.manifest.kind.upper()}; import a CLIP, SigLIP or DINOv2 model",
-                reason="MODEL_NOT_TOWER",
-            )
         if not 0 <= arguments["seed"] < 1 << 60:
             raise InvalidArgument("seed must be from 0 to 2^60", reason="TASK_INVALID")
         return AssembleTask(
+            vision_tower=self._whole(arguments["vision_tower"], ("vision_tower",), "MODEL_NOT_TOWER"),
             language_model=self._whole(arguments["language_model"]),
-            vision_tower=ArtifactRef(name=arguments["vision_tower"], digest=tower.ref.body["digest"]),
             seed=arguments["seed"],
             dtype=arguments["dtype"],
             feature_layer=arguments["feature_layer"] or -2,
@@ -351,12 +345,12 @@ class Conversion:
             max_shard_size_bytes=_shard_size(size),
         )
 
-    def _whole(self, name: str) -> ArtifactRef:
+    def _whole(self, name: str, kinds: Sequence[str] = outgoing.WHOLE, reason: str = "MODEL_NOT_WHOLE") -> ArtifactRef:
         model = self.get_model(name)
-        if model.manifest.kind not in outgoing.WHOLE:
+        if model.manifest.kind not in kinds:
+            wanted = " or ".join(kinds).upper()
             raise FailedPrecondition(
-                f"{name} is of kind {model.manifest.kind.upper()}; name a BASE or MERGED model",
-                reason="MODEL_NOT_WHOLE",
+                f"{name} is of kind {model.manifest.kind.upper()}; name a {wanted} model", reason=reason
             )
         return ArtifactRef(name=name, digest=model.ref.body["digest"])
 

@@ -265,7 +265,7 @@ class Training:
             )
         if ref.body["kind"] == "vision_tower":
             raise FailedPrecondition(
-                f"{name} is a vision tower; assemble a LLaVA model with it (CreateConversionJob with assemble) and tune that",
+                f"{name} is a vision tower; tune a LLaVA model that it is in (CreateConversionJob with assemble)",
                 reason="MODEL_NOT_TRAINABLE",
             )
         if ref.body["kind"] in ("quantized", "exported"):

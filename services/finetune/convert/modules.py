@@ -13,7 +13,7 @@ Files that use the names in memory are read too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from services.finetune.convert.shards import Stored
@@ -54,10 +54,20 @@ def as_modules(tensors: Iterable[Stored], config: Mapping[str, Any]) -> list[Sto
     return [t.named(in_memory(t.name, config)) for t in tensors]
 
 
-def head_in_file(tensors: Iterable[Stored], config: Mapping[str, Any]) -> str:
-    """What the files of a model with these tensors call the output head's weight."""
-    old = is_llava(config) and any(t.name.startswith("language_model.") for t in tensors)
-    return "language_model.lm_head.weight" if old else "lm_head.weight"
+def in_files(tensors: Iterable[Stored], config: Mapping[str, Any]) -> Callable[[str], str]:
+    """From names in memory to those in the files of a model with these tensors; a head that they lack is named as they
+    are, and any other name stays."""
+    own = {in_memory(t.name, config): t.name for t in tensors}
+    if is_llava(config) and any(name.startswith(FILE_LANGUAGE) for name in own.values()):
+        own.setdefault("lm_head.weight", f"{FILE_LANGUAGE}lm_head.weight")
+    return lambda name: own.get(name, name)
+
+
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """transformers' class that loads such a model."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if is_llava(config) else transformers.AutoModelForCausalLM
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
