@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
 from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
