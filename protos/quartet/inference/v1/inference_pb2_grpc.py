@@ -170,8 +170,9 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-        (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
+        a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
+        TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
         model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
