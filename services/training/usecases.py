@@ -264,6 +264,11 @@ class Training:
             raise FailedPrecondition(
                 f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
             )
+        if ref.body["kind"] == "vision_tower":
+            raise FailedPrecondition(
+                f"{name} is a vision tower; tune a LLaVA model that it is in (CreateConversionJob with assemble)",
+                reason="MODEL_NOT_TRAINABLE",
+            )
         if ref.body["kind"] in ("quantized", "exported"):
             raise FailedPrecondition(
                 f"{name} is of kind {ref.body['kind'].upper()}; tune the model that it was made from, with the method qlora "
