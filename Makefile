@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OVERLAY ?= local
 SERVICES := datasets training conversion inference
+# What the gateway's image has beside a client of the services.
+GATEWAY := gateway
 OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
 # Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
 BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
@@ -112,6 +114,7 @@ LOCK := $(COMPILE) pyproject.toml
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
 	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve --extra vllm -o docker/locks/inference-cuda.txt
@@ -120,8 +123,8 @@ locks: install ## pin what the images install, with hashes, from pyproject.toml
 
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
 HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")
-images: ## build the six images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
-	for s in $(SERVICES); do \
+images: ## build the seven images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
+	for s in $(SERVICES) gateway; do \
 	  $(BUILD) --build-arg SERVICE=$$s -f docker/service.Dockerfile -t $(REGISTRY)/$$s:$(TAG) . || exit 1; done
 	$(HEAVY) -f docker/worker.Dockerfile -t $(REGISTRY)/worker:$(TAG)-$(VARIANT) .
 	$(HEAVY) -f docker/inference.Dockerfile -t $(REGISTRY)/engine:$(TAG)-$(VARIANT) .
