@@ -16,7 +16,7 @@ WORKDIR /opt/venv/lib
 RUN find . -depth -type d \( -name tests -o -name SelfTest -o -path '*/kubernetes/aio' -o -path '*/numpy/f2py' \
       -o -path '*/numpy/_core/include' -o -path '*/pyarrow/include' -o -path '*/pyarrow/src' \) -exec rm -r {} + \
  && find . -path '*/pyarrow/*' \( -name '*_flight*' -o -name '*_s3*' -o -name '*_gcsfs*' -o -name '*_azurefs*' \
-      -o -name '*_substrait*' -o -name '*_orc*' -o -name '*.px?' -o -name 'libarrow*.so' -o -name '*.so.*.*.*' \) -delete
+      -o -name '*_orc*' -o -name '*.px?' -o -name 'libarrow*.so' -o -name '*.so.*.*.*' \) -delete
 # What the image holds, as CycloneDX; the tool that writes it stays behind.
 WORKDIR /
 COPY docker/locks/sbom.txt /sbom.txt
