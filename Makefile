@@ -117,9 +117,14 @@ up: install ## serve all four services on 127.0.0.1:50050
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 LOCK := $(COMPILE) pyproject.toml
+# tokenizers asks for a hub's client, and needs it for nothing that is done here.
+NO_HUB := $(addprefix --no-emit-package ,huggingface-hub hf-xet fsspec filelock tqdm httpx2 httpx2-jsfetch httpcore2 h11 anyio \
+  truststore click colorama)
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(LOCK) --extra datasets --extra kubernetes -o docker/locks/datasets.txt
+	for s in training conversion inference; do \
+	  $(LOCK) --extra $$s --extra kubernetes $(NO_HUB) -o docker/locks/$$s.txt || exit 1; done
 	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt
