@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from services.common import names
 from services.common.jobs import Jobs, Work
@@ -15,7 +15,7 @@ from services.common.paging import page
 from services.common.records import Record
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeReport, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -296,12 +296,17 @@ class Conversion:
                 f"unknown base_dtype {arguments['base_dtype']!r}; use {', '.join(BASE_DTYPES[1:])}",
                 reason="DTYPE_UNKNOWN",
             )
+        if arguments["report"] not in get_args(MergeReport):
+            raise InvalidArgument(
+                f"unknown report {arguments['report']!r}; use always, never, or leave it out", reason="TASK_INVALID"
+            )
         return MergeTask(
             adapter=ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"]),
             base=base,
             dtype=arguments["dtype"],
             max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
             base_dtype=arguments["base_dtype"],
+            report=arguments["report"],
         )
 
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
