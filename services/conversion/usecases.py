@@ -52,6 +52,8 @@ STARTS = {
 }
 """What a lineage may begin with besides models."""
 DTYPES = ("", "float32", "bfloat16", "float16")
+DIRECT_FROM_BYTES = 8 << 20
+LINK_VALID_S = 3600
 BASE_DTYPES = ("", "nf4", "nf4-single")
 
 
@@ -68,8 +70,11 @@ class Conversion:
 
     jobs: Jobs
 
-    def __init__(self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = (), direct: bool = True
+    ) -> None:
         self._store = store
+        self._direct = direct
         self._export_prefixes = export_prefixes
         self._roots = [root.resolve() for root in import_roots]
         self.work = Work("conversionJob", "convert", self.order, self._succeed, _notice)
@@ -218,6 +223,12 @@ class Conversion:
         """One file's bytes from `offset` on. NotFound (FILE_NOT_FOUND), OutOfRange (OFFSET_WRONG), and after the last
         byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
         return stream_file(self._store, self.get_model(name).manifest.file(path), offset)
+
+    def link(self, name: str, path: str, offset: int) -> str:
+        """Where a client can GET a file's bytes itself; "" if it may not, or too few are left for it to be worth it."""
+        file = self.get_model(name).manifest.file(path)
+        worth = self._direct and offset >= 0 and file.size - offset > DIRECT_FROM_BYTES
+        return self._store.link_blob(file.digest, LINK_VALID_S) if worth else ""
 
     # ------------------------------------------------------------------------------------------ tasks
 
