@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeReport, MergeTask, to_json
+from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -54,7 +55,6 @@ STARTS = {
 DTYPES = ("", "float32", "bfloat16", "float16")
 DIRECT_FROM_BYTES = 8 << 20
 LINK_VALID_S = 3600
-BASE_DTYPES = ("", "nf4", "nf4-single")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +239,8 @@ class Conversion:
             raise InvalidArgument(
                 f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
             )
+        if task == "assemble":
+            return {task: self._assemble(arguments)}
         if task == "adapter":
             return {task: self._adapter(arguments)}
         if task == "merge":
@@ -253,7 +255,8 @@ class Conversion:
         if task == "quantize":
             return {task: outgoing.quantize(arguments, self._whole(arguments["model"]), self._revision)}
         raise InvalidArgument(
-            "a job needs one of import_model, adapter, merge, reshard, export, quantize", reason="TASK_MISSING"
+            "a job needs one of import_model, assemble, adapter, merge, reshard, export, quantize",
+            reason="TASK_MISSING",
         )
 
     def _revision(self, name: str) -> tuple[ArtifactRef, Manifest]:
@@ -302,22 +305,20 @@ class Conversion:
                 raise FailedPrecondition(
                     f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
                 )
-        if arguments["base_dtype"] not in BASE_DTYPES:
-            raise InvalidArgument(
-                f"unknown base_dtype {arguments['base_dtype']!r}; use {', '.join(BASE_DTYPES[1:])}",
-                reason="DTYPE_UNKNOWN",
-            )
-        if arguments["report"] not in get_args(MergeReport):
-            raise InvalidArgument(
-                f"unknown report {arguments['report']!r}; use always, never, or leave it out", reason="TASK_INVALID"
-            )
-        return MergeTask(
-            adapter=ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"]),
-            base=base,
+        named = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
+        return outgoing.merge(arguments, named, base, _shard_size(arguments["max_shard_size_bytes"], 0))
+
+    def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
+        if not 0 <= arguments["seed"] < 1 << 60:
+            raise InvalidArgument("seed must be from 0 to 2^60", reason="TASK_INVALID")
+        return AssembleTask(
+            vision_tower=self._whole(arguments["vision_tower"], ("vision_tower",), "MODEL_NOT_TOWER"),
+            language_model=self._whole(arguments["language_model"]),
+            seed=arguments["seed"],
             dtype=arguments["dtype"],
-            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
-            base_dtype=arguments["base_dtype"],
-            report=arguments["report"],
+            feature_layer=arguments["feature_layer"] or -2,
+            pad_to_square=arguments["pad_to_square"],
+            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"]),
         )
 
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
@@ -345,12 +346,12 @@ class Conversion:
             max_shard_size_bytes=_shard_size(size),
         )
 
-    def _whole(self, name: str) -> ArtifactRef:
+    def _whole(self, name: str, kinds: Sequence[str] = outgoing.WHOLE, reason: str = "MODEL_NOT_WHOLE") -> ArtifactRef:
         model = self.get_model(name)
-        if model.manifest.kind not in outgoing.WHOLE:
+        if model.manifest.kind not in kinds:
+            wanted = " or ".join(kinds).upper()
             raise FailedPrecondition(
-                f"{name} is of kind {model.manifest.kind.upper()}; name a BASE or MERGED model",
-                reason="MODEL_NOT_WHOLE",
+                f"{name} is of kind {model.manifest.kind.upper()}; name a {wanted} model", reason=reason
             )
         return ArtifactRef(name=name, digest=model.ref.body["digest"])
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from services.finetune.convert.modules import auto_class
 from services.finetune.convert.shards import Stored
 
 Read = Callable[[Stored], Tensor]
@@ -77,15 +78,15 @@ class Layered:
         return max(sizes, default=0)
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """float32 [tokens of all rows, vocabulary], each row read by itself.
+    def logits(self, rows: Sequence[Sequence[int]], **more: Tensor) -> Tensor:
+        """float32 [tokens of all rows, vocabulary], each row read by itself. `more` goes to the model as it is.
 
         Rows are one batch, filled up at their ends: no token sees what comes after it, so it needs no mask.
         """
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for n, row in enumerate(rows):
             ids[n, : len(row)] = torch.tensor(row)
-        found: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        found: Tensor = self._model(input_ids=ids, use_cache=False, **more).logits
         return torch.cat([found[n, : len(row)].float() for n, row in enumerate(rows)])
 
     def _filler(self, held: Sequence[_Slot]) -> Callable[..., None]:
@@ -162,11 +163,11 @@ class _Lazy:
 def _empty(config: Mapping[str, Any]) -> Any:
     """The model with no weights, whose buffers are computed."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     known = AutoConfig.for_model(**config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(known, dtype=torch.float32, trust_remote_code=False)
+        model = auto_class(config).from_config(known, dtype=torch.float32, trust_remote_code=False)
     return model.eval()
 
 

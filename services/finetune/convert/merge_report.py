@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from services.finetune.convert.layered import Layered, Read, Source
+from services.finetune.convert.modules import is_llava
 from services.finetune.convert.shards import Stored
 from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
 from services.finetune.prepare.certificate import META, certify
@@ -57,8 +58,9 @@ def report(
     try:
         with warnings.catch_warnings(action="ignore"):
             ids = _probes(tokenizer(), meta)
-            on = _logits(Layered(configs[0], base, (adapter_config, *adapter), tell), ids)
-            off = _logits(Layered(configs[1], (merged[0](), merged[1]), tell=tell), ids)
+            seen = _picture(configs[0])
+            on = _logits(Layered(configs[0], base, (adapter_config, *adapter), tell), ids, seen)
+            off = _logits(Layered(configs[1], (merged[0](), merged[1]), tell=tell), ids, seen)
     except ResourceExhausted as error:
         return {"not_measured": error.message}
     except Cancelled:
@@ -108,14 +110,29 @@ def _probes(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[list[int]]:
     return ids
 
 
-def _logits(model: Layered, ids: Sequence[Sequence[int]]) -> Tensor:
-    """float32 logits [tokens, vocabulary] of the next token, after each token of each row."""
+def _picture(config: Mapping[str, Any]) -> tuple[list[int], Tensor] | None:
+    """Of a model that sees: the ids of an image, and its pixels [1, 3, S, S], which are noise."""
+    if not is_llava(config):
+        return None
+    side = config["vision_config"]["image_size"]
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return [config["image_token_index"]] * config["image_seq_length"], pixels
+
+
+def _logits(model: Layered, ids: Sequence[Sequence[int]], seen: tuple[list[int], Tensor] | None) -> Tensor:
+    """float32 logits [tokens, vocabulary] of the next token, after each token of each row; before the first row stands what
+    is `seen`."""
     if model.largest_bytes > FREE_PART * _free_bytes():
         raise ResourceExhausted(
             f"a part of it takes {model.largest_bytes / 1e9:.1f} GB, more than {FREE_PART:.0%} of the worker's free memory",
             reason="OUT_OF_MEMORY",
         )
-    return model.logits(ids)
+    if seen is None:
+        return model.logits(ids)
+    # By itself: beside a row that is as long as an image all others would be filled up to that.
+    image, pixels = seen
+    first = model.logits([[*image, *ids[0]]], pixel_values=pixels)[len(image) :]
+    return torch.cat([first, model.logits(ids[1:])]) if len(ids) > 1 else first
 
 
 def _compare(on: Tensor, off: Tensor) -> Report:
