@@ -37,9 +37,12 @@ def download_model(client: Client, model: Any, folder: Path, told: Progress = la
     InvalidArgument (PATH_UNSAFE), DataLoss (CHUNK_CORRUPT, BLOB_CORRUPT).
     """
 
+    reached = True
+
     def pieces(file: Any, offset: int) -> Iterator[bytes]:
+        nonlocal reached
         request = conversion_pb2.DownloadModelRequest(
-            name=model.name, path=file.path, offset_bytes=offset, direct=file.size_bytes > direct.RANGE_BYTES
+            name=model.name, path=file.path, offset_bytes=offset, direct=reached
         )
         answers = iter(client.conversion.DownloadModel(request))
         first = next(answers, None)
@@ -49,6 +52,7 @@ def download_model(client: Client, model: Any, folder: Path, told: Progress = la
                 yield data
             if request.offset_bytes == file.size_bytes:
                 return
+            reached = request.offset_bytes > offset  # else no other file waits for the store
             request.direct = False
             first, answers = None, iter(client.conversion.DownloadModel(request))
         yield from _checked(file, chain([first] if first is not None else [], answers))

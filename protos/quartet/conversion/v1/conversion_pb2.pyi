@@ -635,7 +635,7 @@ class MergeTask(_message.Message):
     """
     report: _builtins.str
     """Whether the result is measured against its base with the adapter on, as Model.report tells. It reads both once more and
-    answers some hundred tokens with each, in float32 on the worker's processors: for 7 billion parameters one to two
+    answers some hundred tokens with each, in float32 on the worker's processors: for 7 billion parameters one to three
     minutes on two cores. Empty measures models of up to 9 billion parameters; "always" any; "never" none.
     """
     def __init__(
