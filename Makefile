@@ -17,8 +17,9 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane bench bench-upload \
-  bench-datasets quickstart up bench-convert bench-inference bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
+.PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
+  bench-upload bench-datasets bench-convert bench-inference bench-train bench-scaling quickstart up locks images manifests \
+  check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14

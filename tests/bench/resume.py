@@ -21,7 +21,7 @@ from services.finetune.store.artifacts import load
 from services.finetune.train.steplog import first_difference
 from tests.bench.jobs import GPU, Ended, end, job, order, put_base, put_rows, start, steps_of
 
-SHAPE, LENGTH, STEPS, EVERY = ("135M", 2048, 90, 30) if GPU else ("small", 128, 30, 10)
+LENGTH, STEPS, EVERY = (2048, 300, 100) if GPU else (128, 30, 10)
 
 
 def cut(store: Store, run: TrainRun, key: str) -> Ended:
@@ -42,7 +42,7 @@ def cut(store: Store, run: TrainRun, key: str) -> Ended:
 
 def compare(store: Store, mode: str, changes: dict[str, Any]) -> Iterable[str]:
     data = put_rows(store, 600)
-    base = put_base(store, SHAPE)
+    base = put_base(store, "small")
     run = order(
         base,
         data,
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(2) as both:
         store = open_store(Path(options.store or f"{home}/store").absolute().as_uri())
-        put_base(store, SHAPE)
+        put_base(store, "small")
         modes = {"deterministic": {"schedule.deterministic": True}, "default": {}}
         for lines in both.map(lambda mode: list(compare(store, *mode)), modes.items()):
             print("\n".join(lines), flush=True)
