@@ -197,6 +197,12 @@ def _models(verbs: Any) -> None:
     p.add_argument(
         "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
     )
+    p.add_argument(
+        "--report",
+        default="",
+        choices=["", "always", "never"],
+        help="measure the result; up to 9e9 parameters if left out",
+    )
     for verb in ("split", "reshard"):
         p = _verb(group, verb, "commands.models:convert_split", "the same weights in files of another size")
         p.add_argument("model", help="a whole model")

@@ -340,6 +340,9 @@ class AdapterTask:
     """For a source that was trained whole."""
 
 
+MergeReport = Literal["", "always", "never"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeTask:
     """Add an adapter into its base."""
@@ -351,6 +354,8 @@ class MergeTask:
     """0 keeps the base's own files."""
     base_dtype: str = ""
     """"nf4" or "nf4-single": into the base as QLoRA sees it."""
+    report: MergeReport = ""
+    """"always" and "never" measure the result against base and adapter whatever its size; "" does up to 9e9 parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

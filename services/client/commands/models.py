@@ -197,6 +197,7 @@ def convert_merge(a: Namespace) -> int:
             dtype=a.dtype,
             max_shard_size_bytes=size,
             base_dtype=a.base_dtype,
+            report=a.report,
         )
         return follow(client, client.convert(a.target, merge=task).name, a.json)
 
