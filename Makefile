@@ -16,7 +16,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
-  bench-convert bench-inference bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
+  bench-convert bench-inference bench-fresh bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -93,6 +93,9 @@ bench-convert: install ## merging beside PEFT, cp and a bucket's own client; mem
 
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference
+
+bench-fresh: install ## from the last training step to the first token of the new adapter; ROUNDS=50
+	$(BIN)/python -m tests.bench.fresh
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
