@@ -39,6 +39,33 @@ def tiny_tokenizer(directory: Path, specials: Sequence[str] = ()) -> Path:
     return directory
 
 
+def tiny_sight(directory: Path, kind: str = "clip", side: int = 28, **processor: object) -> Path:
+    """Write what is read of a vision-language model before its weights: the tokenizer with <image>, config.json and
+    preprocessor_config.json. `kind` is clip, siglip or llava: CLIP's tower with images padded to squares. Patches have 14
+    pixels a side."""
+    from tokenizers import AddedToken, Tokenizer
+
+    tiny_tokenizer(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    square = {"height": side, "width": side}
+    tower = "siglip_vision_model" if kind == "siglip" else "clip_vision_model"
+    config = {
+        "model_type": "llava",
+        "image_token_index": tokenizer.token_to_id("<image>"),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "full" if kind == "siglip" else "default",
+        "vision_config": {"model_type": tower, "image_size": side, "patch_size": 14},
+    }
+    form = {"image_processor_type": {"clip": "CLIP", "siglip": "Siglip", "llava": "Llava"}[kind] + "ImageProcessor"}
+    sizes = {"size": square} if kind == "siglip" else {"size": {"shortest_edge": side}, "crop_size": square}
+    (directory / "config.json").write_text(json.dumps(config))
+    text = json.dumps({**form, **sizes, "do_pad": kind == "llava", **processor})
+    (directory / "preprocessor_config.json").write_text(text)
+    return directory
+
+
 def tiny_model(
     directory: Path, seed: int = 0, hidden_size: int = 32, specials: Sequence[str] = (), context_length: int = 512
 ) -> Path:
