@@ -49,7 +49,9 @@ class Recipe(_message.Message):
     tested: _builtins.bool
     """Whether this combination was trained here; others resolve as well."""
     since: _builtins.str
-    """"seed" for the names of XTuner 0.1.9, "quartet" for ours; empty for a combination that is not on offer."""
+    """"seed" for the names of XTuner 0.1.9, "llava" for those of XTuner 0.2.0 for models that see, "quartet" for ours; empty
+    for a combination that is not on offer.
+    """
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
         """Every value of the run, nested by section; the keys that `overrides` accepts, joined by dots."""
