@@ -35,6 +35,7 @@ def build(settings: Settings) -> Room:
         keeper.start,
         keeper.stop,
         lambda: records.counts(KIND),
+        servicer.answers.collectors,
     )
 
 

@@ -21,6 +21,7 @@ from quartet.inference.v1 import inference_pb2_grpc as rpc
 
 from services.client.client import Client
 from services.gateway.__main__ import listen
+from services.gateway.reach import Reach
 from services.gateway.routes import application
 
 
@@ -52,7 +53,7 @@ def engine(tmp_path: Path) -> Iterator[tuple[Engine, int]]:
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
     with listen("127.0.0.1", 0) as made, Client(f"unix:{tmp_path}/s") as client:
-        web = uvicorn.Server(uvicorn.Config(application(client, ""), log_level="warning"))
+        web = uvicorn.Server(uvicorn.Config(application(Reach(client), ""), log_level="warning"))
         thread = threading.Thread(target=web.run, kwargs={"sockets": [made]})
         thread.start()
         while not web.started:

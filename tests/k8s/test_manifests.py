@@ -187,6 +187,16 @@ def test_prometheus_finds_and_reaches_what_it_is_to_read() -> None:
     assert all(endpoint["port"] in [p["name"] for p in m["spec"]["ports"]] for m in found)
     [policy] = [m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "monitoring"]
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": "metrics"}]
+    [engines] = of_kind(manifests, "PodMonitor")
+    [blueprint] = [m for m in of_kind(manifests, "CronJob") if m["metadata"]["name"] == "quartet-engine"]
+    template = blueprint["spec"]["jobTemplate"]["spec"]["template"]
+    assert selects(engines["spec"]["selector"], template["metadata"]["labels"])
+    [container] = template["spec"]["containers"]
+    ports = {p["name"]: str(p["containerPort"]) for p in container["ports"]}
+    told = {e["name"]: e.get("value") for e in container["env"]}
+    assert told["QUARTET_ENGINE_METRICS_PORT"] == ports[engines["spec"]["podMetricsEndpoints"][0]["port"]]
+    for component in ("service", "engine"):
+        assert selects(policy["spec"]["podSelector"], {"app.kubernetes.io/component": component})
     # Without the component nobody reaches that port.
     for policy in of_kind(overlay("gpu"), "NetworkPolicy"):
         for rule in policy["spec"].get("ingress", ()):

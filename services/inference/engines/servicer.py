@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from prometheus_client import Gauge
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
+from services.common.metrics import Answers
 from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
 from services.finetune.formats import Message
 from services.finetune.prepare.certificate import META, certify, check
@@ -41,6 +43,12 @@ class EngineServicer(InferenceServicer):
         self._tokenizer = tokenizer
         self._adapters = Adapters(engine, served)
         self._store = store
+        self._numbers = Answers()
+        loaded = Gauge("quartet_adapters", "Adapters that the engine has loaded.", registry=None)
+        loaded.set_function(self._adapters.loaded)
+        cache = Gauge("quartet_cache_use", "Part of the memory for keys and values in use.", registry=None)
+        cache.set_function(engine.cache_use)
+        self.collectors = (*self._numbers.collectors, loaded, cache)
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
         self._certify = functools.cache(lambda name: certify(tokenizer, self._load_template(name)))
 
@@ -70,12 +78,13 @@ class EngineServicer(InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
         with self._adapters.using(request.adapter) as served:
-            async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+            answers = self._answer(ids, served, request.sampling, (), pb.GenerateResponse)
+            async for answer in self._numbers.counted(answers):
                 yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
         with self._adapters.using(request.adapter) as served:
-            async for answer in self._chat(served, request):
+            async for answer in self._numbers.counted(self._chat(served, request)):
                 yield answer
 
     async def _chat(self, served: Served, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:

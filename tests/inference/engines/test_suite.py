@@ -34,7 +34,7 @@ async def transformers(folder: Path, adapters: Mapping[str, Path]) -> Engine:
 async def vllm(folder: Path, adapters: Mapping[str, Path]) -> Engine:
     from services.inference.engines.vllm import VllmEngine
 
-    return await VllmEngine.open(folder, adapters, "float32", 0)
+    return await VllmEngine.open(folder, adapters, "float32", 0, measured=True)
 
 
 class Running:
