@@ -175,6 +175,21 @@ def _models(verbs: Any) -> None:
     p.add_argument("--lora-alpha", type=float, default=0.0, help="where neither checkpoint nor config says it")
     p.add_argument("--fp32", action="store_true", help="keep float32 (bfloat16 otherwise)")
     p.add_argument("--max-shard-size", default="", help="of a model that was trained whole; 2GB if left out")
+    p = _verb(
+        group,
+        "assemble",
+        "commands.models:convert_assemble",
+        "a language model and a vision tower become a LLaVA model",
+    )
+    p.add_argument("language_model")
+    p.add_argument("vision_tower", help="an imported CLIP, SigLIP or DINOv2 model")
+    p.add_argument("--name", required=True, help="the new model's name")
+    p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p.add_argument("--seed", type=int, default=0, help="of the fresh projector")
+    p.add_argument("--visual-select-layer", type=int, default=-2, help="whose hidden state an image's features are")
+    p.add_argument(
+        "--pad-image-to-square", action="store_true", help="with the mean colour; else the middle is cut out"
+    )
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
     p.add_argument("base")
     p.add_argument("adapter")

@@ -13,14 +13,16 @@ from services.finetune.packing import Blocks, pack
 from services.finetune.templates import Encoded
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "70B5": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 5, "num_attention_heads": 64},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1.8B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
-VOCABULARY = {"7B": 32000, "1.8B": 151936, "135M": 49152, "small": 4096}
-KV_HEADS = {"135M": 3}
-"""Where fewer than the heads. 7B is Llama 2's shape, 1.8B Qwen's, 135M SmolLM2's."""
+VOCABULARY = {"70B": 32000, "70B5": 32000, "7B": 32000, "1.8B": 151936, "135M": 49152, "small": 4096}
+KV_HEADS = {"70B": 8, "70B5": 8, "135M": 3}
+"""Where fewer than the heads. 7B and 70B are Llama 2's shapes, 70B5 is five layers of it, 1.8B Qwen's, 135M SmolLM2's."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

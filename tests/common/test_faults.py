@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.jobs import Jobs, Work
+from services.common.supervisor import Work
+
+from services.common.jobs import Jobs
 from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records

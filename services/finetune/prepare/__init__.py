@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.finetune import vision
 from services.finetune.config import ArtifactRef, PrepareRun
 from services.finetune.errors import Cancelled, InvalidArgument
 from services.finetune.formats.containers import is_row_file
@@ -38,12 +39,14 @@ def prepare(run: PrepareRun, attempt: Attempt, stop: threading.Event, workdir: P
     """Do an order; {"prepared": digest}.
 
     Raises Cancelled (STOPPED) when `stop` is set, InvalidArgument (DATASET_EMPTY, VALIDATION_EMPTY, TEMPLATE_UNKNOWN,
-    TEMPLATE_REFUSED), FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING).
+    TEMPLATE_REFUSED, IMAGES_UNSUPPORTED), FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING, VISION_UNSUPPORTED,
+    IMAGE_TOKEN_MISSING).
     """
     from services.finetune.templates import load_template
     from services.finetune.tokenizer import FILES, Tokenizer
 
-    folder = materialise(attempt.store, load(attempt.store, run.model.digest), workdir / "model", FILES)
+    read = (*FILES, *vision.FILES)
+    folder = materialise(attempt.store, load(attempt.store, run.model.digest), workdir / "model", read)
     tokenizer = Tokenizer.from_files(folder)
     certificate = certify(tokenizer, load_template(run.data.template, tokenizer))
     return {"prepared": obtain(run, certificate, folder, attempt, stop, workdir)}
@@ -58,7 +61,7 @@ def obtain(
     workdir: Path,
 ) -> str:
     """The digest of the prepared artifact of an order; it is made only if nobody has made it. Errors as `prepare`."""
-    key = shelf.shelf_key(run, certificate)
+    key = shelf.shelf_key(run, certificate, vision.read_form(model_dir))
     made = False
 
     def make() -> str:
@@ -182,9 +185,15 @@ def _source(store: Store, dataset: ArtifactRef, manifest: Manifest, weight: floa
             "its files with the format preference_chosen",
             reason="DATASET_EMPTY",
         )
-    files = row_files(local_files(store, manifest, folder))
-    columns = manifest.meta.get("columns") or {}
-    return Source(name=dataset.name, files=files, format=manifest.meta["format"], columns=columns, weight=weight)
+    files, digests = local_files(store, manifest, folder), {f.path: f.digest for f in manifest.files}
+    return Source(
+        name=dataset.name,
+        files=row_files(files),
+        format=manifest.meta["format"],
+        columns=manifest.meta.get("columns") or {},
+        weight=weight,
+        images={name: (digests[name], path) for name, path in files if not is_row_file(name)},
+    )
 
 
 def _bad_weights(why: str) -> InvalidArgument:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from services.finetune.formats import IMAGE, Problem, Row
 from services.finetune.formats.carried import find
+from services.finetune.vision import FORMATS
 
 MAX_PIXELS = 25_000_000
 """Looked at before anything is decoded: a file of 10 kB may declare an image of hundreds of megabytes."""
 MAX_RATIO = 200
 """Of an image's longer to its shorter side; what is thinner cannot be cut into patches."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_SIDE = 20_000
+"""Pixels: an image may be padded to a square, which must still be quickly made small."""
 _DRAFT = (224, 224)
 """A JPEG is decoded at the eighth of its size that is still as large: all its bytes are read, few pixels are made."""
 
@@ -53,6 +55,11 @@ class Images:
                 found.append(Problem(row.file, row.row, f"images[{n}]", *fault))
         return found
 
+    def paths(self, row: Row) -> list[str]:
+        """The files of a row's images, all of which are there."""
+        found = [find(row.file, name, self._files) for name in row.conversation.images]
+        return [path for path in found if path is not None]
+
     def _fault(self, file: str, name: str) -> Fault | None:
         path = find(file, name, self._files)
         if path is None:
@@ -69,7 +76,7 @@ def check_image(path: Path) -> Fault | None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 fault = _size_fault(*image.size)
                 if fault is None:
                     image.draft("RGB", _DRAFT)
@@ -79,19 +86,17 @@ def check_image(path: Path) -> Fault | None:
             return "IMAGE_TOO_LARGE", f"it declares more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"
         except Exception as error:  # decoders raise whatever the broken byte leads to
             why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            kinds = ", ".join(_FORMATS)
+            kinds = ", ".join(FORMATS)
             return "IMAGE_INVALID", f"it cannot be decoded as {kinds}: {why}; save it anew".replace(str(path), "it")
 
 
 def _size_fault(width: int, height: int) -> Fault | None:
-    if width * height > MAX_PIXELS:
-        return (
-            "IMAGE_TOO_LARGE",
-            f"{width} x {height} is more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down",
-        )
     if not width or not height or max(width, height) > MAX_RATIO * min(width, height):
         return (
             "IMAGE_TOO_THIN",
             f"{width} x {height}: the longer side is more than {MAX_RATIO} times the shorter; cut it",
         )
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        most = f"{MAX_PIXELS / 1e6:.0f} million pixels, or {MAX_SIDE} on a side"
+        return "IMAGE_TOO_LARGE", f"{width} x {height} is more than {most}; scale it down"
     return None

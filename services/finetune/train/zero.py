@@ -242,7 +242,8 @@ def load_deepspeed(device: torch.device) -> Any:
     # Shared memory between ranks on a CPU is a kernel that it would compile first, and fail without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        # One process that offloads is a group as well.
+        # One process that offloads is a group as well, and DeepSpeed asks a launcher's word for which.
+        os.environ.setdefault("LOCAL_RANK", "0")
         alone = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=alone, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
