@@ -24,7 +24,7 @@ KEYS = {
     "data.max_length": "Tokens in a block",
     "lora.rank": "LoRA rank",
     "validation.ratio": "Rows held out (part)",
-    "report.checkpoint_every": "Checkpoint every (steps)",
+    "report.checkpoint_every": "Save every (steps)",
 }
 """The settings with a field of their own; any other key of the config goes into the text below them."""
 NO_PLAN = "<p>Plan first: it shows what the run will take, and nothing is started.</p>"

@@ -12,13 +12,14 @@ import gradio as gr
 from services.finetune.errors import QuartetError
 
 SHOWN = 10
+NOTICE_S = 20.0
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of an event that only fills a page in."""
 
 
 @contextmanager
 def in_words() -> Iterator[None]:
-    """An error of the services becomes a notice that stays until it is closed. A defect is logged, and told as one."""
+    """An error of the services becomes a notice. A defect is logged, and told as one."""
     try:
         yield
     except QuartetError as error:
@@ -28,7 +29,7 @@ def in_words() -> Iterator[None]:
 def told(error: QuartetError) -> gr.Error:
     """The notice; what the error says is text, and the notice would take it for HTML."""
     said = "<br>".join(map(html.escape, in_lines(error).splitlines()))
-    return gr.Error(said, duration=None, title=error.code.replace("_", " ").capitalize(), print_exception=False)
+    return gr.Error(said, duration=NOTICE_S, title=error.code.replace("_", " ").capitalize(), print_exception=False)
 
 
 def in_lines(error: QuartetError) -> str:
