@@ -17,8 +17,8 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
-  bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-scaling quickstart up locks \
+.PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane test-cluster \
+  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-scaling quickstart up locks \
   images manifests check-manifests deploy
 
 help: ## list the commands
@@ -54,11 +54,12 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	$(BIN)/buf breaking --against ".git#ref=$$(git rev-list --max-parents=0 HEAD | tail -n 1)"
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
-HERE := not containers and not cluster and not control_plane and not vllm
+# What Python alone can run.
+HERE := not containers and not cluster and not control_plane and not vllm and not browser
 test: install ## all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow and $(HERE)'
 
-test-all: install ## all tests but those in containers, on a cluster or an API server, and on vLLM
+test-all: install ## all tests but those in containers, on a cluster or an API server, on vLLM, and in a browser
 	$(BIN)/python -m pytest -m '$(HERE)'
 
 # vLLM for processors. What the overrides leave out asks for a GPU's build of torch; UV_FIND_LINKS or UV_EXTRA_INDEX_URL must
@@ -78,6 +79,10 @@ test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM
 test-containers: VARIANT := cpu
 test-containers: install images ## build the CPU images and run the whole flow in containers
 	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
+
+# apt-get install chromium fonts-noto-cjk
+test-browser: install ## the web pages in Debian's Chromium
+	$(BIN)/python -m pytest -m browser tests/e2e
 
 # CONTROL_PLANE: a folder with etcd, kube-apiserver and kube-controller-manager.
 test-control-plane: install ## the manifests and the suite of launchers on a real API server (CONTROL_PLANE=folder)
@@ -114,7 +119,7 @@ bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)
 
-up: install ## serve all four services on 127.0.0.1:50050
+up: install ## serve all four services on 127.0.0.1:50050, web pages on 127.0.0.1:8000
 	@$(BIN)/quartet up
 
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.

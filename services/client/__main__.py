@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["up"], ["gateway"]):
         # Servers are programs of their own: become one, with its flags.
-        program = "services" if words[0] == "up" else "services.gateway"
+        program = "services.gateway.up" if words[0] == "up" else "services.gateway"
         os.execv(sys.executable, [sys.executable, "-m", program, *words[1:]])
     arguments = parser().parse_args(words)
     try:
@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     """Every verb and option; tests/client/test_surface.py holds the closed list."""
     top = argparse.ArgumentParser(prog="quartet", description="Fine-tuning as four gRPC services.", allow_abbrev=False)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    verbs.add_parser("up", help="serve all four services in one process (see quartet up --help)", add_help=False)
-    told = "answer OpenAI's HTTP API in front of the services (see quartet gateway --help)"
+    verbs.add_parser(
+        "up", help="serve all four services, OpenAI's API and the web pages (see quartet up --help)", add_help=False
+    )
+    told = "OpenAI's HTTP API and the web pages in front of the services (see quartet gateway --help)"
     verbs.add_parser("gateway", help=told, add_help=False)
     _quickstart(verbs)
     _datasets(verbs)
@@ -319,6 +321,14 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--adapter", action="append", default=[], metavar="ALIAS=MODEL")
     p.add_argument("--drop-adapter", action="append", default=[], metavar="ALIAS")
     _verb(group, "delete", "commands.endpoints:delete", "stop serving").add_argument("target", metavar="ENDPOINT")
+    p = _verb(
+        verbs, "publish", "commands.publish:publish", "write a web page on which a model answers, to deploy anywhere"
+    )
+    p.add_argument("target", help="a whole model, whose weights go along; with --url an endpoint, or endpoint:alias")
+    p.add_argument("directory")
+    p.add_argument("--url", default="", help="where it is asked instead, over OpenAI's API: http://host:8000/v1")
+    p.add_argument("--title", default="", help="the page's; the target's name if left out")
+    p.add_argument("--system", default="", help="system text in place of the model's own")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
     p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
     _talk(p)

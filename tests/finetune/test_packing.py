@@ -105,9 +105,9 @@ def test_a_blocks_images_are_those_of_its_samples(counts: list[int], files: int,
     numbers = np.array([n % files for n in range(sum(counts))], np.int32)
     pictures = Pictures(digests, numbers, offsets_of(np.array(counts, np.int64)))
     made = pack(encoded([[True] * (n % 4 + 2) for n in range(len(counts))]), room, True).flat
-    fields = (getattr(made, f) for f in ("tokens", "mask", "offsets", "members", "starts"))
+    flat = Flat(made.length, made.tokens, made.mask, made.offsets, made.members, made.starts, pictures)
     with tempfile.TemporaryDirectory() as folder:
-        Blocks.of(Flat(made.length, *fields, pictures=pictures), 0, 0, 0).save(Path(folder))
+        Blocks.of(flat, 0, 0, 0).save(Path(folder))
         blocks = Blocks.open(Path(folder))
     own = np.split(numbers, np.cumsum(counts)[:-1])
     assert blocks.image_files == digests

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -66,6 +67,9 @@ class TransformersEngine:
                 self._model.set_adapter(other, inference_mode=True)  # PEFT warns of deleting the active one
                 self._model.delete_adapter(_inner(key))
             self._adapter = None
+
+    def cache_use(self) -> float:
+        return math.nan  # each answer's cache grows as it needs
 
     def alive(self) -> bool:
         return True  # it has no life beside this process
