@@ -173,6 +173,21 @@ def _models(verbs: Any) -> None:
     p.add_argument("--lora-alpha", type=float, default=0.0, help="where neither checkpoint nor config says it")
     p.add_argument("--fp32", action="store_true", help="keep float32 (bfloat16 otherwise)")
     p.add_argument("--max-shard-size", default="", help="of a model that was trained whole; 2GB if left out")
+    p = _verb(
+        group,
+        "assemble",
+        "commands.models:convert_assemble",
+        "a language model and a vision tower become a LLaVA model",
+    )
+    p.add_argument("language_model")
+    p.add_argument("vision_tower", help="an imported CLIP, SigLIP or DINOv2 model")
+    p.add_argument("--name", required=True, help="the new model's name")
+    p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p.add_argument("--seed", type=int, default=0, help="of the fresh projector")
+    p.add_argument("--visual-select-layer", type=int, default=-2, help="whose hidden state an image's features are")
+    p.add_argument(
+        "--pad-image-to-square", action="store_true", help="with the mean colour; else the middle is cut out"
+    )
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
     p.add_argument("base")
     p.add_argument("adapter")
@@ -297,9 +312,27 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--drop-adapter", action="append", default=[], metavar="ALIAS")
     _verb(group, "delete", "commands.endpoints:delete", "stop serving").add_argument("target", metavar="ENDPOINT")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
+    p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
+    _talk(p)
+    p = _verb(verbs, "agent", "agent.command:agent", "talk to a model that may use tools, and see its steps")
+    p.add_argument("--form", default="openai", choices=["openai", "react"], help="calls of tools, or MSAgent's texts")
+    p.add_argument(
+        "--tool", action="append", default=[], choices=["calculate", "solve", "search", "none"], help="only these"
+    )
+    p.add_argument("--search", default="", metavar="URL", help="a search service; {query} in it is what is looked for")
+    p.add_argument("--search-header-file", default="", metavar="FILE", help="holds a header for it, as X-API-KEY: …")
+    p.add_argument(
+        "--mcp", action="append", default=[], metavar="COMMAND|URL", help="tools of a server that speaks MCP"
+    )
+    p.add_argument("--max-calls", type=int, default=8, help="for one question")
+    p.add_argument("--strict", action="store_true", help="let no call be written that breaks its tool's schema")
+    _talk(p)
+
+
+def _talk(p: argparse.ArgumentParser) -> None:
+    """What every talk with a model takes."""
     p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
     p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
-    p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
     p.add_argument("--system", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])
     p.add_argument("--temperature", type=float)

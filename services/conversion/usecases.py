@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -228,6 +229,8 @@ class Conversion:
             raise InvalidArgument(
                 f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
             )
+        if task == "assemble":
+            return {task: self._assemble(arguments)}
         if task == "adapter":
             return {task: self._adapter(arguments)}
         if task == "merge":
@@ -242,7 +245,8 @@ class Conversion:
         if task == "quantize":
             return {task: outgoing.quantize(arguments, self._whole(arguments["model"]), self._revision)}
         raise InvalidArgument(
-            "a job needs one of import_model, adapter, merge, reshard, export, quantize", reason="TASK_MISSING"
+            "a job needs one of import_model, assemble, adapter, merge, reshard, export, quantize",
+            reason="TASK_MISSING",
         )
 
     def _revision(self, name: str) -> tuple[ArtifactRef, Manifest]:
@@ -304,6 +308,19 @@ class Conversion:
             base_dtype=arguments["base_dtype"],
         )
 
+    def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
+        if not 0 <= arguments["seed"] < 1 << 60:
+            raise InvalidArgument("seed must be from 0 to 2^60", reason="TASK_INVALID")
+        return AssembleTask(
+            vision_tower=self._whole(arguments["vision_tower"], ("vision_tower",), "MODEL_NOT_TOWER"),
+            language_model=self._whole(arguments["language_model"]),
+            seed=arguments["seed"],
+            dtype=arguments["dtype"],
+            feature_layer=arguments["feature_layer"] or -2,
+            pad_to_square=arguments["pad_to_square"],
+            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"]),
+        )
+
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
         dtype, size, alpha = (arguments[k] for k in ("dtype", "max_shard_size_bytes", "lora_alpha"))
         if bool(arguments["checkpoint"]) == bool(arguments["revision"]):
@@ -329,12 +346,12 @@ class Conversion:
             max_shard_size_bytes=_shard_size(size),
         )
 
-    def _whole(self, name: str) -> ArtifactRef:
+    def _whole(self, name: str, kinds: Sequence[str] = outgoing.WHOLE, reason: str = "MODEL_NOT_WHOLE") -> ArtifactRef:
         model = self.get_model(name)
-        if model.manifest.kind not in outgoing.WHOLE:
+        if model.manifest.kind not in kinds:
+            wanted = " or ".join(kinds).upper()
             raise FailedPrecondition(
-                f"{name} is of kind {model.manifest.kind.upper()}; name a BASE or MERGED model",
-                reason="MODEL_NOT_WHOLE",
+                f"{name} is of kind {model.manifest.kind.upper()}; name a {wanted} model", reason=reason
             )
         return ArtifactRef(name=name, digest=model.ref.body["digest"])
 

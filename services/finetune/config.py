@@ -317,6 +317,23 @@ class ImportTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AssembleTask:
+    """Make a LLaVA model of a language model and a vision tower, with a fresh projector between them."""
+
+    language_model: ArtifactRef
+    vision_tower: ArtifactRef
+    seed: int = 0
+    """Of the projector's weights."""
+    dtype: str = ""
+    """"" is the language model's."""
+    feature_layer: int = -2
+    """Of the tower's hidden states, which begin with the embeddings: the last but one, as LLaVA 1.5."""
+    pad_to_square: bool = False
+    """Images are padded with the mean colour before they are scaled; else their middle is cut out."""
+    max_shard_size_bytes: int = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterTask:
     """Turn a training checkpoint into a PEFT adapter: one of ours, or `source`, the files of another trainer's, which was
     trained on `base`."""
@@ -385,6 +402,7 @@ class ConvertRun:
     kind: Literal["convert"] = "convert"
     job: str
     import_model: ImportTask | None = None
+    assemble: AssembleTask | None = None
     adapter: AdapterTask | None = None
     merge: MergeTask | None = None
     reshard: ReshardTask | None = None

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.launchers import Shape
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
@@ -262,6 +263,11 @@ class Training:
         if ref.body["kind"] == "adapter":
             raise FailedPrecondition(
                 f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
+            )
+        if ref.body["kind"] == "vision_tower":
+            raise FailedPrecondition(
+                f"{name} is a vision tower; tune a LLaVA model that it is in (CreateConversionJob with assemble)",
+                reason="MODEL_NOT_TRAINABLE",
             )
         if ref.body["kind"] in ("quantized", "exported"):
             raise FailedPrecondition(

@@ -101,7 +101,7 @@ def random_llava(shape: str, dtype: torch.dtype) -> Any:
     """Weights as transformers draws them; the language model's linear layers in NF4."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    text = {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    text: dict[str, Any] = {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**SHAPES[shape]["vision"], projection_dim=64),
         text_config=LlamaConfig(**SHAPES[shape]["text"], **text),
@@ -112,7 +112,7 @@ def random_llava(shape: str, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with DEVICE:
-            model = LlavaForConditionalGeneration(config)
+            model: Any = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
     for layer in model.model.language_model.layers:
@@ -144,7 +144,7 @@ def write_processor(folder: Path, shape: str) -> Any:
     (folder / "config.json").write_text(json.dumps(config))
     fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|im_end|>")
 
-    class Plain(LlavaProcessor):  # type: ignore[misc]  # transformers ships no types
+    class Plain(LlavaProcessor):
         def check_argument_for_proper_class(self, *_: Any) -> type:
             """Not made: it imports every tokenizer there is, one of which wants a package that is not there."""
             return object
@@ -285,6 +285,8 @@ def peer(
             on_step(state.global_step)
 
     class Ordered(Trainer):
+        train_dataset: Any
+
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 

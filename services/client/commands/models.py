@@ -174,6 +174,19 @@ def _last_checkpoint(client: Client, job: str) -> str:
     return str(found[0].name)
 
 
+def convert_assemble(a: Namespace) -> int:
+    with connect(a) as client:
+        task = conversion_pb2.AssembleTask(
+            language_model=client.name("models", a.language_model),
+            vision_tower=client.name("models", a.vision_tower),
+            seed=a.seed,
+            dtype=a.dtype,
+            feature_layer=a.visual_select_layer,
+            pad_to_square=a.pad_image_to_square,
+        )
+        return follow(client, client.convert(a.name, assemble=task).name, a.json)
+
+
 def convert_merge(a: Namespace) -> int:
     size = read_size(a.max_shard_size) if a.max_shard_size else 0
     with connect(a) as client:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from services.finetune.config import MergeTask, to_json
 from services.finetune.convert import merge_report
-from services.finetune.convert.adapter import CONFIG, WEIGHTS
+from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
+from services.finetune.convert.modules import as_modules, in_files, in_memory, text_config
 from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
 from services.finetune.convert.shards import Stored, progress
 from services.finetune.convert.stream import (
@@ -92,11 +93,20 @@ class Merge:
         self.adapter_config: dict[str, Any] = json.loads(read_file(store, adapter, CONFIG))
         self.adapter = [t for t in read_model(store, adapter) if t.file.name == WEIGHTS]
         self.base = read_model(store, base)
-        self.changes: Changes = read_changes(self.adapter, self.adapter_config, self.base, self.config)
+        self.changes = self._read_changes()
         self._sources = {t.name: t for t in self.changes.tensors}
         self._rounded = self._rounded_names()
         own = {t.name for t in self.base}
         self.changed = self.changes.by_name.keys() | self._rounded | (self._sources.keys() - own)
+
+    def _read_changes(self) -> Changes:
+        """What the adapter does, by the names that the base's files have."""
+        adapter = [t.named(PREFIX + in_memory(t.name.removeprefix(PREFIX), self.config)) for t in self.adapter]
+        base, model = as_modules(self.base, self.config), text_config(self.config)
+        found = read_changes(adapter, self.adapter_config, base, model)
+        name = in_files(self.base, self.config)
+        by_name = {name(n): change for n, change in found.by_name.items()}
+        return Changes(by_name, [t.named(name(t.name)) for t in found.tensors], found.untied)
 
     def _rounded_names(self) -> set[str]:
         """The weights that are to be rounded to 4 bits first; those that the adapter replaces are its own."""
@@ -108,7 +118,7 @@ class Merge:
             raise InvalidArgument(
                 f"unknown base_dtype {self._task.base_dtype!r}; use {', '.join(KINDS)}", reason="DTYPE_UNKNOWN"
             )
-        names = quantised_names(self.config, self.base)
+        names = map(in_files(self.base, self.config), quantised_names(self.config, as_modules(self.base, self.config)))
         return {n for n in names if self.changes.by_name.get(n, Change()).replaced is None}
 
     def pieces(self, tensor: Stored) -> Iterable[Piece]:

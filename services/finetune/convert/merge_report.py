@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from services.finetune.convert.modules import auto_class, is_llava
 from services.finetune.convert.shards import Stored
 from services.finetune.errors import QuartetError
 from services.finetune.prepare.certificate import META, certify
@@ -49,8 +50,9 @@ def report(
     try:
         with warnings.catch_warnings(action="ignore"):
             ids = _probes(tokenizer(), meta)
-            on = _logits(_model(configs[0], *base), ids, (adapter_config, *adapter))
-            off = _logits(_model(configs[1], merged[0](), merged[1]), ids)
+            seen = _picture(configs[0])
+            on = _logits(_model(configs[0], *base), ids, seen, (adapter_config, *adapter))
+            off = _logits(_model(configs[1], merged[0](), merged[1]), ids, seen)
     # Whatever a library says of a model: it is merged all the same.
     except (QuartetError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -92,12 +94,12 @@ def _probes(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[list[int]]:
 
 def _model(config: Mapping[str, Any], tensors: Iterable[Stored], read: Read) -> Any:
     """A model in float32, of tensors that come one after another."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     known = AutoConfig.for_model(**config)
     state = {t.name: read(t).float() for t in tensors}
     with torch.device("meta"):
-        kind: Any = type(AutoModelForCausalLM.from_config(known, trust_remote_code=False))
+        kind: Any = type(auto_class(config).from_config(known, trust_remote_code=False))
     # Without a folder, which only the class itself takes and not its finder.
     loaded: Any = kind.from_pretrained(
         None, config=known, state_dict=state, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -108,11 +110,24 @@ def _model(config: Mapping[str, Any], tensors: Iterable[Stored], read: Read) -> 
     return model.eval()
 
 
+def _picture(config: Mapping[str, Any]) -> tuple[list[int], Tensor] | None:
+    """Of a model that sees: the ids of an image, and its pixels [1, 3, S, S], which are noise."""
+    if not is_llava(config):
+        return None
+    side = config["vision_config"]["image_size"]
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return [config["image_token_index"]] * config["image_seq_length"], pixels
+
+
 @torch.inference_mode()
 def _logits(
-    model: Any, ids: list[list[int]], adapter: tuple[Mapping[str, Any], Iterable[Stored], Read] | None = None
+    model: Any,
+    ids: list[list[int]],
+    seen: tuple[list[int], Tensor] | None = None,
+    adapter: tuple[Mapping[str, Any], Iterable[Stored], Read] | None = None,
 ) -> Tensor:
-    """float32 log-probabilities [tokens, vocabulary] of the next token, after each token of each row."""
+    """float32 log-probabilities [tokens, vocabulary] of the next token, after each token of each row; before the first row
+    stands what is `seen`."""
     if adapter is not None:
         import peft
 
@@ -125,8 +140,13 @@ def _logits(
         if told.unexpected_keys:
             raise ValueError(f"{told.unexpected_keys[0]} has no place")
         model.eval()
-    rows = [model(input_ids=torch.tensor([row])).logits[0].float().log_softmax(-1) for row in ids]
-    return torch.cat(rows)
+    found = []
+    for n, row in enumerate(ids):
+        image, pixels = seen if seen is not None and n == 0 else ([], None)
+        more = {} if pixels is None else {"pixel_values": pixels}
+        logits = model(input_ids=torch.tensor([[*image, *row]]), **more).logits[0]
+        found.append(logits[len(image) :].float().log_softmax(-1))
+    return torch.cat(found)
 
 
 def _compare(on: Tensor, off: Tensor) -> Report:
