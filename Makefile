@@ -18,7 +18,7 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
-  bench-upload bench-datasets bench-convert bench-inference bench-train bench-scaling quickstart up locks images manifests \
+  bench-upload bench-datasets bench-convert bench-inference bench-train bench-llava bench-scaling quickstart up locks images manifests \
   check-manifests deploy
 
 help: ## list the commands
@@ -104,6 +104,9 @@ bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; instal
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
+
+bench-llava: install ## training on images beside Hugging Face's Trainer; on a GPU 1.8B and CLIP-L/336 (FLAGS=… as it lists them)
+	$(BIN)/python -m tests.bench.llava --json '$(JSON)' $(FLAGS)
 
 bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by ZeRO
 	$(BIN)/python -m tests.bench.scaling --json '$(JSON)'
