@@ -18,8 +18,8 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane test-cluster \
-  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-scaling quickstart up locks \
-  images manifests check-manifests deploy
+  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-llava bench-scaling quickstart up \
+  locks images manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -112,6 +112,9 @@ bench-fresh: install ## from the last training step to the first token of the ne
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
+
+bench-llava: install ## training on images beside Hugging Face's Trainer; on a GPU 1.8B and CLIP-L/336 (FLAGS=… as it lists them)
+	$(BIN)/python -m tests.bench.llava --json '$(JSON)' $(FLAGS)
 
 bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by ZeRO
 	$(BIN)/python -m tests.bench.scaling --json '$(JSON)'
