@@ -30,7 +30,10 @@ Meanwhile = Callable[[str, set[str]], None]
 
 
 def start(host: Host, name: str, *flags: str) -> None:
-    subprocess.run(host.words(name, PODS[name], "--detach", *flags), env=ENV, check=True, capture_output=True)
+    """As a kubelet would: what ends is started again."""
+    subprocess.run(
+        host.words(name, PODS[name], "--detach", "--restart=always", *flags), env=ENV, check=True, capture_output=True
+    )
 
 
 def serving(address: str, limit_s: float = 120) -> None:
