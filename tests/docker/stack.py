@@ -112,7 +112,7 @@ class Stack:
         return killed | set(LASTING)
 
     def up_again(self, limit_s: float = 180) -> None:
-        """Wait until all services answer, with their store and database: a new command waits for none that it has not met."""
+        """Wait until all answer, with their store and database: a new command waits for no service that it has not met."""
         deadline = time.monotonic() + limit_s
         for room in ROOMS:
             serving(self.address(room), limit_s)
