@@ -87,7 +87,7 @@ def test_jobs_are_counted_by_their_state(database_url: str, port: int) -> None:
 
 
 async def answer(
-    *pieces: list[int], finish: pb.FinishReason.ValueType = 0, fails: bool = False
+    *pieces: list[int], finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED, fails: bool = False
 ) -> AsyncIterator[pb.ChatResponse]:
     for ids in pieces:
         yield pb.ChatResponse(token_ids=ids)

@@ -27,7 +27,7 @@ def test_an_engine_tells_of_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
         name = endpoint(service.stub, "measured", adapters=[("brief", "one")]).name
         service.wait_for(name, READY)
         request = pb.ChatRequest(endpoint=name, messages=turns("hi"), sampling=pb.Sampling(max_tokens=5))
-        list(service.stub.Chat(request, metadata=[("x-request-id", "asked-by-me")]))
+        list(service.stub.Chat(request, metadata=(("x-request-id", "asked-by-me"),)))
         until(lambda: scrape(port)["quartet_answers_total"] == ANSWER, 60)
         told = scrape(port)
         assert told["quartet_adapters"] == {(): 1} and told["quartet_first_token_seconds_count"] == {(): 1}
