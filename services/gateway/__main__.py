@@ -18,7 +18,7 @@ from services.common.settings import Settings
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
 
 BACKLOG = 2048
-DRAIN_S = 10
+DRAIN_S = 120
 """Answers under way have so long when the gateway ends."""
 
 
@@ -95,20 +95,24 @@ def serve(a: argparse.Namespace) -> None:
         )
         server = uvicorn.Server(config)
         close = metrics.listen(host, a.metrics_port, ()) if a.metrics_port else lambda: None
-        told = f"{address}, and OpenAI's API on {address}/v1" if pages else f"OpenAI's API on {address}/v1"
-        print(f"quartet: serving {'web pages on ' if pages else ''}{told}", flush=True)
-        if a.pages == "on" and not pages:
-            print(
-                "quartet gateway: no web pages: they need the extra web (pip install 'quartet[web]')", file=sys.stderr
-            )
+        _tell(a, address, pages)
         if a.fd >= 0:
             threading.Thread(target=_end_with_input, daemon=True).start()
-        if a.address_file:
-            part = Path(a.address_file + ".part")
-            part.write_text(address)
-            part.rename(a.address_file)
         server.run(sockets=[made])
         close()
+
+
+def _tell(a: argparse.Namespace, address: str, pages: bool) -> None:
+    """Say where it answers, and what is missing of what was asked for."""
+    print(
+        f"quartet: serving {f'web pages on {address}, and ' if pages else ''}OpenAI's API on {address}/v1", flush=True
+    )
+    if a.pages == "on" and not pages:
+        print("quartet gateway: no web pages: they need the extra web (pip install 'quartet[web]')", file=sys.stderr)
+    if a.address_file:
+        part = Path(a.address_file + ".part")
+        part.write_text(address)
+        part.rename(a.address_file)
 
 
 def _end_with_input() -> None:

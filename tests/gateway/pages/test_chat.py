@@ -83,4 +83,4 @@ def fn_index(port: int) -> int:
     """Of the chat's answer, as the page finds it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=60) as answer:
         config = json.load(answer)
-    return next(d["id"] for d in config["dependencies"] if d["api_name"] == "chat")
+    return next(int(d["id"]) for d in config["dependencies"] if d["api_name"] == "chat")
