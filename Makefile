@@ -17,9 +17,9 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane bench \
-  bench-upload bench-datasets quickstart up bench-convert bench-inference bench-train bench-scaling locks images manifests \
-  check-manifests test-cluster deploy
+.PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane test-cluster \
+  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-scaling quickstart up locks \
+  images manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -107,6 +107,9 @@ bench-convert: install ## merging beside PEFT, cp and a bucket's own client; mem
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference
 
+bench-fresh: install ## from the last training step to the first token of the new adapter; ROUNDS=50
+	$(BIN)/python -m tests.bench.fresh
+
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
 
@@ -122,9 +125,14 @@ up: install ## serve all four services on 127.0.0.1:50050, web pages on 127.0.0.
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 LOCK := $(COMPILE) pyproject.toml
+# tokenizers asks for a hub's client, and needs it for nothing that is done here.
+NO_HUB := $(addprefix --no-emit-package ,huggingface-hub hf-xet fsspec filelock tqdm httpx2 httpx2-jsfetch httpcore2 h11 anyio \
+  truststore click colorama)
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(LOCK) --extra datasets --extra kubernetes -o docker/locks/datasets.txt
+	for s in training conversion inference; do \
+	  $(LOCK) --extra $$s --extra kubernetes $(NO_HUB) -o docker/locks/$$s.txt || exit 1; done
 	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt

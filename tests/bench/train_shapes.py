@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from services.finetune import plan
 from services.finetune.config import RunConfig, override
 from services.finetune.packing import Blocks, pack
 from services.finetune.templates import Encoded
@@ -26,11 +27,10 @@ KV_HEADS = {"70B": 8, "70B5": 8, "135M": 3}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> Any:
-    """A Llama of `shape` weights drawn as transformers does, NF4 with nested scales if `quantised`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(shape: str) -> Any:
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         **SHAPES[shape],
         vocab_size=VOCABULARY[shape],
         num_key_value_heads=KV_HEADS.get(shape, SHAPES[shape]["num_attention_heads"]),
@@ -39,9 +39,25 @@ def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> An
         eos_token_id=2,
         pad_token_id=2,
     )
+
+
+def shape_of(shape: str) -> plan.Shape:
+    """As a plan sees it. No weights are made."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(shape))
+    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    return plan.read_shape(config, {name: list(p.shape) for name, p in model.named_parameters()})
+
+
+def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> Any:
+    """A Llama of `shape` weights drawn as transformers does, NF4 with nested scales if `quantised`."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype, attn_implementation="sdpa")
     if quantised:
         for layer in model.model.layers:
             for block in (layer.self_attn, layer.mlp):

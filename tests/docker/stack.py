@@ -83,10 +83,12 @@ class Stack:
             before = set(self.k8s.processes)
             return self.quartet(*words, meanwhile=lambda: meanwhile(point, before))
 
-        options = ["--cfg-options", "schedule.max_steps=30", "data.max_length=64", "lora.rank=2"]
-        job = ["--base", f"{name}-base", "--data", f"{name}-sums", "--name", name, "--save-every", "10"]
+        options = ["--cfg-options", "schedule.max_steps=300", "data.max_length=64", "lora.rank=2"]
+        job = ["--base", f"{name}-base", "--data", f"{name}-sums", "--name", name, "--save-every", "50"]
         step("import", "model", "import", str(self.host.folder / "tiny"), "--name", f"{name}-base")
         step("upload", "dataset", "create", f"{name}-sums", str(rows))
+        # A plan looks at rows, in the training service itself.
+        self.quartet("train", "smollm2_135m_qlora_assistant_e1", *job, *options, "--dry-run")
         step("train", "train", "smollm2_135m_qlora_assistant_e1", *job, *options)
         self.quartet("convert", "pth_to_hf", name, f"{name}-adapter")
         step("merge", "convert", "merge", f"{name}-base", f"{name}-adapter", f"{name}-merged")

@@ -14,6 +14,7 @@ class Endless:
 
     context_length = 1 << 20
     vocabulary = 259
+    most_adapters = 8
 
     def __init__(self, most_answers: int) -> None:
         self.most_answers = most_answers

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from services.finetune.config import TrainRun
+from services.finetune.config import TrainRun, override
 from services.finetune.errors import Cancelled, InvalidArgument, QuartetError
 from services.finetune.formats import Message
 from services.finetune.prepare.certificate import META, certify
@@ -177,9 +177,8 @@ class Trainer:
         if self.zero is not None:
             self.steps.optimizer = self.zero.start(self.steps.optimizer)
         self.dtype = dtype
-        # A plan is of whole copies.
-        order = (folder, self.config, blocks, self.steps.total, self.device, dtype)
-        self.planned = 0 if self.zero else planned(*order)
+        config = override(self.config, {"parallel.processes": self.group.world, "parallel.nodes": 1})
+        self.planned = planned(folder, config, blocks, self.steps.total, self.device, dtype)
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,

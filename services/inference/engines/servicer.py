@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -19,7 +17,7 @@ from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavai
 from services.finetune.formats import Tool
 from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
-from services.finetune.store.artifacts import load, materialise
+from services.finetune.store.artifacts import load
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.adapters import Adapters, Served
@@ -50,7 +48,7 @@ class EngineServicer(InferenceServicer):
         self._endpoint = endpoint
         self._engine = engine
         self._tokenizer = tokenizer
-        self._adapters = Adapters(engine, served)
+        self._adapters = Adapters(engine, served, store)
         self._store = store
         self._numbers = Answers()
         loaded = Gauge("quartet_adapters", "Adapters that the engine has loaded.", registry=None)
@@ -79,8 +77,7 @@ class EngineServicer(InferenceServicer):
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.Endpoint:
         adapter = request.adapter
         served = Served(adapter.alias, adapter.model, adapter.digest, load(self._store, adapter.digest))
-        with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
-            self._adapters.put(served, materialise(self._store, served.manifest, Path(folder)))
+        self._adapters.put(served)
         return self._described()
 
     def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.Endpoint:
@@ -93,20 +90,18 @@ class EngineServicer(InferenceServicer):
 
     async def _generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
-        async with self._turns.turn(request.adapter):
-            with self._adapters.using(request.adapter) as served:
-                async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
-                    yield answer
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
+            async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+                yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
         async for answer in self._numbers.counted(self._in_turn(request)):
             yield answer
 
     async def _in_turn(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
-        async with self._turns.turn(request.adapter):
-            with self._adapters.using(request.adapter) as served:
-                async for answer in self._chat(served, request):
-                    yield answer
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
+            async for answer in self._chat(served, request):
+                yield answer
 
     async def _chat(self, served: Served, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
         template = self._template(served)

@@ -88,7 +88,8 @@ class VllmEngine:
         self._known: dict[str, Any] = {}
         self._numbers = itertools.count(1)
         self.context_length = int(llm.model_config.max_model_len)
-        self.most_answers = MOST_ANSWERS
+        # It lets go of adapters by itself, and keeps their files.
+        self.most_adapters, self.most_answers = sys.maxsize, MOST_ANSWERS
         self.vocabulary = int(llm.model_config.get_vocab_size())
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:

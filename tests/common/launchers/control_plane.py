@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import yaml
 
 from tests.common.launchers.node import Node
 from tests.common.launchers.pods import Json
-from tests.k8s.rendered import K8S
+from tests.k8s.rendered import overlay
 
 CONTROLLERS = "job-controller,garbage-collector-controller,ttl-after-finished-controller,resourcequota-controller"
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
@@ -70,7 +70,7 @@ class ControlPlane:
             "--leader-elect=false",
             "--secure-port=0",
         )
-        self.apply("overlays/local")
+        self.apply(overlay("local"))
         certificate = self.folder / "certificates" / "apiserver.crt"
         self.node = Node(self.call, self.folder, certificate).start()
         return self
@@ -112,16 +112,17 @@ class ControlPlane:
             process.kill()
             process.wait()
 
-    def apply(self, path: str) -> str:
-        """What kubectl said of a kustomization of k8s/; a warning of the server is no success."""
-        words = ["--kubeconfig", str(self.kubeconfig("admin")), "apply", "--server-side", "--warnings-as-errors"]
+    def apply(self, manifests: Sequence[Json]) -> str:
+        """What kubectl said; a warning of the server is no success."""
+        words = ["apply", "--server-side", "--force-conflicts", "--warnings-as-errors", "-f", "-"]
         done = subprocess.run(
-            [KUBECTL, *words, "--force-conflicts", "-k", str(K8S / path)],
+            [KUBECTL, "--kubeconfig", str(self.kubeconfig("admin")), *words],
+            input=yaml.safe_dump_all(manifests),
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
         )
-        assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
+        assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout
 
     def kubeconfig(self, account: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from urllib.error import HTTPError
 
 import pytest
 
@@ -13,14 +14,30 @@ from tests.common.launchers.conftest import Make
 from tests.common.launchers.control_plane import ControlPlane
 from tests.common.launchers.programs import SLEEP
 from tests.common.launchers.test_life import LONG
+from tests.k8s import rendered
+from tests.k8s.rendered import COMPONENTS, OVERLAYS, with_components
 
 pytestmark = pytest.mark.control_plane
 
 
-@pytest.mark.parametrize("overlay", ["gpu", "local"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_it_takes_our_manifests_without_a_warning(real: ControlPlane, overlay: str) -> None:
     """Its own checks, and Pod Security's, which warns of what it would refuse."""
-    assert "serverside-applied" in real.apply(f"overlays/{overlay}")
+    for name in ("postgres", "store"):  # the sizes of their disks cannot be changed
+        real.call("DELETE", f"apis/apps/v1/namespaces/quartet/statefulsets/quartet-{name}")
+    known = [c for c in COMPONENTS if c not in ("gateway-api", "monitoring", "postgres", "seaweedfs", "quota")]
+    told = real.apply(with_components(overlay, tuple(known)))
+    assert "persistentvolumeclaim/quartet-node-cache serverside-applied" in told
+    real.apply(rendered.overlay("local"))
+
+
+def test_it_would_not_take_everything(real: ControlPlane) -> None:
+    volume = {"name": "host", "hostPath": {"path": "/"}}
+    spec = {"containers": [{"name": "x", "image": "x:1"}], "volumes": [volume]}
+    with pytest.raises(HTTPError) as caught:
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}
+        real.call("POST", "api/v1/namespaces/quartet/pods", body)
+    assert caught.value.code == 403 and b"violates PodSecurity" in caught.value.read()
 
 
 def test_a_job_runs_to_its_end(real: ControlPlane, on_real: Make) -> None:
