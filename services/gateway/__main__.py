@@ -17,7 +17,8 @@ from services.common import auth
 from services.common.settings import Settings
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
 
-DRAIN_S = 10
+BACKLOG = 2048
+DRAIN_S = 120
 """Answers under way have so long when the gateway ends."""
 
 
@@ -38,7 +39,7 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--metrics-port", type=int, default=0, help="where Prometheus finds /metrics; nowhere if 0")
     parser.add_argument("--pages", default="on", choices=["on", "off"], help="off leaves the web pages out")
     parser.add_argument(
-        "--fd", type=int, default=-1, help="a bound socket instead of --host and --port; ends with standard input"
+        "--fd", type=int, default=-1, help="a listening socket instead of --host and --port; ends with standard input"
     )
     parser.add_argument("--address-file", default="", help="write the address to this file once it answers")
     a = parser.parse_args(argv)
@@ -51,12 +52,16 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """A bound socket. FailedPrecondition (PORT_IN_USE), naming the flag that chooses another port."""
+    """A socket whose callers wait until somebody answers.
+
+    FailedPrecondition (PORT_IN_USE), naming the flag that chooses another port.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(BACKLOG)
     except OSError as error:
         made.close()
         raise FailedPrecondition(
@@ -90,20 +95,24 @@ def serve(a: argparse.Namespace) -> None:
         )
         server = uvicorn.Server(config)
         close = metrics.listen(host, a.metrics_port, ()) if a.metrics_port else lambda: None
-        told = f"{address}, and OpenAI's API on {address}/v1" if pages else f"OpenAI's API on {address}/v1"
-        print(f"quartet: serving {'web pages on ' if pages else ''}{told}", flush=True)
-        if a.pages == "on" and not pages:
-            print(
-                "quartet gateway: no web pages: they need the extra web (pip install 'quartet[web]')", file=sys.stderr
-            )
+        _tell(a, address, pages)
         if a.fd >= 0:
             threading.Thread(target=_end_with_input, daemon=True).start()
-        if a.address_file:
-            part = Path(a.address_file + ".part")
-            part.write_text(address)
-            part.rename(a.address_file)
         server.run(sockets=[made])
         close()
+
+
+def _tell(a: argparse.Namespace, address: str, pages: bool) -> None:
+    """Say where it answers, and what is missing of what was asked for."""
+    print(
+        f"quartet: serving {f'web pages on {address}, and ' if pages else ''}OpenAI's API on {address}/v1", flush=True
+    )
+    if a.pages == "on" and not pages:
+        print("quartet gateway: no web pages: they need the extra web (pip install 'quartet[web]')", file=sys.stderr)
+    if a.address_file:
+        part = Path(a.address_file + ".part")
+        part.write_text(address)
+        part.rename(a.address_file)
 
 
 def _end_with_input() -> None:

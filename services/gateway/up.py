@@ -30,7 +30,7 @@ class UpSettings(Settings):
 
 @contextlib.contextmanager
 def gateway(made: socket.socket, token_file: str, address: str) -> Iterator[None]:
-    """The gateway on the bound socket `made`, in front of the services at `address`."""
+    """The gateway on the listening socket `made`, in front of the services at `address`."""
     with made:
         command = [sys.executable, "-m", "services.gateway", "--fd", str(made.fileno()), "--endpoint", address]
         command += ["--token-file", token_file] if token_file else []
