@@ -48,10 +48,11 @@ def prompts(round_number: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------- ours
 
 
-async def ask(stub: Any, endpoint: str, ids: Sequence[int], tokens: int) -> tuple[int, float]:
+async def ask(stub: Any, endpoint: str, ids: Sequence[int], tokens: int, adapter: str = "") -> tuple[int, float]:
     """(tokens, seconds to the first)."""
     request = pb.GenerateRequest(
         endpoint=endpoint,
+        adapter=adapter,
         token_ids=pb.TokenIds(ids=ids),
         sampling=pb.Sampling(temperature=0, max_tokens=tokens),
     )
