@@ -37,6 +37,14 @@ class LiveInference:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
+    async def embed(self, request: inference_pb2.EmbedRequest) -> inference_pb2.EmbedResponse:
+        """Vectors of texts."""
+        try:
+            answer: inference_pb2.EmbedResponse = await self._stub.Embed(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return answer
+
     async def chat(self, request: inference_pb2.ChatRequest) -> AsyncIterator[inference_pb2.ChatResponse]:
         """Stream an answer; closing the iterator ends it at the engine too."""
         async for piece in self._stream(self._stub.Chat(request, metadata=self._metadata)):

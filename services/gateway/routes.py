@@ -24,6 +24,7 @@ from services.client.live import LiveInference
 from services.common import auth
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
+from services.gateway.embeddings import read_embeddings
 from services.gateway.tools import call_objects
 from services.gateway.wire import Answer, Asked, Choice
 
@@ -57,6 +58,7 @@ def application(client: Client, token: str) -> Starlette:
         Route("/v1/models", _guarded(gateway.models, token)),
         Route("/v1/models/{model:path}", _guarded(gateway.model, token)),
         Route("/v1/chat/completions", _guarded(gateway.chat, token), methods=["POST"]),
+        Route("/v1/embeddings", _guarded(gateway.embed, token), methods=["POST"]),
         Route("/v1/completions", _guarded(gateway.complete, token), methods=["POST"]),
     ]
     return Starlette(routes=routes, lifespan=gateway.lifespan, exception_handlers={HTTPException: _no_route})
@@ -96,6 +98,12 @@ class Gateway:
     async def complete(self, request: Request) -> Sends:
         asked = wire.read_completion(await _body(request))
         return await self._answer(request, asked, Answer(asked, chat=False), self._live.generate)
+
+    async def embed(self, request: Request) -> Sends:
+        asked = read_embeddings(await _body(request))
+        parts = [self._live.embed(part) for part in asked.requests(self._live.parent)]
+        done = await _unless_gone(request, asyncio.gather(*parts))
+        return JSONResponse(asked.whole(done))
 
     async def _answer(
         self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any], AsyncIterator[Any]]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.errors import FailedPrecondition, Unavailable
-from services.inference.engines.port import Likely, Sampling, Step
+from services.inference.engines.port import Likely, Sampling, Step, no_embeddings
 from services.inference.servable import check_hot, check_weights
 
 ENVIRONMENT = {
@@ -136,6 +136,9 @@ class VllmEngine:
                 f"vLLM cannot load the adapter {key}: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
             ) from error
         self._known[key] = request
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise no_embeddings()
 
     def alive(self) -> bool:
         return not self._llm.errored
