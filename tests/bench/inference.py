@@ -169,6 +169,9 @@ class Metronome:
             await asyncio.sleep(max(wait, 0))
             yield Step([n % 200 + 10], "length" if n + 1 == sampling.max_tokens else "")
 
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise NotImplementedError
+
     def load(self, key: str, folder: Path) -> None:
         raise NotImplementedError
 

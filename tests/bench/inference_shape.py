@@ -54,7 +54,7 @@ def make(shape: str, tokenizer: str, home: str) -> None:
     for file in Path(tokenizer).iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     adapter.mkdir()
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and not name.endswith("lm_head"):
             a = torch.randn(RANK, module.in_features, dtype=torch.bfloat16) * 0.01

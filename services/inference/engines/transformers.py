@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from services.finetune.errors import FailedPrecondition
 from services.finetune.train.model import keep_layout
 from services.inference.engines.forms import Follower, Vocabulary
-from services.inference.engines.port import Likely, Sampling, Step
+from services.inference.engines.port import Likely, Sampling, Step, no_embeddings
 
 MOST_ADAPTERS = 64
 MOST_ANSWERS = 32
@@ -70,6 +70,9 @@ class TransformersEngine:
 
     def cache_use(self) -> float:
         return math.nan  # each answer's cache grows as it needs
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise no_embeddings()
 
     def alive(self) -> bool:
         return True  # it has no life beside this process

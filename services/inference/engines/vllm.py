@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.errors import FailedPrecondition, Unavailable
-from services.inference.engines.port import Likely, Sampling, Step
+from services.inference.engines.port import Likely, Sampling, Step, no_embeddings
 from services.inference.servable import check_hot, check_weights
 
 ENVIRONMENT = {
@@ -149,6 +149,9 @@ class VllmEngine:
 
     def cache_use(self) -> float:
         return self._cache.part
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise no_embeddings()
 
     def alive(self) -> bool:
         return not self._llm.errored
