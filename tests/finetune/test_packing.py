@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,9 +106,8 @@ def test_a_blocks_images_are_those_of_its_samples(counts: list[int], files: int,
     numbers = np.array([n % files for n in range(sum(counts))], np.int32)
     pictures = Pictures(digests, numbers, offsets_of(np.array(counts, np.int64)))
     made = pack(encoded([[True] * (n % 4 + 2) for n in range(len(counts))]), room, True).flat
-    fields = (getattr(made, f) for f in ("tokens", "mask", "offsets", "members", "starts"))
     with tempfile.TemporaryDirectory() as folder:
-        Blocks.of(Flat(made.length, *fields, pictures=pictures), 0, 0, 0).save(Path(folder))
+        Blocks.of(replace(made, pictures=pictures), 0, 0, 0).save(Path(folder))
         blocks = Blocks.open(Path(folder))
     own = np.split(numbers, np.cumsum(counts)[:-1])
     assert blocks.image_files == digests
