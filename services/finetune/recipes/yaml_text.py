@@ -36,7 +36,8 @@ _ABOUT = {
     "data": "template: a prompt template's name, tokenizer for the model's own. sources: where the rows come from, unless "
     "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; split and format; images is "
     "the folder in which rows name images.",
-    "optim": f"name: {', '.join(get_args(Optimizer))}. clip_norm: largest norm of the gradient; 0 does not clip.",
+    "optim": f"name: {', '.join(get_args(Optimizer))}. clip_norm: largest norm of the gradient; 0 does not clip. "
+    "lr_pattern: another rate for modules: {multi_modal_projector: 0.001}.",
     "schedule": "One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run. The rate "
     f"climbs for warmup_ratio of all steps, or warmup_steps, then falls to min_lr_ratio by kind: "
     f"{', '.join(get_args(Schedule))}. power is polynomial's, decay_ratio the part of all steps in which wsd falls. "
