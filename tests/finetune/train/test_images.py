@@ -55,7 +55,8 @@ def seeing(bench: Bench, llava: Path) -> Bench:
 def test_a_run_with_images_learns_and_goes_on_bit_for_bit(seeing: Bench, way: dict[str, Any]) -> None:
     way = {**LOOKS, **way}
     ran = seeing.train(**way)
-    assert ran.losses[-1] < ran.losses[0] and len(ran.looks) == 2 and len(ran.answers) == 2
+    # By the rows held out: a step of rows without an image has a loss that a projector alone cannot change.
+    assert ran.looks[-1] < ran.looks[0] and len(ran.answers) == 2, ran.losses
     resumed = seeing.train(resume=ran.checkpoints[2], **way)
     assert (resumed.losses, resumed.looks, resumed.answers) == (ran.losses[2:], ran.looks, ran.answers)
     assert seeing.files(resumed.last) == seeing.files(ran.last)
