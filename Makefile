@@ -18,8 +18,8 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
-  bench-upload bench-datasets bench-convert bench-inference bench-train bench-scaling quickstart up locks images manifests \
-  check-manifests deploy
+  bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-scaling quickstart up locks \
+  images manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ bench-convert: install ## merging beside PEFT, cp and a bucket's own client; mem
 
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference
+
+bench-fresh: install ## from the last training step to the first token of the new adapter; ROUNDS=50
+	$(BIN)/python -m tests.bench.fresh
 
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'

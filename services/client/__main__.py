@@ -94,7 +94,9 @@ def _datasets(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="training looks under its schedule.seed")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
     p = _verb(group, "repeat", "commands.datasets:repeat", "repeat the rows of a file, or of a dataset")
-    p.add_argument("input", help="a .json or .jsonl file, or a dataset")
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("input", nargs="?", default="", help="a .json or .jsonl file, or a dataset")
+    given.add_argument("-i", "--input", dest="source", default="", help="the same, as the tutorial's repeat.py has it")
     p.add_argument("-n", type=int, required=True, help="how many times")
     p.add_argument("-o", "--output", required=True, help="the file, or the dataset, to make")
     _verb(verbs, "list-dataset-format", "commands.datasets:formats", "the row formats that can be read")
@@ -173,14 +175,35 @@ def _models(verbs: Any) -> None:
     p.add_argument("--lora-alpha", type=float, default=0.0, help="where neither checkpoint nor config says it")
     p.add_argument("--fp32", action="store_true", help="keep float32 (bfloat16 otherwise)")
     p.add_argument("--max-shard-size", default="", help="of a model that was trained whole; 2GB if left out")
+    p = _verb(
+        group,
+        "assemble",
+        "commands.models:convert_assemble",
+        "a language model and a vision tower become a LLaVA model",
+    )
+    p.add_argument("language_model")
+    p.add_argument("vision_tower", help="an imported CLIP, SigLIP or DINOv2 model")
+    p.add_argument("--name", required=True, help="the new model's name")
+    p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
+    p.add_argument("--seed", type=int, default=0, help="of the fresh projector")
+    p.add_argument("--visual-select-layer", type=int, default=-2, help="whose hidden state an image's features are")
+    p.add_argument(
+        "--pad-image-to-square", action="store_true", help="with the mean colour; else the middle is cut out"
+    )
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
-    p.add_argument("base")
+    p.add_argument("base", help="a model; or a folder or file here, as ./internlm-chat-7b, which is brought first")
     p.add_argument("adapter")
     p.add_argument("target", help="the merged model's name")
     p.add_argument("--max-shard-size", default="", help="as 2GB; the base's own files are kept if none is larger")
     p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
     p.add_argument(
         "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
+    )
+    p.add_argument(
+        "--report",
+        default="",
+        choices=["", "always", "never"],
+        help="measure the result; up to 9e9 parameters if left out",
     )
     for verb in ("split", "reshard"):
         p = _verb(group, verb, "commands.models:convert_split", "the same weights in files of another size")
@@ -297,9 +320,27 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--drop-adapter", action="append", default=[], metavar="ALIAS")
     _verb(group, "delete", "commands.endpoints:delete", "stop serving").add_argument("target", metavar="ENDPOINT")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
+    p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
+    _talk(p)
+    p = _verb(verbs, "agent", "agent.command:agent", "talk to a model that may use tools, and see its steps")
+    p.add_argument("--form", default="openai", choices=["openai", "react"], help="calls of tools, or MSAgent's texts")
+    p.add_argument(
+        "--tool", action="append", default=[], choices=["calculate", "solve", "search", "none"], help="only these"
+    )
+    p.add_argument("--search", default="", metavar="URL", help="a search service; {query} in it is what is looked for")
+    p.add_argument("--search-header-file", default="", metavar="FILE", help="holds a header for it, as X-API-KEY: …")
+    p.add_argument(
+        "--mcp", action="append", default=[], metavar="COMMAND|URL", help="tools of a server that speaks MCP"
+    )
+    p.add_argument("--max-calls", type=int, default=8, help="for one question")
+    p.add_argument("--strict", action="store_true", help="let no call be written that breaks its tool's schema")
+    _talk(p)
+
+
+def _talk(p: argparse.ArgumentParser) -> None:
+    """What every talk with a model takes."""
     p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
     p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
-    p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
     p.add_argument("--system", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])
     p.add_argument("--temperature", type=float)

@@ -51,12 +51,20 @@ class Settings:
     """on lets datasets be imported from the Hugging Face hub."""
     direct_uploads: str = "on"
     """off keeps clients from sending large files to an S3 store themselves, as where they cannot reach it."""
+    direct_downloads: str = "on"
+    """off keeps clients from fetching large files from an S3 store themselves."""
     max_workers: int = 1
     """Workers of one service at a time."""
     worker_grace_s: float = 30.0
     """Seconds that a cancelled worker has to save and leave."""
     engine: str = "transformers"
     """What serves endpoints that name no engine: transformers or vllm."""
+    workspace_streams: int = 256
+    """Answers that one workspace's endpoints give at a time, through this service; more wait."""
+    workspace_queue: int = 1024
+    """Answers of one workspace that may wait; more are refused for now."""
+    max_streams: int = 1024
+    """Answers of all workspaces at a time; those that wait are let in by turns, a workspace each."""
     vllm_python: str = ""
     """The Python that has vLLM, where it is not the service's own; on a cluster the engine's image has it."""
     launcher: str = "local"
@@ -93,9 +101,12 @@ class Settings:
             raise InvalidArgument("--tls-cert and --tls-key go together", reason="SETTING_INVALID")
         if self.reflection not in ("on", "off", "auto"):
             raise InvalidArgument("--reflection is on, off or auto", reason="SETTING_INVALID")
-        for name in ("hub_datasets", "direct_uploads"):
+        for name in ("hub_datasets", "direct_uploads", "direct_downloads"):
             if getattr(self, name) not in ("on", "off"):
                 raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
+        for name in ("workspace_streams", "workspace_queue", "max_streams"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", reason="SETTING_INVALID")
         if self.engine not in ("transformers", "vllm"):
             raise InvalidArgument("--engine is transformers or vllm", reason="SETTING_INVALID")
         if self.launcher not in ("local", "kubernetes"):

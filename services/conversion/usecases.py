@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -52,7 +53,8 @@ STARTS = {
 }
 """What a lineage may begin with besides models."""
 DTYPES = ("", "float32", "bfloat16", "float16")
-BASE_DTYPES = ("", "nf4", "nf4-single")
+DIRECT_FROM_BYTES = 8 << 20
+LINK_VALID_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,11 @@ class Conversion:
 
     jobs: Jobs
 
-    def __init__(self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = (), direct: bool = True
+    ) -> None:
         self._store = store
+        self._direct = direct
         self._export_prefixes = export_prefixes
         self._roots = [root.resolve() for root in import_roots]
         self.work = Work("conversionJob", "convert", self.order, self._succeed, _notice)
@@ -219,6 +224,12 @@ class Conversion:
         byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
         return stream_file(self._store, self.get_model(name).manifest.file(path), offset)
 
+    def link(self, name: str, path: str, offset: int) -> str:
+        """Where a client can GET a file's bytes itself; "" if it may not, or too few are left for it to be worth it."""
+        file = self.get_model(name).manifest.file(path)
+        worth = self._direct and offset >= 0 and file.size - offset > DIRECT_FROM_BYTES
+        return self._store.link_blob(file.digest, LINK_VALID_S) if worth else ""
+
     # ------------------------------------------------------------------------------------------ tasks
 
     def _task(self, task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +239,8 @@ class Conversion:
             raise InvalidArgument(
                 f"unknown dtype {arguments['dtype']!r}; use {', '.join(DTYPES[1:])}", reason="DTYPE_UNKNOWN"
             )
+        if task == "assemble":
+            return {task: self._assemble(arguments)}
         if task == "adapter":
             return {task: self._adapter(arguments)}
         if task == "merge":
@@ -242,7 +255,8 @@ class Conversion:
         if task == "quantize":
             return {task: outgoing.quantize(arguments, self._whole(arguments["model"]), self._revision)}
         raise InvalidArgument(
-            "a job needs one of import_model, adapter, merge, reshard, export, quantize", reason="TASK_MISSING"
+            "a job needs one of import_model, assemble, adapter, merge, reshard, export, quantize",
+            reason="TASK_MISSING",
         )
 
     def _revision(self, name: str) -> tuple[ArtifactRef, Manifest]:
@@ -291,17 +305,20 @@ class Conversion:
                 raise FailedPrecondition(
                     f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
                 )
-        if arguments["base_dtype"] not in BASE_DTYPES:
-            raise InvalidArgument(
-                f"unknown base_dtype {arguments['base_dtype']!r}; use {', '.join(BASE_DTYPES[1:])}",
-                reason="DTYPE_UNKNOWN",
-            )
-        return MergeTask(
-            adapter=ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"]),
-            base=base,
+        named = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
+        return outgoing.merge(arguments, named, base, _shard_size(arguments["max_shard_size_bytes"], 0))
+
+    def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
+        if not 0 <= arguments["seed"] < 1 << 60:
+            raise InvalidArgument("seed must be from 0 to 2^60", reason="TASK_INVALID")
+        return AssembleTask(
+            vision_tower=self._whole(arguments["vision_tower"], ("vision_tower",), "MODEL_NOT_TOWER"),
+            language_model=self._whole(arguments["language_model"]),
+            seed=arguments["seed"],
             dtype=arguments["dtype"],
-            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
-            base_dtype=arguments["base_dtype"],
+            feature_layer=arguments["feature_layer"] or -2,
+            pad_to_square=arguments["pad_to_square"],
+            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"]),
         )
 
     def _adapter(self, arguments: Mapping[str, Any]) -> AdapterTask:
@@ -329,12 +346,12 @@ class Conversion:
             max_shard_size_bytes=_shard_size(size),
         )
 
-    def _whole(self, name: str) -> ArtifactRef:
+    def _whole(self, name: str, kinds: Sequence[str] = outgoing.WHOLE, reason: str = "MODEL_NOT_WHOLE") -> ArtifactRef:
         model = self.get_model(name)
-        if model.manifest.kind not in outgoing.WHOLE:
+        if model.manifest.kind not in kinds:
+            wanted = " or ".join(kinds).upper()
             raise FailedPrecondition(
-                f"{name} is of kind {model.manifest.kind.upper()}; name a BASE or MERGED model",
-                reason="MODEL_NOT_WHOLE",
+                f"{name} is of kind {model.manifest.kind.upper()}; name a {wanted} model", reason=reason
             )
         return ArtifactRef(name=name, digest=model.ref.body["digest"])
 

@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.datasets.usecases import Datasets
 from services.datasets.validating import check_length
 from services.finetune.config import ArtifactRef, DataConfig, PrepareRun, to_json
@@ -21,6 +22,7 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import load
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
+from services.finetune.vision import form_of
 
 PREPARED = "workspaces/{workspace}/preparedDatasets/{prepared_dataset}"
 LEAST_LENGTH = 8
@@ -37,6 +39,7 @@ class Preparing:
         self.work = Work("preparedDataset", "prepare", lambda job: dict(job.body["spec"]["run"]), self._succeed)
         # Reading a large tokenizer takes a second; digests name the same one for ever.
         self._certificate = lru_cache(maxsize=64)(self._certify)
+        self._form = lru_cache(maxsize=64)(lambda model: form_of(store, load(store, model)))
 
     def prepare(self, parent: str, spec: dict[str, Any], request: tuple[str, str], dry: bool) -> Record:
         """PrepareDataset. `request` is (request_id, fingerprint)."""
@@ -45,7 +48,7 @@ class Preparing:
         if made is not None:
             return made
         run, certificate = self._order(spec)
-        key = shelf_key(run, certificate)
+        key = shelf_key(run, certificate, self._form(run.model.digest))
         name = f"{parent}/preparedDatasets/p{key[:20]}"
         sources = zip(run.datasets, run.data.weights, strict=True)
         spec |= {

@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.datasets.usecases import Datasets
 from services.finetune.config import ArtifactRef, ValidateRun, to_json
 from services.finetune.errors import FailedPrecondition, InvalidArgument

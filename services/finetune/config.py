@@ -52,6 +52,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """What `model.checkpoint` is assembled with to a vision-language model; a job's base_model takes precedence.
+
+    Its modules are `vision_tower`, `multi_modal_projector` and `language_model`; what is trained of them is said by
+    `method`, `lora` and `model.freeze`, as of any model's."""
+
+    tower: str = ""
+    """Where the vision tower comes from, as a hub id or a folder; empty for a model that sees nothing."""
+    pretrained: str = ""
+    """A projector that was trained before: a model's name, or another trainer's file or folder; empty is a fresh one."""
+    pad_to_square: bool = False
+    """Images are padded with the mean colour; else what is beside the middle square is cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A.
 
@@ -103,11 +118,13 @@ class DataSource:
     """Files, or one folder of them, on the machine where the config is used."""
     format: str = ""
     """The row format; empty means that it is detected."""
+    images: str = ""
+    """The folder, on the machine where the config is used, that the paths of the rows' images are below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """How rows become blocks of tokens."""
+    """How rows become blocks of tokens. An image counts as the tokens that the model makes of it."""
 
     template: str = ""
     """A prompt template's name; empty means the base model's own."""
@@ -193,6 +210,8 @@ class ReportConfig:
     sample_every: int = 0
     """Steps between answers to `prompts`; 0 means only at the end."""
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    """What `prompts` are asked about: files of the job's datasets by path, one for all prompts, or one each."""
     system: str = ""
     """System text for `prompts` alone; empty means data.system."""
     sample_tokens: int = 64
@@ -235,6 +254,7 @@ class RunConfig:
 
     method: Literal["full", "lora", "qlora", "int8_lora"] = "qlora"
     model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -309,6 +329,23 @@ class ImportTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AssembleTask:
+    """Make a LLaVA model of a language model and a vision tower, with a fresh projector between them."""
+
+    language_model: ArtifactRef
+    vision_tower: ArtifactRef
+    seed: int = 0
+    """Of the projector's weights."""
+    dtype: str = ""
+    """"" is the language model's."""
+    feature_layer: int = -2
+    """Of the tower's hidden states, which begin with the embeddings: the last but one, as LLaVA 1.5."""
+    pad_to_square: bool = False
+    """Images are padded with the mean colour before they are scaled; else their middle is cut out."""
+    max_shard_size_bytes: int = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterTask:
     """Turn a training checkpoint into a PEFT adapter: one of ours, or `source`, the files of another trainer's, which was
     trained on `base`."""
@@ -323,6 +360,9 @@ class AdapterTask:
     """For a source that was trained whole."""
 
 
+MergeReport = Literal["", "always", "never"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeTask:
     """Add an adapter into its base."""
@@ -334,6 +374,8 @@ class MergeTask:
     """0 keeps the base's own files."""
     base_dtype: str = ""
     """"nf4" or "nf4-single": into the base as QLoRA sees it."""
+    report: MergeReport = ""
+    """"always" and "never" measure the result against base and adapter whatever its size; "" does up to 9e9 parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -377,6 +419,7 @@ class ConvertRun:
     kind: Literal["convert"] = "convert"
     job: str
     import_model: ImportTask | None = None
+    assemble: AssembleTask | None = None
     adapter: AdapterTask | None = None
     merge: MergeTask | None = None
     reshard: ReshardTask | None = None

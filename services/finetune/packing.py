@@ -12,6 +12,12 @@ little-endian, equal samples make equal bytes:
     index.json   length of a block, dtype of the ids, counts, and what its writer knows
     held_out/    offsets, members, starts and index.json of the samples that are kept for validation, if there are any
 
+Of samples with images, whose tokens are ids as all others, also:
+
+    images.bin         int32: the images of all samples by number, one after another
+    image_offsets.bin  int64: where each sample's images begin in it, and the end of the last
+    images.json        the images' files by number, as digests of blobs
+
 Letters in shapes: S samples, N blocks, L tokens a block, T tokens.
 """
 
@@ -19,9 +25,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -47,6 +53,33 @@ _COLUMNS = ("ids", "labels", "positions", "segments")
 
 
 @dataclass(frozen=True, slots=True)
+class Pictures:
+    """The images of samples: `numbers` of `files`, sample by sample as `offsets` say."""
+
+    files: tuple[str, ...]
+    numbers: Ints
+    offsets: Longs
+
+    def save(self, directory: Path) -> None:
+        self.numbers.astype("<i4").tofile(directory / "images.bin")
+        self.offsets.astype("<i8").tofile(directory / "image_offsets.bin")
+        (directory / "images.json").write_text(json.dumps(self.files, indent=0) + "\n", "utf-8")
+
+    def of_samples(self) -> Iterator[bytes]:
+        """What tells the images of each sample from other images."""
+        for a, b in pairwise(self.offsets.tolist()):
+            yield "".join(self.files[n] for n in self.numbers[a:b].tolist()).encode()
+
+    @classmethod
+    def open(cls, directory: Path) -> Self | None:
+        """None of samples without images."""
+        if not (directory / "images.json").exists():
+            return None
+        files = tuple(json.loads((directory / "images.json").read_text("utf-8")))
+        return cls(files, _mapped(directory / "images.bin", "<i4"), _mapped(directory / "image_offsets.bin", "<i8"))
+
+
+@dataclass(frozen=True, slots=True)
 class Flat:
     """What lies on disk; see above."""
 
@@ -56,6 +89,7 @@ class Flat:
     offsets: Longs
     members: Longs
     starts: Longs
+    pictures: Pictures | None = None
 
     def sample(self, number: int) -> tuple[NDArray[Any], Bools]:
         """Ids and mask of one sample; its first token, which nothing predicts, is never learned."""
@@ -147,10 +181,28 @@ class Blocks:
         """Tokens of samples in all blocks, padding not counted."""
         return int((self.flat.offsets[self.flat.members + 1] - self.flat.offsets[self.flat.members]).sum())
 
+    @property
+    def image_files(self) -> tuple[str, ...]:
+        """Digests of the blobs that hold the images, by their numbers; empty where no sample has one."""
+        return self.flat.pictures.files if self.flat.pictures else ()
+
+    def images_of(self, block: int) -> Ints:
+        """The numbers of a block's images, int32, in the order in which their tokens stand."""
+        import numpy as np
+
+        pictures, flat = self.flat.pictures, self.flat
+        if pictures is None:
+            return np.zeros(0, np.int32)
+        members = flat.members[flat.starts[block] : flat.starts[block + 1]]
+        begins = pictures.offsets[members]
+        return pictures.numbers[ranges(begins, pictures.offsets[members + 1] - begins)]
+
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.flat.tokens.tofile(directory / "tokens.bin")
         self.flat.mask.tofile(directory / "mask.bin")
+        if self.flat.pictures is not None:
+            self.flat.pictures.save(directory)
         self.save_layout(directory, {})
 
     def save_layout(self, directory: Path, about: Mapping[str, Any]) -> None:
@@ -180,8 +232,10 @@ class Blocks:
         """Map saved blocks into memory, read-only. `part` is HELD_OUT for those kept for validation."""
         index = json.loads((directory / part / "index.json").read_text("utf-8"))
         tokens, mask = _mapped(directory / "tokens.bin", index["ids"]), _mapped(directory / "mask.bin", "u1")
-        rest = (_mapped(directory / part / f"{name}.bin", "<i8") for name in ("offsets", "members", "starts"))
-        flat = Flat(index["length"], tokens, mask, *rest)
+        offsets, members, starts = (
+            _mapped(directory / part / f"{n}.bin", "<i8") for n in ("offsets", "members", "starts")
+        )
+        flat = Flat(index["length"], tokens, mask, offsets, members, starts, Pictures.open(directory))
         return cls.of(flat, index["learned"], index["truncated"], index["dropped"])
 
     @classmethod
@@ -219,8 +273,8 @@ def order(n: int, epoch: int, seed: int) -> Longs:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))).permutation(n)
 
 
-def held(tokens: NDArray[Any], offsets: Longs, ratio: float, seed: int) -> Bools:
-    """Which samples are kept for validation: `ratio` of the distinct ones, at least one, by a hash of their tokens.
+def held(tokens: NDArray[Any], offsets: Longs, ratio: float, seed: int, pictures: Pictures | None = None) -> Bools:
+    """Which samples are kept for validation: `ratio` of the distinct ones, at least one, by a hash of tokens and images.
 
     So equal samples never stand on both sides, and a sample stays on its side while others come and go, but for a few at
     the border. InvalidArgument (VALIDATION_EMPTY) if there are no two distinct samples.
@@ -228,10 +282,11 @@ def held(tokens: NDArray[Any], offsets: Longs, ratio: float, seed: int) -> Bools
     import numpy as np
 
     key, bounds = (seed % 2**64).to_bytes(8, "little"), offsets.tolist()
+    shown = pictures.of_samples() if pictures else repeat(b"")
     hashes = np.array(
         [
-            int.from_bytes(hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8, key=key).digest(), "little")
-            for a, b in pairwise(bounds)
+            int.from_bytes(hashlib.blake2b(tokens[a:b].tobytes() + seen, digest_size=8, key=key).digest(), "little")
+            for (a, b), seen in zip(pairwise(bounds), shown, strict=False)
         ],
         np.uint64,
     )

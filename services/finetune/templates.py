@@ -123,6 +123,8 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None =
 
     `image_id` stands for an image; without one InvalidArgument (IMAGES_UNSUPPORTED) is raised where there is an image.
     """
+    if image_id is not None and IMAGE in tokenizer.special_texts:
+        return _encode_seen(pieces, tokenizer, image_id)
     ids: list[int] = []
     mask: list[bool] = []
     for image, group in groupby(pieces, key=lambda p: p.image):
@@ -137,12 +139,24 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None =
     return Encoded(ids, mask)
 
 
-def runs(pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
+def _encode_seen(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int) -> Encoded:
+    """As `encode`, for a tokenizer that has a token for images: texts on both sides are tokenised as training does."""
+    (token,) = tokenizer.encode(IMAGE)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for text, trained, special in runs(pieces, images=True):
+        new = tokenizer.encode(text) if special else tokenizer.encode_plain(text)
+        ids += [image_id if i == token else i for i in new]
+        mask += [trained] * len(new)
+    return Encoded(ids, mask)
+
+
+def runs(pieces: Sequence[Piece], images: bool = False) -> list[tuple[str, bool, bool]]:
     """(text, trained, special) of each text that is tokenised by itself: neighbours of one kind go together.
 
-    InvalidArgument (IMAGES_UNSUPPORTED) for an image, which no text stands for.
+    With `images` the special text <image> stands for an image; else InvalidArgument (IMAGES_UNSUPPORTED) for one.
     """
-    if any(p.image for p in pieces):
+    if not images and any(p.image for p in pieces):
         raise InvalidArgument(
             "the conversation holds an image, which this model cannot see; use a model with a vision encoder",
             reason="IMAGES_UNSUPPORTED",

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -72,6 +72,7 @@ class Tokenizer:
         self.opening = "".join(added[i].content for i in first if i in added and i not in self.eos_ids)
         special = {i: t for i, t in added.items() if t.special and t.content}
         self.special_texts = tuple(t.content for t in special.values())
+        self.special_ids = {t.content: i for i, t in special.items()}
         # What `harmless` looks for first: few words, however many special tokens there are.
         self._beginnings = {s[:3] for s in self.special_texts}
         self._first, self._last = {s[0] for s in self.special_texts}, {s[-1] for s in self.special_texts}
@@ -222,9 +223,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
-    def stream(self) -> TokenStream:
-        """A decoder for ids that come bit by bit."""
-        return TokenStream(self)
+    def stream(self, keep: Collection[str] = ()) -> TokenStream:
+        """A decoder for ids that come bit by bit; of special tokens only those in `keep` become text."""
+        return TokenStream(self, keep)
 
     def _eos(self, generation: dict[str, Any]) -> tuple[int, ...]:
         given = generation.get("eos_token_id")
@@ -238,23 +239,24 @@ class Tokenizer:
 class TokenStream:
     """Turns ids into text as they come; never gives half a character, never takes text back."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, keep: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._silent = {i for text, i in tokenizer.special_ids.items() if text not in keep}
         self._ids: list[int] = []
         self._start = 0
         self._given = ""
 
     def push(self, ids: Sequence[int], last: bool = False) -> str:
         """The new text after `ids`; with `last` also what is left of a broken character."""
-        self._ids += ids
+        self._ids += [i for i in ids if i not in self._silent]
         # Decoding starts a few tokens back: some tokenizers join what stands at a border.
-        text = self._tokenizer.decode(self._ids[self._start :])
+        text = self._tokenizer.decode(self._ids[self._start :], skip_special=False)
         if text.endswith("\ufffd") and not last:
             return ""
         new = text[len(self._given) :]
         if len(self._ids) - self._start > 16:
             self._start = len(self._ids) - 4
-            self._given = self._tokenizer.decode(self._ids[self._start :])
+            self._given = self._tokenizer.decode(self._ids[self._start :], skip_special=False)
         else:
             self._given = text
         return new

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
@@ -23,6 +24,7 @@ from services.client.live import LiveInference
 from services.common import auth
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
+from services.gateway.tools import call_objects
 from services.gateway.wire import Answer, Asked, Choice
 
 log = logging.getLogger("quartet.gateway")
@@ -142,12 +144,14 @@ async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
 async def _collect(choice: AsyncIterator[Any]) -> tuple[Choice, int]:
     """One answer, and the tokens of its prompt."""
     text, logprobs, last = "", [], None
+    calls: list[Any] = []
     async for last in choice:
         text += last.text
         logprobs += last.logprobs
+        calls += getattr(last, "tool_calls", ())  # only a chat's answers have them
     if last is None:
         raise EOFError("the answer ended before it began")
-    made = Choice(text, wire.FINISH[last.finish_reason], last.usage.completion_tokens, logprobs)
+    made = Choice(text, wire.FINISH[last.finish_reason], last.usage.completion_tokens, logprobs, calls)
     return made, last.usage.prompt_tokens
 
 
@@ -183,14 +187,18 @@ async def _merged(choices: list[AsyncIterator[Any]]) -> AsyncIterator[tuple[int,
 async def _events(asked: Asked, answer: Answer, first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[str]:
     """The stream as server-sent events. An error in it is its last event: the status has gone out already."""
     begun: set[int] = set()
+    called: Counter[int] = Counter()
     prompt = completion = 0
     try:
         async with aclosing(_joined(first, rest)) as pieces:  # type: ignore[type-var]  # it is a generator
             async for index, piece in pieces:
                 finish = wire.FINISH.get(piece.finish_reason)
-                if piece.text or piece.logprobs or index not in begun:
-                    yield _event(answer.chunk(index, piece.text, None, index not in begun, piece.logprobs))
+                calls = call_objects(getattr(piece, "tool_calls", ()), called[index])
+                if piece.text or piece.logprobs or calls or index not in begun:
+                    text = None if calls and not piece.text else piece.text
+                    yield _event(answer.chunk(index, text, None, index not in begun, piece.logprobs, calls))
                     begun.add(index)
+                    called[index] += len(calls)
                 if finish:
                     prompt, completion = piece.usage.prompt_tokens, completion + piece.usage.completion_tokens
                     yield _event(answer.chunk(index, None, finish))
@@ -251,7 +259,8 @@ def _guarded(handler: Handler, token: str) -> Handler:
 
 def _told(error: QuartetError) -> Response:
     status = 413 if error.reason == "BODY_TOO_LARGE" else wire.STATUS.get(error.code, 500)
-    return JSONResponse(wire.error_object(error), status)
+    wait = error.metadata.get("retry_after_s")
+    return JSONResponse(wire.error_object(error), status, {"retry-after": wait} if wait else None)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -14,7 +14,8 @@ from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, QuartetError, Violation, nearest
+from services.finetune.errors import QuartetError, nearest
+from services.gateway.tools import bad, call_objects, read_calls, read_tools
 
 STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -42,8 +43,12 @@ CODES = {
 }
 """OpenAI's own words, for those of our reasons that clients of its API test."""
 
-ROLES = {"system": "SYSTEM", "developer": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}
-FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+ROLES = {"system": "SYSTEM", "developer": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": "TOOL"}
+FINISH = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 MOST_CHOICES = 16
 
 SAMPLING = {
@@ -60,9 +65,6 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "modalities": (["text"],),
     "echo": (False,),
@@ -84,6 +86,8 @@ class Asked:
     sampling: Mapping[str, Any]
     stop: Sequence[str]
     messages: Sequence[pb.Message] = field(default_factory=list)
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of a ChatRequest that tell of tools."""
     prompt: str | list[int] = ""
 
     def requests(self, parent: str) -> list[pb.ChatRequest | pb.GenerateRequest]:
@@ -98,7 +102,7 @@ class Asked:
             given["seed"] += n
         sampling = pb.Sampling(**given, stop=self.stop)
         if self.messages:
-            return pb.ChatRequest(**to, messages=self.messages, sampling=sampling)
+            return pb.ChatRequest(**to, messages=self.messages, sampling=sampling, **self.tools)
         if isinstance(self.prompt, str):
             return pb.GenerateRequest(**to, text=self.prompt, sampling=sampling)
         return pb.GenerateRequest(**to, token_ids=pb.TokenIds(ids=self.prompt), sampling=sampling)
@@ -109,11 +113,14 @@ class Asked:
 
 def read_chat(body: Any) -> Asked:
     """A body of /v1/chat/completions. InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED)."""
-    body = _checked(body, {"messages", "top_logprobs", "response_format"})
+    body = _checked(
+        body, {"messages", "top_logprobs", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
+    )
     turns = body.get("messages")
     if not isinstance(turns, list) or not turns:
-        raise _bad("messages", "must be a list of at least one message")
-    return _asked(body, messages=[_message(f"messages[{n}]", turn) for n, turn in enumerate(turns)])
+        raise bad("messages", "must be a list of at least one message")
+    messages = [_message(f"messages[{n}]", turn) for n, turn in enumerate(turns)]
+    return _asked(body, messages=messages, tools=read_tools(body))
 
 
 def read_completion(body: Any) -> Asked:
@@ -124,34 +131,34 @@ def read_completion(body: Any) -> Asked:
         prompt = prompt[0]
     ids = isinstance(prompt, list) and all(type(i) is int and 0 <= i < 2**31 for i in prompt)
     if not isinstance(prompt, str) and not ids:
-        raise _bad("prompt", "must be one text, or one list of token ids; send a request for each prompt")
+        raise bad("prompt", "must be one text, or one list of token ids; send a request for each prompt")
     return _asked(body, prompt=prompt)
 
 
 def _checked(body: Any, own: set[str]) -> dict[str, Any]:
     """The fields that are set, once all are known and none asks for what we do not do."""
     if not isinstance(body, dict):
-        raise _bad("", "the body must be a JSON object")
+        raise bad("", "the body must be a JSON object")
     given: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if name not in COMMON | own | set(NEUTRAL):
             why = f"is no field of this request{nearest(name, sorted(COMMON | own))}"
-            raise _bad(name, why, "FIELD_UNKNOWN")
+            raise bad(name, why, "FIELD_UNKNOWN")
         if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise _bad(name, "is not supported here; leave it out", "FIELD_UNSUPPORTED")
+            raise bad(name, "is not supported here; leave it out", "FIELD_UNSUPPORTED")
     return given
 
 
 def _asked(body: Mapping[str, Any], **own: Any) -> Asked:
     model, n, options = body.get("model"), body.get("n", 1), body.get("stream_options", {})
     if not isinstance(model, str) or not model:
-        raise _bad("model", "must name an endpoint; /v1/models lists them")
+        raise bad("model", "must name an endpoint; /v1/models lists them")
     if type(n) is not int or not 1 <= n <= MOST_CHOICES:
-        raise _bad("n", f"must be a whole number from 1 to {MOST_CHOICES}")
+        raise bad("n", f"must be a whole number from 1 to {MOST_CHOICES}")
     if not isinstance(body.get("stream", False), bool):
-        raise _bad("stream", "must be true or false")
+        raise bad("stream", "must be true or false")
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise _bad("stream_options", "may hold include_usage")
+        raise bad("stream_options", "may hold include_usage")
     return Asked(
         model=model,
         n=n,
@@ -170,7 +177,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
             value = body[name]
             right = isinstance(value, int | float) and not isinstance(value, bool)
             if not right or (kind is int and (value != int(value) or abs(value) >= 2**31)):
-                raise _bad(name, "must be a whole number" if kind is int else "must be a number")
+                raise bad(name, "must be a whole number" if kind is int else "must be a number")
             found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
     return found
 
@@ -179,14 +186,14 @@ def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, int]:
     """A chat asks by `logprobs` true and their number beside it, a completion by the number alone."""
     asked, count = (body.get("logprobs", False), body.get("top_logprobs", 0)) if chat else (True, body.get("logprobs"))
     if not isinstance(asked, bool):
-        raise _bad("logprobs", "must be true or false")
+        raise bad("logprobs", "must be true or false")
     if count is None or not (asked or count):
         return {}
     name = "top_logprobs" if chat else "logprobs"
     if not asked:
-        raise _bad("top_logprobs", "goes with logprobs true")
+        raise bad("top_logprobs", "goes with logprobs true")
     if type(count) is not int or not 0 <= count <= 20:
-        raise _bad(name, "must be a whole number from 0 to 20")
+        raise bad(name, "must be a whole number from 0 to 20")
     return {"logprobs": count}
 
 
@@ -199,43 +206,50 @@ def _form(given: Any) -> dict[str, str]:
         return {"json_schema": json.dumps({"type": "object"})}
     wrapped = given.get("json_schema") if kind == "json_schema" else None
     if not isinstance(wrapped, dict) or not isinstance(wrapped.get("schema"), dict):
-        raise _bad("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
+        raise bad("response_format", "must be of type text, json_object, or json_schema with json_schema.schema")
     return {"json_schema": json.dumps(wrapped["schema"], ensure_ascii=False)}
 
 
 def _stop(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
-        raise _bad("stop", "must be a text or a list of texts")
+        raise bad("stop", "must be a text or a list of texts")
     return texts
 
 
 def _message(where: str, turn: Any) -> pb.Message:
     if not isinstance(turn, dict):
-        raise _bad(where, "must be an object with role and content")
+        raise bad(where, "must be an object with role and content")
     role = turn.get("role")
     if role not in ROLES:
-        raise _bad(f"{where}.role", f"must be one of {', '.join(ROLES)}; tools are not supported here")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise _bad(f"{where}.tool_calls", "is not supported here", "FIELD_UNSUPPORTED")
+        raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}")
+    if turn.get("function_call"):
+        raise bad(f"{where}.function_call", "is not supported here; use tool_calls", "FIELD_UNSUPPORTED")
+    calls = read_calls(f"{where}.tool_calls", turn.get("tool_calls") or [])
+    answers = turn.get("tool_call_id") or ""
+    if not isinstance(answers, str):
+        raise bad(f"{where}.tool_call_id", "must be a text")
     content = turn.get("content")
+    if content is None and calls:
+        content = ""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
-        raise _bad(f"{where}.content", "must be a text, or a list of parts")
-    return pb.Message(role=ROLES[role], content=[_part(f"{where}.content[{n}]", p) for n, p in enumerate(parts)])  # type: ignore[arg-type]  # a role's name will do
+        raise bad(f"{where}.content", "must be a text, or a list of parts")
+    return pb.Message(
+        role=ROLES[role],  # type: ignore[arg-type]  # a role's name will do
+        content=[_part(f"{where}.content[{n}]", p) for n, p in enumerate(parts)],
+        tool_calls=calls,
+        tool_call_id=answers,
+    )
 
 
 def _part(where: str, part: Any) -> pb.Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text":
-        raise _bad(where, "must be a part of type text; other kinds are not supported here", "FIELD_UNSUPPORTED")
+        raise bad(where, "must be a part of type text; other kinds are not supported here", "FIELD_UNSUPPORTED")
     if not isinstance(part.get("text"), str):
-        raise _bad(f"{where}.text", "must be a text")
+        raise bad(f"{where}.text", "must be a text")
     return pb.Part(text=part["text"])
-
-
-def _bad(name: str, why: str, reason: str = "FIELD_INVALID") -> InvalidArgument:
-    return InvalidArgument(f"{name} {why}".strip(), reason=reason, violations=[Violation(name, why, reason)])
 
 
 # ---------------------------------------------------------------------------------------------- answers
@@ -249,6 +263,7 @@ class Choice:
     finish: str
     tokens: int
     logprobs: Sequence[pb.TokenLogprobs] = ()
+    calls: Sequence[pb.ToolCall] = ()
 
 
 class Answer:
@@ -269,12 +284,14 @@ class Answer:
         finish: str | None,
         first: bool = False,
         logprobs: Sequence[pb.TokenLogprobs] = (),
+        calls: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
         """A piece of choice `index`; `text` None only ends it."""
         choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self._likely(logprobs)}
         if self._chat:
             role = {"role": "assistant"} if first else {}
-            choice["delta"] = {**role, **({"content": text} if text is not None else {})}
+            told = {"tool_calls": calls} if calls else {}
+            choice["delta"] = {**role, **({"content": text} if text is not None else {}), **told}
         else:
             choice["text"] = text or ""
         return self._object([choice], ".chunk")
@@ -289,7 +306,9 @@ class Answer:
         for index, one in enumerate(made):
             said: dict[str, Any] = {"text": one.text}
             if self._chat:
-                said = {"message": {"role": "assistant", "content": one.text, "refusal": None}}
+                calls = {"tool_calls": call_objects(one.calls)} if one.calls else {}
+                content = None if one.calls and not one.text else one.text
+                said = {"message": {"role": "assistant", "content": content, "refusal": None, **calls}}
             choices.append(
                 {"index": index, **said, "finish_reason": one.finish, "logprobs": self._likely(one.logprobs)}
             )

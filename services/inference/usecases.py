@@ -199,6 +199,13 @@ class Inference:
                 reason="MODEL_NOT_SERVABLE",
                 metadata={"model": spec["model"], "kind": "EXPORTED"},
             )
+        if kind == "vision_tower":
+            raise FailedPrecondition(
+                f"{spec['model']} is of kind VISION_TOWER, which answers nothing: assemble a LLaVA model with it "
+                "(CreateConversionJob with assemble)",
+                reason="MODEL_NOT_SERVABLE",
+                metadata={"model": spec["model"], "kind": "VISION_TOWER"},
+            )
         if kind == "quantized" and spec["bits"]:
             raise FailedPrecondition(
                 f"{spec['model']} is quantised already: leave bits out", reason="MODEL_NOT_SERVABLE"

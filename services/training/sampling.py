@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.finetune import vision
 from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun
 from services.finetune.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from services.finetune.prepare import row_files
@@ -54,7 +55,7 @@ def figures(store: Store, run: TrainRun) -> Figures:
     """
     manifest = load(store, run.base.digest)
     with tempfile.TemporaryDirectory(prefix="quartet-plan-") as folder:
-        model = materialise(store, manifest, Path(folder) / "model", FILES)
+        model = materialise(store, manifest, Path(folder) / "model", (*FILES, *vision.FILES))
         tokenizer = Tokenizer.from_files(model)
         template = load_template(run.config.data.template or manifest.meta["template"], tokenizer)
         data = dataclasses.replace(run.config.data, template=template.name)
@@ -66,7 +67,7 @@ def figures(store: Store, run: TrainRun) -> Figures:
             seed=run.config.schedule.seed,
             held_out=run.config.validation.ratio,
         )
-        digest = find(store, shelf_key(order, certify(tokenizer, template)))
+        digest = find(store, shelf_key(order, certify(tokenizer, template), vision.read_form(model)))
         if digest is not None:
             return _known(load(store, digest), run.config)
         return _sampled(store, run, template.name, model, Path(folder))

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from services.common import names
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.launchers import Shape
 from services.common.paging import page
 from services.common.records import Record
+from services.common.supervisor import Work
 from services.finetune import recipes
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
@@ -263,6 +264,11 @@ class Training:
             raise FailedPrecondition(
                 f"{name} is an adapter; tune a base model, or merge it first", reason="MODEL_NOT_TRAINABLE"
             )
+        if ref.body["kind"] == "vision_tower":
+            raise FailedPrecondition(
+                f"{name} is a vision tower; tune a LLaVA model that it is in (CreateConversionJob with assemble)",
+                reason="MODEL_NOT_TRAINABLE",
+            )
         if ref.body["kind"] in ("quantized", "exported"):
             raise FailedPrecondition(
                 f"{name} is of kind {ref.body['kind'].upper()}; tune the model that it was made from, with the method qlora "
@@ -363,6 +369,7 @@ def _validated(config: RunConfig, datasets: bool) -> None:
 def _supported(config: RunConfig) -> None:
     """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
     lacks = {
+        "report.images": (config.report.images, ((),), "set it to []"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
     }
     violations = [

@@ -1,4 +1,4 @@
-"""python -m tests.bench.kills [KILLS]: kill -9 at random moments, ours and Hugging Face's Trainer with its own checkpoints.
+"""python -m tests.bench.kills [KILLS]: kill -9 at random moments, ours and beside it Hugging Face's Trainer with its own.
 
 Both train the same tiny Llama with LoRA and save every 5 steps; half of the kills fall while a checkpoint is written. A kill
 is survived if the next start goes on by itself; at the end the adapter is compared with an uninterrupted run's.
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override
@@ -129,11 +130,15 @@ def main() -> None:
         return
     kills = int(sys.argv[1]) if sys.argv[1:] else 50
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with tempfile.TemporaryDirectory() as text:
+    with tempfile.TemporaryDirectory() as text, ThreadPoolExecutor(1) as beside:
+        other = beside.submit(theirs, kills, Path(text))
         toll, equal = ours(kills, Path(text))
         survived = toll.kills - len(toll.lost)
-        print(f"ours: {survived} of {toll.kills} survived ({toll.in_writes} in writes), adapters equal: {equal}")
-        count, survived, equal = theirs(kills, Path(text))
+        print(
+            f"ours: {survived} of {toll.kills} survived ({toll.in_writes} in writes), adapters equal: {equal}",
+            flush=True,
+        )
+        count, survived, equal = other.result()
         print(f"transformers.Trainer: {survived} of {count} survived, adapters equal: {equal}")
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records
+from services.common.supervisor import Work
 from services.common.wishes import TERMINAL
 from services.finetune.progress import Event
 from services.finetune.store import Store
@@ -63,7 +64,7 @@ def until(jobs: Jobs, name: str, done: Callable[[Record], bool], limit_s: float 
     deadline = time.monotonic() + limit_s
     while not done(job := jobs.get(name)):
         assert time.monotonic() < deadline, (job, jobs.records.events(name, 0))
-        jobs.tick()
+        jobs.supervisor.tick()
         time.sleep(0.02)
     return job
 
@@ -106,7 +107,7 @@ def running(job: Record) -> bool:
 
 def gone(jobs: Jobs, handle: dict[str, Any]) -> None:
     deadline = time.monotonic() + 10
-    while jobs.launcher.alive(handle):
+    while jobs.supervisor.launcher.alive(handle):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -135,6 +136,6 @@ def cut_at(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, number: int, before: boo
 
     watched(jobs.records, "update")
     watched(jobs.store, "put")
-    watched(jobs.launcher, "launch")
-    watched(jobs.launcher, "stop")
+    watched(jobs.supervisor.launcher, "launch")
+    watched(jobs.supervisor.launcher, "stop")
     return acts

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from services.common import holding
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Records
+from services.common.supervisor import Work
 from services.finetune.errors import Aborted, AlreadyExists, NotFound
 from services.finetune.store import Store, open_store
 from services.finetune.store.holds import hold, list_holds
@@ -86,10 +87,10 @@ def test_a_start_mends_what_a_crash_left(tmp_path: Path, store: Store, monkeypat
     holding.let_go(store, made)  # as of a job that was made before there were holds
     hold(store, "w.trainingJobs.lost.0", "workspaces/w/trainingJobs/lost", [BASE])
     hold(store, "w.endpoints.e.0", "workspaces/w/endpoints/e", [BASE])
-    holding.mend(store, jobs.records, "trainingJob", jobs._needs)
+    holding.mend(store, jobs.records, "trainingJob", jobs.supervisor.needs)
     assert set(held(store)) == {NAME, "workspaces/w/trainingJobs/lost", "workspaces/w/endpoints/e"}
     monkeypatch.setattr(holding, "UNBORN_S", -1.0)
-    holding.mend(store, jobs.records, "trainingJob", jobs._needs)
+    holding.mend(store, jobs.records, "trainingJob", jobs.supervisor.needs)
     assert set(held(store)) == {NAME, "workspaces/w/endpoints/e"}
     jobs.cancel(NAME)
     ended(jobs, NAME)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from services.common import wire
-from services.common.jobs import Jobs, Work
+from services.common.jobs import Jobs
 from services.common.records import Record, Records
+from services.common.supervisor import Work
 from services.finetune import progress
 from services.finetune.errors import (
     AlreadyExists,
@@ -106,7 +107,7 @@ def test_limit_on_workers(sqlite_url: str, file_store: Store, tmp_path: Path) ->
         queue(jobs, [["events", 1], ["wait", str(go)], ["end"]], name)
     until(jobs, names[1], running)
     for _ in range(5):
-        jobs.tick()
+        jobs.supervisor.tick()
     assert [jobs.get(name).state for name in names] == ["RUNNING", "RUNNING", "QUEUED", "QUEUED"]
     go.touch()
     assert [ended(jobs, name).state for name in names] == ["SUCCEEDED"] * 4
@@ -118,7 +119,7 @@ def test_limit_on_workers(sqlite_url: str, file_store: Store, tmp_path: Path) ->
 def test_cancel_while_queued(jobs: Jobs) -> None:
     queue(jobs, SIMPLE)
     jobs.cancel(NAME)
-    jobs.tick()
+    jobs.supervisor.tick()
     assert jobs.get(NAME).state == "CANCELLED"
     assert states(jobs, NAME) == ["QUEUED", "CANCELLED"]
 
@@ -140,7 +141,7 @@ def test_cancel_kills_a_deaf_worker(sqlite_url: str, file_store: Store, tmp_path
     handle = handle_of(jobs)
     jobs.cancel(NAME)
     assert ended(jobs, NAME, 10).state == "CANCELLED"
-    assert not jobs.launcher.alive(handle)
+    assert not jobs.supervisor.launcher.alive(handle)
 
 
 def test_success_before_the_cancel_stays(jobs: Jobs) -> None:
@@ -156,9 +157,9 @@ def test_unseen_success_of_a_job_that_waits_stays(jobs: Jobs, tmp_path: Path) ->
     handle = handle_of(jobs)
     gone(jobs, handle)
     job = jobs.get(NAME)
-    jobs._move(job, "QUEUED", "believed lost")
+    jobs.supervisor._move(job, "QUEUED", "believed lost")
     jobs.cancel(NAME)
-    jobs.tick()
+    jobs.supervisor.tick()
     assert jobs.get(NAME).state == "SUCCEEDED"
     check_history(jobs, NAME, 5)
 
@@ -180,7 +181,7 @@ def test_lost_worker_is_replaced(jobs: Jobs) -> None:
     queue(jobs, [["events", 2], ["only", 1, "die"], ["events", 2], ["end"]])
     job = until(jobs, NAME, lambda job: job.body.get("lost") == 1)
     assert job.state == "QUEUED" and 1.0 < job.body["not_before"] - time.time() <= 2.0
-    jobs.tick()
+    jobs.supervisor.tick()
     assert jobs.get(NAME).state == "QUEUED", "the pause was not kept"
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"]) == ("SUCCEEDED", 2)
@@ -189,7 +190,7 @@ def test_lost_worker_is_replaced(jobs: Jobs) -> None:
 
 def test_what_every_attempt_complained_of_is_the_jobs_error(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     queue(jobs, [["events", 1], ["complain"]])
-    monkeypatch.setattr("services.common.jobs.time.time", itertools.count(time.time(), 60).__next__)
+    monkeypatch.setattr("services.common.supervisor.time.time", itertools.count(time.time(), 60).__next__)
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"]) == ("FAILED", 3)
     assert (job.body["error"]["code"], job.body["error"]["reason"]) == ("UNAVAILABLE", "HUB_UNREACHABLE")
@@ -201,7 +202,7 @@ def test_lost_too_often(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     queue(jobs, [["events", 1], ["die"]])
     skipped = 0.0
     real = time.time
-    monkeypatch.setattr("services.common.jobs.time.time", lambda: real() + skipped)
+    monkeypatch.setattr("services.common.supervisor.time.time", lambda: real() + skipped)
     pauses = []
     for lost in (1, 2):
         job = until(jobs, NAME, lambda job, lost=lost: job.body.get("lost") == lost)  # type: ignore[misc]
@@ -219,7 +220,7 @@ def test_worker_that_cannot_be_started(sqlite_url: str, file_store: Store, tmp_p
     blocked = tmp_path / "logs"
     blocked.write_text("a file where the folder of logs should be")
     queue(jobs, SIMPLE)
-    jobs.tick()
+    jobs.supervisor.tick()
     assert jobs.get(NAME).body["lost"] == 1
     blocked.unlink()
     assert ended(jobs, NAME).state == "SUCCEEDED"

@@ -77,7 +77,7 @@ def test_live_worker_is_taken_over_by_its_handle(
     jobs.records.close()
     next_jobs = make(sqlite_url, file_store, tmp_path)
     for _ in range(5):
-        next_jobs.tick()
+        next_jobs.supervisor.tick()
     assert next_jobs.get(NAME).body["handle"] == handle
     go.touch()
     job = ended(next_jobs, NAME)
@@ -86,15 +86,15 @@ def test_live_worker_is_taken_over_by_its_handle(
 
 
 def cut_after_launch(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = jobs.launcher.launch
+    real = jobs.supervisor.launcher.launch
 
     def launch(*args: Any) -> Any:
         real(*args)
         raise Cut
 
-    monkeypatch.setattr(jobs.launcher, "launch", launch)
+    monkeypatch.setattr(jobs.supervisor.launcher, "launch", launch)
     with pytest.raises(Cut):
-        jobs.tick()
+        jobs.supervisor.tick()
 
 
 def test_live_worker_is_taken_over_by_its_claim(
@@ -141,7 +141,7 @@ def test_success_in_a_gap_of_service_is_found(
     queue(jobs, [["events", 2], ["wait", str(go)], ["checkpoint", 7], ["end"]])
     job = until(jobs, NAME, lambda job: running(job) and job.body["handle"] is not None)
     handle = job.body["handle"]
-    jobs._move(job, "QUEUED", "believed lost")
+    jobs.supervisor._move(job, "QUEUED", "believed lost")
     go.touch()
     gone(jobs, handle)
     next_jobs = make(sqlite_url, file_store, tmp_path)
@@ -188,6 +188,6 @@ def test_store_away_for_a_while(
         patch.setattr(jobs.store, "get", away)
         for _ in range(5):
             with pytest.raises(Unavailable):
-                jobs.tick()
+                jobs.supervisor.tick()
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"]) == ("SUCCEEDED", 1)

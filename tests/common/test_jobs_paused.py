@@ -50,7 +50,7 @@ def test_pause_frees_the_place_and_resume_goes_on(sqlite_url: str, file_store: S
     queue(jobs, SIMPLE, NAME + "2")
     assert jobs.ask(NAME, wishes.pause).state == "RUNNING"
     until(jobs, NAME, paused)
-    assert not jobs.launcher.alive(handle), "its place is not free"
+    assert not jobs.supervisor.launcher.alive(handle), "its place is not free"
     assert "after step 4" in last_message(jobs)
     assert ended(jobs, NAME + "2").state == "SUCCEEDED"
     assert jobs.get(NAME).state == "PAUSED" and jobs.get(NAME).body.get("end_time") is None
@@ -68,7 +68,7 @@ def test_pause_while_queued_takes_no_place(jobs: Jobs) -> None:
     jobs.ask(NAME, wishes.pause)
     until(jobs, NAME, paused)
     for _ in range(3):
-        jobs.tick()
+        jobs.supervisor.tick()
     assert states(jobs, NAME) == ["QUEUED", "PAUSED"] and jobs.get(NAME).body["attempt"] == 0
     assert "nothing is saved yet" in last_message(jobs)
     jobs.ask(NAME, wishes.resume)
@@ -101,7 +101,7 @@ def test_pause_kills_a_deaf_worker(sqlite_url: str, file_store: Store, tmp_path:
     handle = handle_of(jobs)
     jobs.ask(NAME, wishes.pause)
     until(jobs, NAME, paused)
-    assert not jobs.launcher.alive(handle)
+    assert not jobs.supervisor.launcher.alive(handle)
     jobs.ask(NAME, wishes.resume)
     assert ended(jobs, NAME).state == "SUCCEEDED"
 
@@ -125,7 +125,7 @@ def test_resume_before_the_worker_is_gone(jobs: Jobs) -> None:
     queue(jobs, LONG)
     until(jobs, NAME, running)
     jobs.ask(NAME, wishes.pause)
-    jobs.tick()
+    jobs.supervisor.tick()
     jobs.ask(NAME, wishes.resume)
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"], job.body.get("lost", 0)) == ("SUCCEEDED", 2, 0)
@@ -163,7 +163,7 @@ def test_cancel_of_a_job_that_is_being_paused(jobs: Jobs) -> None:
     queue(jobs, LONG)
     until(jobs, NAME, running)
     jobs.ask(NAME, wishes.pause)
-    jobs.tick()
+    jobs.supervisor.tick()
     jobs.cancel(NAME)
     assert ended(jobs, NAME).state == "CANCELLED"
     assert "PAUSED" not in states(jobs, NAME)
@@ -273,7 +273,7 @@ def test_a_zombie_of_a_paused_job_is_shut_out(jobs: Jobs, file_store: Store, tmp
     queue(jobs, [["events", 1], ["only", 1, "wait", str(go)], ["end"]])
     job = until(jobs, NAME, lambda job: running(job) and job.body["handle"] is not None)
     handle = job.body["handle"]
-    jobs._move(job, "QUEUED", "believed lost")
+    jobs.supervisor._move(job, "QUEUED", "believed lost")
     jobs.ask(NAME, wishes.pause)
     until(jobs, NAME, paused)
     go.touch()
@@ -284,5 +284,5 @@ def test_a_zombie_of_a_paused_job_is_shut_out(jobs: Jobs, file_store: Store, tmp
     while "fenced" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    jobs.tick()
+    jobs.supervisor.tick()
     assert jobs.get(NAME).state == "PAUSED"

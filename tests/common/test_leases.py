@@ -95,7 +95,7 @@ class Slow(ScriptLauncher):
 
 
 def supervised(jobs: Jobs, home: Path) -> Jobs:
-    jobs.launcher = Slow(home)
+    jobs.supervisor.launcher = Slow(home)
     jobs.start()
     return jobs
 

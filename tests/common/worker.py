@@ -128,7 +128,13 @@ def room_plan(order: dict[str, Any]) -> list[list[Any]]:
         return [*looked, *(["checkpoint", step, 0.5] for step in (30, 40, 50)), ["end"]]
     if order["kind"] == "train":
         return [["events", 3], ["checkpoint", 10], ["checkpoint", 20], ["end"]]
-    kinds = {"import_model": "base", "reshard": "base", "export": "exported", "quantize": "quantized"}
+    kinds = {
+        "import_model": "base",
+        "assemble": "base",
+        "reshard": "base",
+        "export": "exported",
+        "quantize": "quantized",
+    }
     kind = next((kinds.get(task, task) for task in ("adapter", *kinds) if order[task]), "merged")
     return [["progress", 5, 10], ["model", kind]]
 

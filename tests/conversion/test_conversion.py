@@ -53,6 +53,7 @@ def store(home: Path) -> Store:
     made = open_store((home / "store").as_uri())
     base = put_model(made, "base")
     put_model(made, "other")
+    put_model(made, "tower", "vision_tower")
     put_model(made, "adapter", "adapter", (Parent("base", base, f"{W}/models/base"),))
     put_dataset(made, "files")
     put_ref(made, CHECKPOINT, {"digest": "sha256:" + "c" * 64, "step": 10, "loss": 1.0, "create_time": names.now()})
@@ -76,7 +77,7 @@ def watch(room: ConversionStub, name: str, after: int = 0) -> list[pb.Conversion
 
 
 ADAPTER: dict[str, Any] = {"adapter": pb.AdapterTask(checkpoint=CHECKPOINT)}
-REV, BASE = f"{W}/datasets/files/revisions/r1", f"{W}/models/base"
+REV, BASE, TOWER = f"{W}/datasets/files/revisions/r1", f"{W}/models/base", f"{W}/models/tower"
 TASKS: dict[str, dict[str, Any]] = {
     "BASE": {"import_model": pb.ImportTask(revision=f"{W}/datasets/files/revisions/r1")},
     "ADAPTER": ADAPTER,
@@ -99,6 +100,14 @@ def test_whole_job(room: ConversionStub, kind: str) -> None:
     assert (pb.Model.Kind.Name(model.kind), dict(model.labels), model.display_name) == (kind, {"a": "b"}, "Mine")
     assert wire.from_struct(model.generation) == {"eos_token_id": [2]}
     assert model.size_bytes == sum(f.size_bytes for f in model.files) > 0
+
+
+def test_an_assembly_is_a_job_as_any(room: ConversionStub) -> None:
+    task = pb.AssembleTask(language_model=BASE, vision_tower=TOWER, seed=3, feature_layer=-1, pad_to_square=True)
+    made = room.CreateConversionJob(request(assemble=task))
+    assert made.assemble == task
+    watch(room, made.name)
+    assert room.GetModel(pb.GetModelRequest(name=made.target_model)).kind == pb.Model.BASE
 
 
 def test_an_import_remembers_its_hub_id(room: ConversionStub) -> None:
@@ -171,11 +180,25 @@ MERGE = f"{W}/models/adapter"
         ),
         ({"adapter": pb.AdapterTask(revision=REV, base=f"{W}/models/adapter")}, FailedPrecondition, "MODEL_NOT_WHOLE"),
         ({"adapter": pb.AdapterTask(revision=REV + "2", base=BASE)}, NotFound, "REVISION_NOT_FOUND"),
+        ({"assemble": pb.AssembleTask(language_model=BASE, vision_tower=BASE)}, FailedPrecondition, "MODEL_NOT_TOWER"),
+        (
+            {"assemble": pb.AssembleTask(language_model=TOWER, vision_tower=TOWER)},
+            FailedPrecondition,
+            "MODEL_NOT_WHOLE",
+        ),
+        ({"assemble": pb.AssembleTask(language_model=BASE, vision_tower=MERGE)}, FailedPrecondition, "MODEL_NOT_TOWER"),
+        ({"assemble": pb.AssembleTask(language_model=BASE)}, InvalidArgument, "NAME_MALFORMED"),
+        (
+            {"assemble": pb.AssembleTask(language_model=BASE, vision_tower=TOWER, seed=-1)},
+            InvalidArgument,
+            "TASK_INVALID",
+        ),
         ({"merge": pb.MergeTask(adapter=f"{W}/models/none")}, NotFound, "MODEL_NOT_FOUND"),
         ({"merge": pb.MergeTask(adapter=f"{W}/models/base")}, FailedPrecondition, "MODEL_NOT_ADAPTER"),
         ({"merge": pb.MergeTask(adapter=MERGE, base=f"{W}/models/other")}, FailedPrecondition, "BASE_MISMATCH"),
         ({"merge": pb.MergeTask(adapter=MERGE, max_shard_size_bytes=-1)}, InvalidArgument, "SHARD_SIZE_INVALID"),
         ({"merge": pb.MergeTask(adapter=MERGE, base_dtype="fp4")}, InvalidArgument, "DTYPE_UNKNOWN"),
+        ({"merge": pb.MergeTask(adapter=MERGE, report="maybe")}, InvalidArgument, "TASK_INVALID"),
         ({"target": "base", **ADAPTER}, AlreadyExists, "MODEL_EXISTS"),
         ({"target": "Bad Name", **ADAPTER}, InvalidArgument, "NAME_MALFORMED"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,13 +14,10 @@ from typing import Any
 
 import grpc
 import pytest
-import uvicorn
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1 import inference_pb2_grpc as rpc
 
-from services.client.client import Client
-from services.gateway.__main__ import listen
-from services.gateway.routes import application
+from tests.gateway.web import gateway
 
 
 class Engine(rpc.InferenceServicer):
@@ -51,15 +47,8 @@ def engine(tmp_path: Path) -> Iterator[tuple[Engine, int]]:
     rpc.add_InferenceServicer_to_server(scripted, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
-    with listen("127.0.0.1", 0) as made, Client(f"unix:{tmp_path}/s") as client:
-        web = uvicorn.Server(uvicorn.Config(application(client, ""), log_level="warning"))
-        thread = threading.Thread(target=web.run, kwargs={"sockets": [made]})
-        thread.start()
-        while not web.started:
-            time.sleep(0.01)
-        yield scripted, made.getsockname()[1]
-        web.should_exit = True
-        thread.join()
+    with gateway(f"unix:{tmp_path}/s") as port:
+        yield scripted, port
     server.stop(None).wait()
 
 

@@ -56,10 +56,9 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"stop": [""]}, "stop", "FIELD_INVALID"),
         ({"model": ""}, "model", "FIELD_INVALID"),
         ({"messages": []}, "messages", "FIELD_INVALID"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "FIELD_INVALID"),
+        ({"messages": [{"role": "oracle", "content": "x"}]}, "messages[0].role", "FIELD_INVALID"),
         ({"messages": [HI, {"role": "assistant"}]}, "messages[1].content", "FIELD_INVALID"),
         ({"messages": [{**HI, "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "FIELD_UNSUPPORTED"),
-        ({"tools": [{"type": "function"}]}, "tools", "FIELD_UNSUPPORTED"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "FIELD_INVALID"),
         ({"response_format": {"type": "yaml"}}, "response_format", "FIELD_INVALID"),
         ({"logprobs": 3}, "logprobs", "FIELD_INVALID"),
@@ -115,7 +114,21 @@ JSON = st.recursive(
 @given(
     st.dictionaries(
         st.sampled_from(
-            [*CHAT, "prompt", "n", "stop", "stream", "stream_options", "top_p", "seed", "logprobs", "response_format"]
+            [
+                *CHAT,
+                "prompt",
+                "n",
+                "stop",
+                "stream",
+                "stream_options",
+                "top_p",
+                "seed",
+                "logprobs",
+                "response_format",
+                "tools",
+                "tool_choice",
+                "parallel_tool_calls",
+            ]
         ),
         JSON,
     )

@@ -58,6 +58,7 @@ def test_it_is_checked_at_submit(service: Service, models: Models, tmp_path: Pat
     ("kind", "quantization", "asked", "way_out"),
     [
         ("exported", "", {}, "serve the model that it was made from"),
+        ("vision_tower", "", {}, "assemble a LLaVA model with it"),
         ("quantized", "fp8", {"bits": 4}, "leave bits out"),
         ("base", "", {"engine": "vllm", "bits": 8}, "quantise to int8 first"),
         ("base", "", {"engine": "vllm", "bits": 4, "dtype": "float32"}, "choose bfloat16"),

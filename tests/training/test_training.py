@@ -53,6 +53,7 @@ def store(home: Path) -> Store:
     put_model(made, "base")
     put_model(made, "adapter", "adapter")
     put_model(made, "small", "quantized")
+    put_model(made, "tower", "vision_tower")
     put_model(made, "merged", "merged")
     put_model(made, "plain", template="")
     put_dataset(made, "d")
@@ -143,6 +144,7 @@ def test_validate_only_changes_nothing(room: TrainingStub) -> None:
         ({"base_model": "../../x"}, InvalidArgument, "NAME_MALFORMED"),
         ({"base_model": f"{W}/models/adapter"}, FailedPrecondition, "MODEL_NOT_TRAINABLE"),
         ({"base_model": f"{W}/models/small"}, FailedPrecondition, "MODEL_NOT_TRAINABLE"),
+        ({"base_model": f"{W}/models/tower"}, FailedPrecondition, "MODEL_NOT_TRAINABLE"),
         ({"base_model": f"{W}/models/plain"}, FailedPrecondition, "TEMPLATE_MISSING"),
         ({"datasets": []}, InvalidArgument, "DATASET_MISSING"),
         ({"datasets": [f"{W}/datasets/none/revisions/latest"]}, NotFound, "REVISION_NOT_FOUND"),

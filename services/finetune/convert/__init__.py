@@ -32,6 +32,10 @@ def _convert(run: ConvertRun, attempt: Attempt, stop: threading.Event, workdir: 
         from services.finetune.convert.importing import import_model
 
         return import_model(run.import_model, attempt, stop, workdir)
+    if run.assemble is not None:
+        from services.finetune.convert.assemble import assemble
+
+        return assemble(run.assemble, attempt, stop)
     if run.adapter is not None:
         from services.finetune.convert.adapter import make_adapter
 

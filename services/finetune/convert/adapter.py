@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.finetune.config import AdapterTask, ArtifactRef
+from services.finetune.convert.modules import as_modules
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.prepare.certificate import carried
 from services.finetune.progress import Attempt
-from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish
+from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish, read_file
 from services.finetune.store.port import Store
 from services.finetune.tokenizer import FILES as TOKENIZER_FILES
 
@@ -60,7 +61,8 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
     base = load(store, base_parent.digest)
     stored = base_tensors(store, base)
     pairs = check_beside_pairs(tensors, config, stored)
-    check_pairs(pairs, 0 if config.get("rank_pattern") else int(config["r"]))
+    if pairs or not tensors:
+        check_pairs(pairs, 0 if config.get("rank_pattern") else int(config["r"]))
     check_against(pairs, config, stored)
     if stop.is_set():
         raise Cancelled("stopped before anything was kept", reason="STOPPED")
@@ -95,12 +97,13 @@ def store_files(
 
 
 def base_tensors(store: Store, base: Manifest) -> list[Stored]:
-    """The base's tensors by the headers of its files: a few kilobytes are read, whatever the model's size."""
+    """The base's tensors by the headers of its files, under their names in memory: a few kilobytes are read, whatever the
+    model's size."""
     found: list[Stored] = []
     for file in base.files:
         if file.path.endswith(".safetensors"):
             found += parse_header(functools.partial(_read, store, file.digest), file.path)
-    return found
+    return as_modules(found, json.loads(read_file(store, base, "config.json")))
 
 
 def _read(store: Store, digest: str, offset: int, length: int) -> bytes:
@@ -117,13 +120,13 @@ def check_beside_pairs(tensors: Mapping[str, Any], config: Mapping[str, Any], ba
     )
     if odd := sorted(lengths ^ wanted):
         raise _incomplete(f"{odd[0]} is {'missing' if odd[0] in wanted else 'not DoRA'}", odd[0])
-    saved = tuple(f"{PREFIX}{module}." for module in config.get("modules_to_save") or ())
+    saved = _saved(config)
     shapes = {PREFIX + t.name: t.shape for t in base}
     beside = {name: value for name, value in tensors.items() if name not in pairs and name not in lengths}
     for name, value in sorted(beside.items()):
-        if not name.startswith(saved) or shapes.get(name, tuple(value.shape)) != tuple(value.shape):
+        if not saved(name) or shapes.get(name, tuple(value.shape)) != tuple(value.shape):
             raise _incomplete(f"{name} {list(value.shape)} is no weight of modules_to_save", name)
-    if gone := sorted(name for name in shapes if name.startswith(saved) and name not in beside):
+    if gone := sorted(name for name in shapes if saved(name) and name not in beside):
         raise _incomplete(f"{gone[0]} is missing", gone[0])
     return pairs
 
@@ -148,10 +151,10 @@ def check_pairs(tensors: Mapping[str, Any], rank: int) -> None:
 def check_against(tensors: Mapping[str, Any], config: Mapping[str, Any], base: Sequence[Stored]) -> None:
     """Each half fits its base weight, and no targeted weight is left out. InvalidArgument (ADAPTER_INCOMPLETE)."""
     targets = config.get("target_modules")
-    saved = tuple(f"{module}." for module in config.get("modules_to_save") or ())
+    saved = _saved(config)
     for weight in base:
         module = weight.name.removesuffix(".weight")
-        if weight.name.startswith(saved):
+        if saved(weight.name):
             continue
         a, b = halves(module)
         if a in tensors:
@@ -162,6 +165,12 @@ def check_against(tensors: Mapping[str, Any], config: Mapping[str, Any], base: S
             isinstance(targets, list) and len(weight.shape) == 2 and {module, module.rpartition(".")[2]} & set(targets)
         ):
             raise _incomplete(f"the adapter targets {module} but has no weights for it", module)
+
+
+def _saved(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a tensor is of modules_to_save, which names them in full or by the end of their names."""
+    words = tuple(f".{module}." for module in config.get("modules_to_save") or ())
+    return lambda name: any(word in f".{name}" for word in words)
 
 
 def halves(module: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from services.finetune.config import ImportTask
 from services.finetune.convert.families import Family, family_of, is_derived, native_config
 from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
 from services.finetune.convert.hub import download
+from services.finetune.convert.modules import LLAVA, in_memory, is_llava, text_config
 from services.finetune.convert.native import write_native
 from services.finetune.convert.pickles import read_tensors
 from services.finetune.convert.rest import with_dtype
@@ -33,6 +34,7 @@ from services.finetune.convert.shards import (
     weight_files,
     write,
 )
+from services.finetune.convert.towers import PREPROCESSOR, check_llava, describe_tower, is_tower, write_tower
 from services.finetune.errors import (
     Cancelled,
     FailedPrecondition,
@@ -46,7 +48,7 @@ from services.finetune.tokenizer import Tokenizer
 
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "chat_template.jinja", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
-        "merges.txt", "added_tokens.json")  # fmt: skip
+        "merges.txt", "added_tokens.json", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 SHARD_BYTES = 2_000_000_000
 _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_p", "top_k", "repetition_penalty",
                "do_sample", "max_new_tokens", "chat_format")  # fmt: skip
@@ -55,7 +57,7 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
-    """Do an ImportTask; the digest of a "base" artifact.
+    """Do an ImportTask; the digest of a "base" artifact, or of a "vision_tower".
 
     InvalidArgument (TEMPLATE_UNKNOWN, DTYPE_UNKNOWN, MODEL_UNSUPPORTED, PICKLE_REFUSED, CONFIG_MALFORMED,
     WEIGHTS_MALFORMED, WEIGHTS_INCOMPLETE, GGUF_MALFORMED), NotFound (MODEL_UNKNOWN, FILE_NOT_FOUND), Unavailable
@@ -70,6 +72,9 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
     out = workdir / "model"
     out.mkdir()
     gguf, family = _find_gguf(source, task.file), None
+    if gguf is None and is_tower(config := read_json(source / "config.json")):
+        meta = _import_tower(task, config, source, out, attempt, stop)
+        return publish_directory(attempt.store, "vision_tower", out, parents, meta, _storing(out, attempt, stop))
     if gguf is not None:
         from services.finetune.convert.gguf import convert_gguf
 
@@ -85,6 +90,21 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
         family = _convert_folder(source, out, task.dtype, attempt, stop)
     meta = describe(out, task.template, _family_template(family, source) if family else "")
     return publish_directory(attempt.store, "base", out, parents, meta, _storing(out, attempt, stop))
+
+
+def _import_tower(
+    task: ImportTask, config: dict[str, Any], source: Path, out: Path, attempt: Attempt, stop: threading.Event
+) -> dict[str, Any]:
+    """Write the vision tower of a folder; its meta."""
+    if task.template:
+        raise InvalidArgument("a vision model has no prompt template: leave it out", reason="TASK_INVALID")
+    preprocessor = read_json(source / PREPROCESSOR)
+    for name, data in (("config.json", config), (PREPROCESSOR, preprocessor)):
+        _refuse_code(name, data)
+    tensors = read_folder(source) if weight_files(source) else _pickled(source, attempt, stop)
+    attempt.emit("log", level="info", text="a vision model, to assemble a LLaVA model with")
+    write_tower(config, preprocessor, tensors, out, task.dtype, progress(attempt, stop))
+    return describe_tower(read_json(out / "config.json"), read_folder(out))
 
 
 def _storing(out: Path, attempt: Attempt, stop: threading.Event) -> Callable[[int, int], None]:
@@ -113,7 +133,8 @@ def describe(folder: Path, template: str = "", otherwise: str = "") -> dict[str,
     if template:
         load_template(template, tokenizer)
     tensors = read_folder(folder)
-    tied = bool(config.get("tie_word_embeddings"))
+    text = text_config(config)
+    tied = bool(text.get("tie_word_embeddings"))
     wanted = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
     return {
         "architecture": architecture,
@@ -124,9 +145,9 @@ def describe(folder: Path, template: str = "", otherwise: str = "") -> dict[str,
             **{k: generation[k] for k in wanted if generation.get(k) is not None},
         },
         "dtype": _main_dtype(tensors),
-        "context_length": int(config.get("max_position_embeddings") or 0),
+        "context_length": int(text.get("max_position_embeddings") or 0),
         # A tied head is the embedding again, even where a file holds it twice.
-        "parameters": sum(t.count for t in tensors if not (tied and t.name == "lm_head.weight")),
+        "parameters": sum(t.count for t in tensors if not (tied and in_memory(t.name, config) == "lm_head.weight")),
     }
 
 
@@ -139,9 +160,14 @@ def _family_template(family: Family, source: Path) -> str:
 
 
 def check_architecture(config: dict[str, Any]) -> str:
-    """The architecture, if transformers knows it as a causal language model. FailedPrecondition (MODEL_UNSUPPORTED)."""
+    """The architecture, if transformers knows it as a causal language model, or as LLaVA with one that it knows.
+    FailedPrecondition (MODEL_UNSUPPORTED)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if is_llava(config):
+        check_llava(config)
+        check_architecture({k: v for k, v in text_config(config).items() if k != "architectures"})
+        return LLAVA
     kind = str(config.get("model_type", ""))
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     architecture = str((config.get("architectures") or [known or ""])[0])

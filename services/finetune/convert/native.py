@@ -65,16 +65,16 @@ def write_native(
     write(out, plan(targets, limit), data, count)
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a native model by its config. No memory is used."""
+def expected_shapes(config: dict[str, Any], auto: str = "AutoModelForCausalLM") -> dict[str, tuple[int, ...]]:
+    """Every tensor of a native model by its config, as transformers' class `auto` makes it. No memory is used."""
     import torch
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model: Any = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(**config))
     except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError) as error:
         why = (str(error).splitlines() or ["unknown"])[-1].strip()[:300]
         raise InvalidArgument(f"config.json describes no model: {why}", reason="CONFIG_MALFORMED") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from services.finetune.config import QuantizeTask
 from services.finetune.convert.compressed import compressed_config, fp8, int4
 from services.finetune.convert.importing import read_json
+from services.finetune.convert.modules import is_llava
 from services.finetune.convert.reshard import made_from, whole
 from services.finetune.convert.rest import copy_rest, write_template
 from services.finetune.convert.shards import (
@@ -51,6 +52,11 @@ def quantize(task: QuantizeTask, attempt: Attempt, stop: threading.Event, workdi
     """
     source = whole(attempt, task.model)
     folder = materialise(attempt.store, source, workdir / "source")
+    if is_llava(read_json(folder / "config.json")):
+        raise FailedPrecondition(
+            "a LLaVA model is not quantised as a whole: serve it as it is, or with bits=4 by the transformers engine",
+            reason="MODEL_UNSUPPORTED",
+        )
     layers = linear_layers(folder)
     with _libraries(task.method):
         quantise, config = _method(task, source, folder, layers, attempt, stop, workdir)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from services.finetune.config import AdapterTask, ArtifactRef, to_json
+from services.finetune.convert.modules import in_files
 from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
 from services.finetune.convert.shards import Stored, progress
 from services.finetune.convert.stream import Piece, Writer, cast, check_layout, layout, read_model
@@ -50,8 +51,10 @@ def _tensors(store: Store, checkpoint: Manifest, base: Manifest) -> tuple[dict[s
     """(the base's tensors that the model will have, those that were trained), by the names that the base's files have."""
     tied = json.loads(read_file(store, checkpoint, "state.json"))["tied"]
     kept = {t.name: t for t in read_model(store, base)}
+    in_file = in_files(kept.values(), json.loads(read_file(store, base, "config.json")))
 
     def own(name: str) -> str:
+        name = in_file(name)
         # Files of some models have no name for the whole, which transformers gives it.
         return name if name in kept else name.partition(".")[2]
 

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Self
 from services.finetune.config import DataConfig
 from services.finetune.errors import InvalidArgument, from_json
 from services.finetune.formats import Problem
-from services.finetune.packing import HELD_OUT, Blocks, Flat, block_length, held, lay_out, offsets_of, order
+from services.finetune.packing import HELD_OUT, Blocks, Flat, Pictures, block_length, held, lay_out, offsets_of, order
 from services.finetune.prepare.samples import EDGES, MAX_PROBLEMS, Done, Task, Worker, ready, start, work
 from services.finetune.prepare.shards import Shard, Source, cut, lines_before
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
+from services.finetune.vision import check_token, read_form
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,22 +71,33 @@ def build(
 ) -> Built:
     """Write the blocks of all sources into the folder `out`; equal arguments write equal bytes.
 
-    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files. `held_out` is the
-    part of the distinct samples that is laid out apart, in the folder HELD_OUT, each once. `processes` 0 is one for each
-    core, as far as there is work. `on_rows` hears how many rows are done; what it raises ends the work.
+    `template` is a template's name or "" for the model's own, `model_dir` holds the tokenizer's files and, if the model
+    sees, what vision.read_form reads. `held_out` is the part of the distinct samples that is laid out apart, in the
+    folder HELD_OUT, each once. `processes` 0 is one for each core, as far as there is work. `on_rows` hears how many rows
+    are done; what it raises ends the work.
 
     Raises InvalidArgument (DATASET_EMPTY, VALIDATION_EMPTY, WEIGHT_INVALID, TEMPLATE_UNKNOWN), FailedPrecondition
-    (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID), and what reading the files raises. Bad rows are skipped
-    and told; a good row that the template refuses is blamed by InvalidArgument with the template's reason.
+    (TEMPLATE_MISSING, TOKENIZER_MISSING, TOKENIZER_INVALID, VISION_UNSUPPORTED, IMAGE_TOKEN_MISSING), and what reading
+    the files raises. Bad rows are skipped and told, also those whose images are bad; a good row that the template or the
+    model has no place for is blamed by InvalidArgument with its reason.
     """
     _check(sources)
     tokenizer = Tokenizer.from_files(model_dir)
     load_template(template, tokenizer)
+    form = read_form(model_dir)
+    if form is not None:
+        check_token(form, tokenizer)
+    digests = list(dict.fromkeys(digest for s in sources for digest, _ in (s.images or {}).values()))
+    numbers = {digest: n for n, digest in enumerate(digests)}
+    images = tuple(
+        None if s.images is None else {name: (numbers[digest], path) for name, (digest, path) in s.images.items()}
+        for s in sources
+    )
     dtype = "<u2" if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) < 2**16 else "<i4"
     shards = cut(sources)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        task = Task(template, model_dir, data, dtype, Path(folder))
+        task = Task(template, model_dir, data, dtype, Path(folder), form, images)
         with _Team(task, tokenizer, shards, processes) as team:
             proof = tokenizer.accelerate()
             try:
@@ -93,7 +105,7 @@ def build(
             except _Differs as error:
                 proof = Proof(HUGGING_FACE, proof.texts, str(error))
                 made = _Gathered(out, task, on_rows).run(team, shards, proof)
-    return _finish(made, sources, tokenizer, data, seed, held_out, out)
+    return _finish(made, sources, digests, tokenizer, data, seed, held_out, out)
 
 
 class _Gathered:
@@ -102,6 +114,7 @@ class _Gathered:
     def __init__(self, out: Path, task: Task, on_rows: Callable[[int], None] | None) -> None:
         self.out, self.task, self._on_rows = out, task, on_rows
         self.sizes: list[Longs] = []
+        self.images: list[NDArray[np.int32]] = []
         self.of_source: Counter[int] = Counter()
         self.rows_of_source: Counter[int] = Counter()
         self.total = Done(Shard(0, 0, "", Path(), "", {}))
@@ -134,8 +147,9 @@ class _Gathered:
             while piece := part.read(1 << 24):
                 self._bits.append(np.frombuffer(piece, bool))
                 self._flush(mask)
-        self.sizes.append(np.fromfile(path.with_suffix(".sizes"), "<i8").reshape(-1, 2))
-        for suffix in (".tokens", ".mask", ".sizes"):
+        self.sizes.append(np.fromfile(path.with_suffix(".sizes"), "<i8").reshape(-1, 3))
+        self.images.append(np.fromfile(path.with_suffix(".images"), "<i4"))
+        for suffix in (".tokens", ".mask", ".sizes", ".images"):
             path.with_suffix(suffix).unlink()
         self._count(done)
 
@@ -144,7 +158,7 @@ class _Gathered:
         told = done.problems[: MAX_PROBLEMS - len(total.problems)]
         before = lines_before(done.shard) if told else 0
         total.problems += [replace(problem, row=problem.row + before) for problem in told]
-        for name in ("rows", "samples", "truncated", "dropped", "compared"):
+        for name in ("rows", "samples", "truncated", "dropped", "cut_images", "compared"):
             setattr(total, name, getattr(total, name) + getattr(done, name))
         total.skipped.update(done.skipped)
         total.histogram = [a + b for a, b in zip(total.histogram, done.histogram, strict=True)]
@@ -164,6 +178,7 @@ class _Gathered:
 def _finish(
     made: _Gathered,
     sources: Sequence[Source],
+    digests: Sequence[str],
     tokenizer: Tokenizer,
     data: DataConfig,
     seed: int,
@@ -173,7 +188,7 @@ def _finish(
     import numpy as np
 
     total = made.total
-    lengths, learned = np.concatenate([np.zeros((0, 2), np.int64), *made.sizes]).T
+    lengths, learned, pictured = np.concatenate([np.zeros((0, 3), np.int64), *made.sizes]).T
     chosen = _chosen([(s.weight, made.of_source[n]) for n, s in enumerate(sources)], seed)
     if not len(chosen):
         why = f"; the first bad one is {_told(total.problems[0])}" if total.problems else ""
@@ -182,19 +197,18 @@ def _finish(
             reason="DATASET_EMPTY",
         )
     tokens, mask = np.memmap(out / "tokens.bin", made.task.dtype, "r"), np.memmap(out / "mask.bin", "u1", "r")
-    offsets = offsets_of(lengths)
+    offsets, pictures = offsets_of(lengths), _pictures(made, pictured, digests)
 
     def laid_out(some: Longs) -> Blocks:
         members, starts = lay_out(lengths[some], data.max_length, data.pack, seed)
-        flat = Flat(
-            block_length(lengths[some], data.max_length, data.pack), tokens, mask, offsets, some[members], starts
-        )
+        length = block_length(lengths[some], data.max_length, data.pack)
+        flat = Flat(length, tokens, mask, offsets, some[members], starts, pictures)
         return Blocks.of(flat, int(learned[some].sum()), total.truncated, total.dropped)
 
     proof = replace(made.proof, texts=made.proof.texts + total.compared)
     about = _about(made, sources, tokenizer, proof)
     if held_out:
-        apart = held(tokens, offsets, held_out, seed)
+        apart = held(tokens, offsets, held_out, seed, pictures)
         laid_out(np.flatnonzero(apart)).save_layout(out / HELD_OUT, {})
         chosen = chosen[~apart[chosen]]
         about["held_out"] = json.loads((out / HELD_OUT / "index.json").read_text("utf-8"))
@@ -205,9 +219,25 @@ def _finish(
     return Built(Blocks.open(out), index, proof, tuple(total.problems))
 
 
+def _pictures(made: _Gathered, pictured: Longs, digests: Sequence[str]) -> Pictures | None:
+    """The images of all samples, only those counted that occur; None if there are none."""
+    import numpy as np
+
+    if not pictured.any():
+        return None
+    used, numbers = np.unique(np.concatenate(made.images), return_inverse=True)
+    found = Pictures(tuple(digests[n] for n in used) if digests else (), numbers.astype(np.int32), offsets_of(pictured))
+    if digests:
+        found.save(made.out)
+    return found
+
+
 def _about(made: _Gathered, sources: Sequence[Source], tokenizer: Tokenizer, proof: Proof) -> dict[str, Any]:
     total = made.total
+    seen = sum(map(len, made.images))
+    images = {"images": {"count": seen, "cut": total.cut_images}} if seen or total.cut_images else {}
     return {
+        **images,
         "rows": total.rows,
         "skipped": dict(sorted(total.skipped.items())),
         "lengths": {"edges": list(EDGES), "counts": total.histogram},

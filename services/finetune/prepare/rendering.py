@@ -46,10 +46,10 @@ class _Form:
 
 
 class Renderer:
-    """What `templates.runs(template.pieces(...))` gives, with a memory."""
+    """What `templates.runs(template.pieces(...), images)` gives, with a memory."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, system: str) -> None:
-        self._template, self._tokenizer, self._system = template, tokenizer, system
+    def __init__(self, template: Template, tokenizer: Tokenizer, system: str, images: bool = False) -> None:
+        self._template, self._tokenizer, self._system, self._images = template, tokenizer, system, images
         self._whole = None
         if isinstance(template, ChatTemplate) and not only_writes(template.jinja()):
             self._whole = template.whole
@@ -80,7 +80,7 @@ class Renderer:
         return found
 
     def _slow(self, conversation: Conversation) -> list[Run]:
-        return runs(self._template.pieces(conversation, self._system))
+        return runs(self._template.pieces(conversation, self._system), self._images)
 
     def _form(self, conversation: Conversation, cores: Sequence[str]) -> _Form | None:
         """The form of this shape, None if there are too many shapes or this one has parts that cannot be compared."""

@@ -30,6 +30,8 @@ class Source:
     """The column mapping, if the format needs one."""
     weight: float = 1.0
     """How often each row is taken: 2.0 is twice, 0.5 a seeded half of the rows, 1.5 all rows and half of them again."""
+    images: Mapping[str, tuple[str, Path]] | None = None
+    """The files that rows may name, by path in the artifact: digest and path on disk. Without it images are counted only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from services.finetune.prepare.certificate import Certificate
 from services.finetune.progress import dump
 from services.finetune.store.artifacts import load
 from services.finetune.store.port import Object, Store
+from services.finetune.vision import ImageForm
 
 VERSION = 1
 """To be raised when equal inputs come to give other blocks."""
@@ -28,8 +29,9 @@ STALE_S = 15.0
 LOOK_S = 0.2
 
 
-def shelf_key(run: PrepareRun, certificate: Certificate) -> str:
-    """64 hex digits that are equal for equal blocks: of revisions, weights, template, tokenizer, and how to pack."""
+def shelf_key(run: PrepareRun, certificate: Certificate, form: ImageForm | None = None) -> str:
+    """64 hex digits that are equal for equal blocks: of revisions, weights, template, tokenizer, what an image becomes, and
+    how to pack."""
     data = run.data
     parts = {
         "version": VERSION,
@@ -44,6 +46,8 @@ def shelf_key(run: PrepareRun, certificate: Certificate) -> str:
     }
     if run.held_out:
         parts["held_out"] = run.held_out
+    if form is not None:
+        parts["image"] = {"token": form.token_id, "tokens": form.tokens}
     return hashlib.sha256(dump(parts)).hexdigest()
 
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
 from services.finetune.store.port import Blob, Store
 
-Kind = Literal["dataset", "prepared", "base", "adapter", "merged", "quantized", "exported", "checkpoint", "report"]
+Kind = Literal["dataset", "prepared", "base", "vision_tower", "adapter", "merged", "quantized", "exported", "checkpoint",
+               "report"]  # fmt: skip
 NEEDS_BASE: tuple[Kind, ...] = ("adapter", "checkpoint")
 """Kinds that are of no use without the parent in the role "base"; all others are whole."""
 
@@ -38,7 +39,8 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What an artifact was made from. `role` is base, adapter, checkpoint, dataset or source."""
+    """What an artifact was made from. `role` is base, adapter, checkpoint, dataset, source, language_model or
+    vision_tower."""
 
     role: str
     digest: str

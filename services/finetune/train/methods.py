@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from services.finetune.config import LoraConfig, RunConfig
 from services.finetune.errors import FailedPrecondition, InvalidArgument, nearest
+from services.finetune.plan import matches
 
 ALL_LINEAR = "all-linear"
 _WILD = re.compile(r"[*?\[]")
@@ -105,12 +105,6 @@ def find(patterns: Iterable[str], names: Collection[str], key: str) -> list[str]
             raise _invalid(key, f"the model has no module for {pattern!r}{nearest(pattern, known)}")
         found.update(hits)
     return [name for name in names if name in found]
-
-
-def matches(pattern: str, name: str) -> bool:
-    if _WILD.search(pattern):
-        return fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
 
 
 def _targets(model: Any, lora: LoraConfig) -> tuple[str | list[str], list[str]]:

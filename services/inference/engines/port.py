@@ -53,6 +53,10 @@ class Engine(Protocol):
 
     context_length: int
     """Tokens that a prompt and its answer may have together."""
+    most_adapters: int
+    """Adapters that it holds at a time, more than `most_answers`; beyond them those used longest ago are unloaded."""
+    most_answers: int
+    """Requests that it takes at a time; what more it could hold would only cost memory."""
     vocabulary: int
     """Token ids are from 0 to below this."""
 

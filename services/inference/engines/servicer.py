@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -14,20 +12,29 @@ from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
-from services.finetune.formats import Message
+from services.finetune.formats import Tool
 from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
-from services.finetune.store.artifacts import load, materialise
+from services.finetune.store.artifacts import load
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.adapters import Adapters, Served
+from services.inference.engines.calling import Calling
+from services.inference.engines.calls import find_form
 from services.inference.engines.forms import check_form
+from services.inference.engines.messages import check_choice, read_tools, read_turns
 from services.inference.engines.port import Engine, Form, Likely, Sampling
+from services.inference.turns import Turns
 
 COALESCE_S = 0.04
 DEFAULT_TOKENS = 512
-ROLES = {pb.Message.SYSTEM: "system", pb.Message.USER: "user", pb.Message.ASSISTANT: "assistant"}
-FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+QUEUE = 1024
+"""Answers by one adapter, or by none, that may wait for the engine."""
+FINISH = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
+}
 
 
 class EngineServicer(InferenceServicer):
@@ -39,10 +46,13 @@ class EngineServicer(InferenceServicer):
         self._endpoint = endpoint
         self._engine = engine
         self._tokenizer = tokenizer
-        self._adapters = Adapters(engine, served)
+        self._adapters = Adapters(engine, served, store)
         self._store = store
+        # By alias: what waits for one adapter does not hold up the others.
+        self._turns = Turns(engine.most_answers, engine.most_answers, QUEUE)
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
         self._certify = functools.cache(lambda name: certify(tokenizer, self._load_template(name)))
+        self._call_form = functools.cache(lambda name: find_form(self._load_template(name), tokenizer.special_texts))
 
     def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
         raise _elsewhere()
@@ -59,8 +69,7 @@ class EngineServicer(InferenceServicer):
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.Endpoint:
         adapter = request.adapter
         served = Served(adapter.alias, adapter.model, adapter.digest, load(self._store, adapter.digest))
-        with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
-            self._adapters.put(served, materialise(self._store, served.manifest, Path(folder)))
+        self._adapters.put(served)
         return self._described()
 
     def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.Endpoint:
@@ -69,12 +78,12 @@ class EngineServicer(InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
-        with self._adapters.using(request.adapter) as served:
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
             async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
                 yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
-        with self._adapters.using(request.adapter) as served:
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
             async for answer in self._chat(served, request):
                 yield answer
 
@@ -87,8 +96,13 @@ class EngineServicer(InferenceServicer):
                 metadata={"template": template.name},
             )
         self._check_parity(served, template)
-        ids = self._prompt(template, served, request.messages)
-        async for answer in self._answer(ids, served, request.sampling, template.stop, pb.ChatResponse):
+        tools, choice = read_tools(request.tools), request.tool_choice
+        check_choice(choice, tools)
+        if choice.mode == pb.ToolChoice.NONE:
+            tools = []
+        ids = self._prompt(template, served, request.messages, tools)
+        calling = Calling(self._call_form(template.name), request, self._tokenizer.special_ids) if tools else None
+        async for answer in self._answer(ids, served, request.sampling, template.stop, pb.ChatResponse, calling):
             yield answer
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
@@ -96,7 +110,8 @@ class EngineServicer(InferenceServicer):
         if request.WhichOneof("input") == "text":
             return pb.TokenizeResponse(token_ids=self._plain(request))
         template = self._template(served)
-        ids = self._prompt(template, served, request.conversation.messages)
+        tools = read_tools(request.conversation.tools)
+        ids = self._prompt(template, served, request.conversation.messages, tools)
         return pb.TokenizeResponse(token_ids=ids, template=template.name)
 
     def ListServedModels(self, request: pb.ListServedModelsRequest, context: Any) -> pb.ListServedModelsResponse:
@@ -136,10 +151,10 @@ class EngineServicer(InferenceServicer):
         if trained is not None:
             check(trained, self._certify(template.name), served.name)
 
-    def _prompt(self, template: Template, served: Served, messages: Sequence[pb.Message]) -> list[int]:
-        turns = [Message(ROLES.get(m.role, ""), "".join(p.text for p in m.content)) for m in messages]
-        check_turns(turns)
-        return to_prompt_ids(template, self._tokenizer, turns, served.manifest.meta["system"])
+    def _prompt(
+        self, template: Template, served: Served, messages: Sequence[pb.Message], tools: Sequence[Tool]
+    ) -> list[int]:
+        return to_prompt_ids(template, self._tokenizer, read_turns(messages), served.manifest.meta["system"], tools)
 
     def _plain(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         if isinstance(request, pb.GenerateRequest) and request.WhichOneof("prompt") == "token_ids":
@@ -169,12 +184,15 @@ class EngineServicer(InferenceServicer):
         wanted: pb.Sampling,
         stops: tuple[str, ...],
         make: Callable[..., Any],
+        calling: Calling | None = None,
     ) -> AsyncIterator[Any]:
         """Stream an answer, several tokens a message when they come fast. A stop text is never sent, not even in part."""
-        sampling = self._sampling(wanted, served, len(ids), (*stops, *wanted.stop))
-        text = StopText(self._tokenizer, (*stops, *wanted.stop))
+        form = calling.form(wanted) if calling else _form(wanted)
+        sampling = self._sampling(wanted, served, len(ids), (*stops, *wanted.stop), form)
+        text = StopText(self._tokenizer, (*stops, *wanted.stop), calling.marks if calling else ())
         pending_text, pending_ids, count, finish = "", [], 0, ""
         likely: list[pb.TokenLogprobs] = []
+        calls: list[pb.ToolCall] = []
         last = 0.0  # the first token goes out at once
         steps = self._engine.generate(ids, sampling, served.key)
         try:
@@ -182,20 +200,24 @@ class EngineServicer(InferenceServicer):
                 count += len(step.ids)
                 pending_ids += step.ids
                 likely += map(self._likely, step.ids, step.likely)
-                pending_text += text.push(step.ids, bool(step.finish))
+                new = text.push(step.ids, bool(step.finish))
                 finish = "stop" if text.stopped else step.finish
+                if calling:
+                    new, finish = calling.push(new, finish, calls)
+                pending_text += new
                 if finish:
                     break
                 if time.monotonic() - last >= COALESCE_S:
-                    yield make(text=pending_text, token_ids=pending_ids, logprobs=likely)
-                    pending_text, pending_ids, likely, last = "", [], [], time.monotonic()
+                    yield make(text=pending_text, token_ids=pending_ids, logprobs=likely, **_told(calls))
+                    pending_text, pending_ids, likely, calls = "", [], [], []
+                    last = time.monotonic()
         except Unavailable as error:
-            yield make(text=pending_text, token_ids=pending_ids, logprobs=likely)
+            yield make(text=pending_text, token_ids=pending_ids, logprobs=likely, **_told(calls))
             raise Unavailable(error.message, reason=error.reason, metadata={"tokens_sent": str(count)}) from error
         finally:
             await steps.aclose()  # type: ignore[attr-defined]  # an async generator, by the port's contract
         usage = pb.Usage(prompt_tokens=len(ids), completion_tokens=count)
-        end = {"finish_reason": FINISH[finish], "usage": usage}
+        end = {"finish_reason": FINISH[finish], "usage": usage, **_told(calls)}
         yield make(text=pending_text, token_ids=pending_ids, logprobs=likely, **end)
 
     def _likely(self, token: int, likely: Likely) -> pb.TokenLogprobs:
@@ -207,7 +229,9 @@ class EngineServicer(InferenceServicer):
         top = [candidate(*other) for other in likely.top]
         return pb.TokenLogprobs(chosen=candidate(token, likely.logprob), top=top)
 
-    def _sampling(self, wanted: pb.Sampling, served: Served, prompt: int, stops: Sequence[str]) -> Sampling:
+    def _sampling(
+        self, wanted: pb.Sampling, served: Served, prompt: int, stops: Sequence[str], form: Form | None
+    ) -> Sampling:
         """What the caller asks for, over what the model says of itself, over greedy."""
         whole = self._engine.context_length
         room = whole - prompt
@@ -225,7 +249,6 @@ class EngineServicer(InferenceServicer):
         def pick(name: str, default: float) -> float:
             return float(given.get(name, own.get(name, default)))
 
-        kind = wanted.WhichOneof("form")
         sampling = Sampling(
             temperature=pick("temperature", 1.0),
             top_p=pick("top_p", 1.0),
@@ -233,9 +256,9 @@ class EngineServicer(InferenceServicer):
             max_tokens=min(int(given.get("max_tokens", DEFAULT_TOKENS)), room),
             repetition_penalty=pick("repetition_penalty", 1.0),
             seed=wanted.seed if wanted.HasField("seed") else None,
-            eos_ids=self._ends(own, stops, kind is not None),
+            eos_ids=self._ends(own, stops, form is not None),
             logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
-            form=Form(kind, getattr(wanted, kind)) if kind else None,
+            form=form,
         )
         check_sampling(sampling)
         if sampling.form:
@@ -257,29 +280,20 @@ class EngineServicer(InferenceServicer):
         return tuple(sorted(ends | set(self._tokenizer.eos_ids if formed else ())))
 
 
-def check_turns(turns: Sequence[Message]) -> None:
-    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless a system turn may come first, then user and assistant in
-    turn, and a user's last."""
-    if not turns:
-        raise InvalidArgument("a chat needs a message of the user's", reason="MESSAGES_EMPTY")
-    start = 1 if turns[0].role == "system" else 0
-    wanted = ["system"][:start] + [("user", "assistant")[n % 2] for n in range(max(len(turns) - start, 1))]
-    for n, (role, expected) in enumerate(zip([*(t.role for t in turns), "nobody"], wanted, strict=False)):
-        if role != expected:
-            raise _bad_role(n, f"expected {expected}, not {role or 'a message without a role'}")
-    if turns[-1].role != "user":
-        raise _bad_role(len(turns) - 1, "the last message must be the user's")
-
-
-def _bad_role(n: int, why: str) -> InvalidArgument:
-    field = f"messages[{n}].role"
-    return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
-
-
 def _elsewhere() -> Unimplemented:
     return Unimplemented(
         "this is an engine server, which only answers; endpoints are the inference service's", reason="UNIMPLEMENTED"
     )
+
+
+def _form(wanted: pb.Sampling) -> Form | None:
+    kind = wanted.WhichOneof("form")
+    return Form(kind, getattr(wanted, kind)) if kind else None
+
+
+def _told(calls: Sequence[pb.ToolCall]) -> dict[str, Any]:
+    """A field that only a chat's answers have."""
+    return {"tool_calls": calls} if calls else {}
 
 
 def check_sampling(s: Sampling) -> None:
@@ -301,8 +315,9 @@ def check_sampling(s: Sampling) -> None:
 class StopText:
     """Text as it comes, held back while it may still become a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._stream = tokenizer.stream()
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], marks: Sequence[str] = ()) -> None:
+        """`marks` are special tokens that shall be seen in the text."""
+        self._stream = tokenizer.stream(marks)
         self._stops = [s for s in stops if s]
         self._held = ""
         self.stopped = False

@@ -26,6 +26,9 @@ from services.finetune.train.model import keep_layout
 from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Sampling, Step
 
+MOST_ADAPTERS = 64
+MOST_ANSWERS = 32
+"""Answers at a time: each has keys and values of its own, and together they are no faster."""
 PREFILL = 1024
 """Tokens of a prompt that are read in one step."""
 
@@ -38,13 +41,14 @@ class TransformersEngine:
         text = model.config.get_text_config()
         self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
         self.vocabulary = int(text.vocab_size)
+        self.most_adapters, self.most_answers = MOST_ADAPTERS, MOST_ANSWERS
         self._model = model.eval()
         self._device = next(model.parameters()).device
         self._vocabulary = functools.lru_cache(4)(lambda ends: Vocabulary(folder, self.vocabulary, ends))
         self._turns = FairLock()
         self._adapted = False
         self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
-        for key, path in adapters.items():
+        for key, path in list(adapters.items())[:MOST_ADAPTERS]:
             self.load(key, path)
 
     def load(self, key: str, folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_cancel_kills_a_deaf_worker(make: Make) -> None:
     jobs.cancel(NAME)
     job = ended(jobs, NAME)
     assert job.state == "CANCELLED"
-    assert not jobs.launcher.alive(job.body["handle"])
+    assert not jobs.supervisor.launcher.alive(job.body["handle"])
 
 
 def test_pause_and_resume(make: Make) -> None:
@@ -81,7 +81,7 @@ def test_pause_and_resume(make: Make) -> None:
     handle = handle_of(jobs)
     jobs.ask(NAME, wishes.pause)
     until(jobs, NAME, lambda job: job.state == "PAUSED")
-    assert not jobs.launcher.alive(handle)
+    assert not jobs.supervisor.launcher.alive(handle)
     jobs.ask(NAME, wishes.resume)
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"], job.body["lost"]) == ("SUCCEEDED", 2, 0)
@@ -121,15 +121,15 @@ def test_a_worker_launched_and_not_noted_is_taken_over(
 ) -> None:
     jobs = make()
     queue(jobs, [["events", 2], ["wait", str(tmp_path / "go")], ["end"]])
-    real = jobs.launcher.launch
+    real = jobs.supervisor.launcher.launch
 
     def launch(*args: Any) -> Any:
         real(*args)
         raise Cut
 
-    monkeypatch.setattr(jobs.launcher, "launch", launch)
+    monkeypatch.setattr(jobs.supervisor.launcher, "launch", launch)
     with pytest.raises(Cut):
-        jobs.tick()
+        jobs.supervisor.tick()
     deadline = time.monotonic() + 10
     while progress.read_claim(jobs.store, jobs.get(NAME).body["key"], 1) is None:
         assert time.monotonic() < deadline
@@ -167,7 +167,7 @@ def test_an_evicted_worker_that_saves_and_leaves_goes_on_elsewhere(k8s: Cluster,
 
 def test_evictions_never_use_up_a_job(k8s: Cluster, on_cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spot nodes may be taken away more often than a worker may be lost by its own fault."""
-    monkeypatch.setattr("services.common.jobs.MAX_LOST", 1)
+    monkeypatch.setattr("services.common.supervisor.MAX_LOST", 1)
     jobs = on_cluster()
     queue(jobs, LONG_AND_DEAF)
     until(jobs, NAME, running)
@@ -215,7 +215,7 @@ def test_a_lost_node_holds_nothing_up_and_its_zombie_is_fenced(k8s: Cluster, on_
     pod = k8s.pod_of(handle_of(jobs))
     k8s.lose_node(pod, ago_s=10)
     for _ in range(20):
-        jobs.tick()
+        jobs.supervisor.tick()
         time.sleep(0.02)
     assert jobs.get(NAME).body["attempt"] == 1, "given up before its own end was surely over"
     k8s.lose_node(pod, ago_s=60)
@@ -244,7 +244,7 @@ def test_a_suspended_job_waits_for_its_turn(k8s: Cluster, on_cluster: Make) -> N
     queue(jobs, SIMPLE)
     handle = handle_of(jobs)
     for _ in range(10):
-        jobs.tick()
+        jobs.supervisor.tick()
         time.sleep(0.02)
     assert jobs.get(NAME).state == "PREPARING" and k8s.pods(handle["job"]) == []
     k8s.suspend(handle["job"], False)
@@ -271,7 +271,7 @@ def test_what_keeps_a_pod_from_starting_is_told(k8s: Cluster, on_cluster: Make) 
 
 
 def test_memory_that_ran_out_is_told(k8s: Cluster, on_cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.common.jobs.MAX_LOST", 1)
+    monkeypatch.setattr("services.common.supervisor.MAX_LOST", 1)
     jobs = on_cluster()
     queue(jobs, [["events", 1], ["sleep", 60]])
     until(jobs, NAME, running)
@@ -287,7 +287,7 @@ def test_a_job_whose_answer_was_lost_is_made_once(k8s: Cluster, on_cluster: Make
     queue(jobs, SIMPLE)
     k8s.swallow = 1
     with pytest.raises(Unavailable):
-        jobs.tick()
+        jobs.supervisor.tick()
     job = ended(jobs, NAME)
     assert (job.state, job.body["attempt"], job.body.get("lost")) == ("SUCCEEDED", 1, None)
     assert k8s.calls.count(("create", "jobs")) == 1
@@ -326,7 +326,7 @@ def test_answers_that_say_nothing_of_the_job_cost_nothing(k8s: Cluster, on_clust
         assert time.monotonic() < deadline, jobs.get(NAME)
         k8s.refusals = [code] if tick % 3 == 0 else []
         with contextlib.suppress(Unavailable):
-            jobs.tick()
+            jobs.supervisor.tick()
         time.sleep(0.01)
     job = jobs.get(NAME)
     assert (job.body.get("lost", 0), len(k8s.processes)) == (0, 1)

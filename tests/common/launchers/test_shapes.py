@@ -87,7 +87,7 @@ def test_nodes_meet_and_end_as_one(k8s: Cluster, on_cluster: Make) -> None:
     check_history(jobs, NAME, 3)
     handle = job.body["handle"]
     soon(lambda: k8s.objects["jobs", handle["job"]]["status"].get("conditions", [{}])[0].get("type") == "Complete")
-    jobs.launcher.stop(handle, 1)
+    jobs.supervisor.launcher.stop(handle, 1)
     soon(lambda: not {"jobs", "services", "pods"} & {plural for plural, _ in k8s.objects})
 
 
@@ -107,7 +107,7 @@ def test_a_node_that_fails_is_no_eviction_of_the_first(
     k8s: Cluster, on_cluster: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first node is told to leave because the second died: this counts, or such a job would go on for ever."""
-    monkeypatch.setattr("services.common.jobs.MAX_LOST", 1)
+    monkeypatch.setattr("services.common.supervisor.MAX_LOST", 1)
     jobs = on_cluster()
     queue(jobs, [["events", 1], ["sleep", 60], ["end"]], nodes=2)
     until(jobs, NAME, running)
@@ -119,7 +119,7 @@ def test_a_node_that_fails_is_no_eviction_of_the_first(
 def test_memory_that_ran_out_on_one_node_is_told(
     k8s: Cluster, on_cluster: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.common.jobs.MAX_LOST", 1)
+    monkeypatch.setattr("services.common.supervisor.MAX_LOST", 1)
     jobs = on_cluster()
     queue(jobs, [["events", 1], ["sleep", 60], ["end"]], nodes=2)
     until(jobs, NAME, running)
@@ -142,7 +142,7 @@ def test_a_service_cut_before_the_nodes_could_meet(k8s: Cluster, on_cluster: Mak
     queue(jobs, [["events", 1], ["end"]], nodes=2)
     k8s.swallow = 1
     with pytest.raises(Unavailable):
-        jobs.tick()
+        jobs.supervisor.tick()
     assert not any(plural == "services" for plural, _ in k8s.objects)
     job = ended(on_cluster(), NAME)
     assert (job.state, job.body["attempt"], job.body.get("lost")) == ("SUCCEEDED", 1, None)

@@ -37,7 +37,7 @@ class Model(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         KIND_UNSPECIFIED: Model._Kind.ValueType  # 0
         BASE: Model._Kind.ValueType  # 1
-        """A whole model that was brought in."""
+        """A whole model that was brought in, or assembled of such."""
         ADAPTER: Model._Kind.ValueType  # 2
         """A PEFT adapter; useless without its base."""
         MERGED: Model._Kind.ValueType  # 3
@@ -46,13 +46,15 @@ class Model(_message.Message):
         """A whole model with quantised weights: it is served, and neither trained nor converted further."""
         EXPORTED: Model._Kind.ValueType  # 5
         """Files for use elsewhere: they are downloaded, and neither served nor trained."""
+        VISION_TOWER: Model._Kind.ValueType  # 6
+        """A vision model that was brought in: LLaVA models are assembled with it, and it is neither served nor trained alone."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What the weights are."""
 
     KIND_UNSPECIFIED: Model.Kind.ValueType  # 0
     BASE: Model.Kind.ValueType  # 1
-    """A whole model that was brought in."""
+    """A whole model that was brought in, or assembled of such."""
     ADAPTER: Model.Kind.ValueType  # 2
     """A PEFT adapter; useless without its base."""
     MERGED: Model.Kind.ValueType  # 3
@@ -61,6 +63,8 @@ class Model(_message.Message):
     """A whole model with quantised weights: it is served, and neither trained nor converted further."""
     EXPORTED: Model.Kind.ValueType  # 5
     """Files for use elsewhere: they are downloaded, and neither served nor trained."""
+    VISION_TOWER: Model.Kind.ValueType  # 6
+    """A vision model that was brought in: LLaVA models are assembled with it, and it is neither served nor trained alone."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -273,7 +277,7 @@ class Parent(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"base", "adapter", "checkpoint", "dataset", "source"."""
+    """"base", "adapter", "checkpoint", "dataset", "source", "language_model", "vision_tower"."""
     digest: _builtins.str
     """sha256:<hex> of the parent's manifest."""
     name: _builtins.str
@@ -369,6 +373,7 @@ class ConversionJob(_message.Message):
     RESHARD_FIELD_NUMBER: _builtins.int
     EXPORT_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
+    ASSEMBLE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
@@ -402,6 +407,8 @@ class ConversionJob(_message.Message):
     def export(self) -> Global___ExportTask: ...
     @_builtins.property
     def quantize(self) -> Global___QuantizeTask: ...
+    @_builtins.property
+    def assemble(self) -> Global___AssembleTask: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free key-value pairs of the caller; the model gets them too."""
@@ -438,6 +445,7 @@ class ConversionJob(_message.Message):
         reshard: Global___ReshardTask | None = ...,
         export: Global___ExportTask | None = ...,
         quantize: Global___QuantizeTask | None = ...,
+        assemble: Global___AssembleTask | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         state: Global___ConversionJob.State.ValueType = ...,
         error: _status_pb2.Status | None = ...,
@@ -448,11 +456,11 @@ class ConversionJob(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "export", b"export", "import_model", b"import_model", "merge", b"merge", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "assemble", b"assemble", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "export", b"export", "import_model", b"import_model", "merge", b"merge", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "export", b"export", "import_model", b"import_model", "labels", b"labels", "merge", b"merge", "name", b"name", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "state", b"state", "target_model", b"target_model", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "assemble", b"assemble", "attempt", b"attempt", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "etag", b"etag", "export", b"export", "import_model", b"import_model", "labels", b"labels", "merge", b"merge", "name", b"name", "progress", b"progress", "quantize", b"quantize", "reshard", b"reshard", "start_time", b"start_time", "state", b"state", "target_model", b"target_model", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["import_model", "adapter", "merge", "reshard", "export", "quantize"]  # noqa: Y015
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["import_model", "adapter", "merge", "reshard", "export", "quantize", "assemble"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
 
@@ -460,7 +468,9 @@ Global___ConversionJob: _TypeAlias = ConversionJob  # noqa: Y015
 
 @_typing.final
 class ImportTask(_message.Message):
-    """IMPORT: a model from elsewhere becomes safetensors with tokenizer and chat template in the store."""
+    """IMPORT: a model from elsewhere becomes safetensors with tokenizer and chat template in the store. Of CLIP, SigLIP and DINOv2
+    the part that sees becomes a model of kind VISION_TOWER.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -501,6 +511,56 @@ class ImportTask(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___ImportTask: _TypeAlias = ImportTask  # noqa: Y015
+
+@_typing.final
+class AssembleTask(_message.Message):
+    """ASSEMBLE: a language model and a vision tower become a LLaVA model of kind BASE, with a fresh projector between them:
+    Linear, GELU, Linear. It is in the layout of transformers' LlavaForConditionalGeneration, and trained and served as any.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANGUAGE_MODEL_FIELD_NUMBER: _builtins.int
+    VISION_TOWER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    FEATURE_LAYER_FIELD_NUMBER: _builtins.int
+    PAD_TO_SQUARE_FIELD_NUMBER: _builtins.int
+    MAX_SHARD_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    language_model: _builtins.str
+    """workspaces/{workspace}/models/{model} of kind BASE or MERGED: a causal language model."""
+    vision_tower: _builtins.str
+    """workspaces/{workspace}/models/{model} of kind VISION_TOWER."""
+    seed: _builtins.int
+    """Of the projector's weights: the same seed makes the same model."""
+    dtype: _builtins.str
+    """"bfloat16", "float16", "float32", or empty for the language model's."""
+    feature_layer: _builtins.int
+    """Which of the tower's hidden states are the features of an image, counted from its embeddings (0) or from behind; 0 means
+    -2, the last but one, as LLaVA 1.5.
+    """
+    pad_to_square: _builtins.bool
+    """Images are padded to squares with the mean colour before they are scaled; else the middle square is cut out."""
+    max_shard_size_bytes: _builtins.int
+    """Largest size of one safetensors file; 0 means 2 GB (2,000,000,000). The projector has a file of its own."""
+    def __init__(
+        self,
+        *,
+        language_model: _builtins.str = ...,
+        vision_tower: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        feature_layer: _builtins.int = ...,
+        pad_to_square: _builtins.bool = ...,
+        max_shard_size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "feature_layer", b"feature_layer", "language_model", b"language_model", "max_shard_size_bytes", b"max_shard_size_bytes", "pad_to_square", b"pad_to_square", "seed", b"seed", "vision_tower", b"vision_tower"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssembleTask: _TypeAlias = AssembleTask  # noqa: Y015
 
 @_typing.final
 class AdapterTask(_message.Message):
@@ -557,6 +617,7 @@ class MergeTask(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     MAX_SHARD_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     BASE_DTYPE_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """workspaces/{workspace}/models/{model} of kind ADAPTER."""
     base: _builtins.str
@@ -572,6 +633,11 @@ class MergeTask(_message.Message):
     layers rounded to bitsandbytes' NF4 (blocks of 64, double quantisation) and back; "nf4-single" without double
     quantisation.
     """
+    report: _builtins.str
+    """Whether the result is measured against its base with the adapter on, as Model.report tells. It reads both once more and
+    answers some hundred tokens with each, in float32 on the worker's processors: for 7 billion parameters one to three
+    minutes on two cores. Empty measures models of up to 9 billion parameters; "always" any; "never" none.
+    """
     def __init__(
         self,
         *,
@@ -580,10 +646,11 @@ class MergeTask(_message.Message):
         dtype: _builtins.str = ...,
         max_shard_size_bytes: _builtins.int = ...,
         base_dtype: _builtins.str = ...,
+        report: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "base_dtype", b"base_dtype", "dtype", b"dtype", "max_shard_size_bytes", b"max_shard_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "base_dtype", b"base_dtype", "dtype", b"dtype", "max_shard_size_bytes", b"max_shard_size_bytes", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1122,22 +1189,26 @@ class DownloadModelRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/models/{model}"""
     path: _builtins.str
     """One of the model's files."""
     offset_bytes: _builtins.int
     """Where to begin: what a cut download has already."""
+    direct: _builtins.bool
+    """Take a link to the store instead of bytes, where there is one."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         path: _builtins.str = ...,
         offset_bytes: _builtins.int = ...,
+        direct: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset_bytes", b"offset_bytes", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direct", b"direct", "name", b"name", "offset_bytes", b"offset_bytes", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1149,19 +1220,23 @@ class DownloadModelResponse(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """At most 1 MiB."""
+    """At most 1 MiB; empty beside a `url`."""
     crc32c: _builtins.int
     """crc32c of `data`."""
+    url: _builtins.str
+    """Only for `direct`: where whoever has this URL can GET the whole file, and ranges of it."""
     def __init__(
         self,
         *,
         data: _builtins.bytes = ...,
         crc32c: _builtins.int = ...,
+        url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,7 +112,8 @@ class ConversionServicer:
         again returns the first answer.
         Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
         FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
-        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, MODEL_NOT_TOWER,
+        BASE_MISMATCH),
         PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
         ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
         """
@@ -178,7 +179,9 @@ class ConversionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadModel(self, request, context):
-        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+        settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+        and check the digest; if the store is out of reach, ask again without `direct`.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

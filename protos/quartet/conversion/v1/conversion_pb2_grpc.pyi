@@ -45,7 +45,8 @@ class ConversionStub:
     again returns the first answer.
     Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
     FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
-    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, MODEL_NOT_TOWER,
+    BASE_MISMATCH),
     PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
     ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
@@ -77,7 +78,9 @@ class ConversionStub:
     Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]
-    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+    settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+    and check the digest; if the store is out of reach, ask again without `direct`.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
     """
     GetLineage: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]
@@ -111,7 +114,8 @@ class ConversionAsyncStub(ConversionStub):
     again returns the first answer.
     Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
     FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
-    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+    MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, MODEL_NOT_TOWER,
+    BASE_MISMATCH),
     PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
     ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
     """
@@ -143,7 +147,9 @@ class ConversionAsyncStub(ConversionStub):
     Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]  # type: ignore[assignment]
-    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+    settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+    and check the digest; if the store is out of reach, ask again without `direct`.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
     """
     GetLineage: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]  # type: ignore[assignment]
@@ -180,7 +186,8 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
         again returns the first answer.
         Errors: INVALID_ARGUMENT (TASK_MISSING, TASK_INVALID, SHARD_SIZE_INVALID, DTYPE_UNKNOWN, TEMPLATE_UNKNOWN,
         FORM_UNKNOWN, METHOD_UNKNOWN, DESTINATION_MALFORMED, REQUEST_ID_REUSED), NOT_FOUND (CHECKPOINT_NOT_FOUND,
-        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, BASE_MISMATCH),
+        MODEL_NOT_FOUND, REVISION_NOT_FOUND), FAILED_PRECONDITION (MODEL_NOT_ADAPTER, MODEL_NOT_WHOLE, MODEL_NOT_TOWER,
+        BASE_MISMATCH),
         PERMISSION_DENIED (LOCAL_PATH_FORBIDDEN, DESTINATION_FORBIDDEN), ALREADY_EXISTS (JOB_EXISTS, MODEL_EXISTS),
         ABORTED (ORDER_CHANGED: a name stands for something else since it was looked up; ask again).
         """
@@ -260,7 +267,9 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
         request: _conversion_pb2.DownloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_conversion_pb2.DownloadModelResponse], _abc.AsyncIterator[_conversion_pb2.DownloadModelResponse]]:
-        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+        settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+        and check the digest; if the store is out of reach, ask again without `direct`.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
         """
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$quartet/inference/v1/inference.proto\x12\x14quartet.inference.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x8b\x04\n\x08\x45ndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x35\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32#.quartet.inference.v1.ServedAdapter\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x62its\x18\x07 \x01(\x05\x12:\n\x06labels\x18\x08 \x03(\x0b\x32*.quartet.inference.v1.Endpoint.LabelsEntry\x12\x33\n\x05state\x18\t \x01(\x0e\x32$.quartet.inference.v1.Endpoint.State\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x10\n\x08template\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\"=\n\rServedAdapter\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\xe1\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x00\x12\x0f\n\x05regex\x18\t \x01(\tH\x00\x12\x11\n\x07grammar\x18\n \x01(\tH\x00\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x07\x88\x01\x01\x42\x06\n\x04\x66ormB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"<\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"n\n\rTokenLogprobs\x12/\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1f.quartet.inference.v1.Candidate\x12,\n\x03top\x18\x02 \x03(\x0b\x32\x1f.quartet.inference.v1.Candidate\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xab\x01\n\x07Message\x12\x30\n\x04role\x18\x01 \x01(\x0e\x32\".quartet.inference.v1.Message.Role\x12+\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.quartet.inference.v1.Part\"A\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\n\n\x06SYSTEM\x10\x01\x12\x08\n\x04USER\x10\x02\x12\r\n\tASSISTANT\x10\x03\"\x1e\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x42\x06\n\x04part\"\x99\x01\n\x15\x43reateEndpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\t\x12\x30\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x1e.quartet.inference.v1.Endpoint\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\"\n\x12GetEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x14ListEndpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"c\n\x15ListEndpointsResponse\x12\x31\n\tendpoints\x18\x01 \x03(\x0b\x32\x1e.quartet.inference.v1.Endpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"3\n\x15\x44\x65leteEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"j\n\x12LoadAdapterRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x34\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32#.quartet.inference.v1.ServedAdapter\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"E\n\x14UnloadAdapterRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"\xb5\x01\n\x0fGenerateRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1e.quartet.inference.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.quartet.inference.v1.SamplingB\x08\n\x06prompt\"\xd1\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".quartet.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.quartet.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.quartet.inference.v1.TokenLogprobs\"\xa5\x01\n\x0b\x43hatRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12/\n\x08messages\x18\x03 \x03(\x0b\x32\x1d.quartet.inference.v1.Message\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.quartet.inference.v1.Sampling\x12\x10\n\x08template\x18\x05 \x01(\t\"\xcd\x01\n\x0c\x43hatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".quartet.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.quartet.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.quartet.inference.v1.TokenLogprobs\"\x89\x01\n\x0fTokenizeRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12:\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\".quartet.inference.v1.ConversationH\x00\x42\x07\n\x05input\"?\n\x0c\x43onversation\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.quartet.inference.v1.Message\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08template\x18\x02 \x01(\t\")\n\x17ListServedModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"M\n\x18ListServedModelsResponse\x12\x31\n\x06models\x18\x01 \x03(\x0b\x32!.quartet.inference.v1.ServedModel\"g\n\x0bServedModel\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb6\x07\n\tInference\x12]\n\x0e\x43reateEndpoint\x12+.quartet.inference.v1.CreateEndpointRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12W\n\x0bGetEndpoint\x12(.quartet.inference.v1.GetEndpointRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12h\n\rListEndpoints\x12*.quartet.inference.v1.ListEndpointsRequest\x1a+.quartet.inference.v1.ListEndpointsResponse\x12U\n\x0e\x44\x65leteEndpoint\x12+.quartet.inference.v1.DeleteEndpointRequest\x1a\x16.google.protobuf.Empty\x12W\n\x0bLoadAdapter\x12(.quartet.inference.v1.LoadAdapterRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12[\n\rUnloadAdapter\x12*.quartet.inference.v1.UnloadAdapterRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12[\n\x08Generate\x12%.quartet.inference.v1.GenerateRequest\x1a&.quartet.inference.v1.GenerateResponse0\x01\x12O\n\x04\x43hat\x12!.quartet.inference.v1.ChatRequest\x1a\".quartet.inference.v1.ChatResponse0\x01\x12Y\n\x08Tokenize\x12%.quartet.inference.v1.TokenizeRequest\x1a&.quartet.inference.v1.TokenizeResponse\x12q\n\x10ListServedModels\x12-.quartet.inference.v1.ListServedModelsRequest\x1a..quartet.inference.v1.ListServedModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$quartet/inference/v1/inference.proto\x12\x14quartet.inference.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x8b\x04\n\x08\x45ndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x35\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32#.quartet.inference.v1.ServedAdapter\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x62its\x18\x07 \x01(\x05\x12:\n\x06labels\x18\x08 \x03(\x0b\x32*.quartet.inference.v1.Endpoint.LabelsEntry\x12\x33\n\x05state\x18\t \x01(\x0e\x32$.quartet.inference.v1.Endpoint.State\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x10\n\x08template\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\"=\n\rServedAdapter\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\xe1\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x00\x12\x0f\n\x05regex\x18\t \x01(\tH\x00\x12\x11\n\x07grammar\x18\n \x01(\tH\x00\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x07\x88\x01\x01\x42\x06\n\x04\x66ormB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"<\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"n\n\rTokenLogprobs\x12/\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1f.quartet.inference.v1.Candidate\x12,\n\x03top\x18\x02 \x03(\x0b\x32\x1f.quartet.inference.v1.Candidate\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xff\x01\n\x07Message\x12\x30\n\x04role\x18\x01 \x01(\x0e\x32\".quartet.inference.v1.Message.Role\x12+\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.quartet.inference.v1.Part\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.quartet.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"K\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\n\n\x06SYSTEM\x10\x01\x12\x08\n\x04USER\x10\x02\x12\r\n\tASSISTANT\x10\x03\x12\x08\n\x04TOOL\x10\x04\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x89\x01\n\nToolChoice\x12\x33\n\x04mode\x18\x01 \x01(\x0e\x32%.quartet.inference.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06single\x18\x03 \x01(\x08\"(\n\x04Mode\x12\x08\n\x04\x41UTO\x10\x00\x12\x08\n\x04NONE\x10\x01\x12\x0c\n\x08REQUIRED\x10\x02\"\x1e\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x42\x06\n\x04part\"\x99\x01\n\x15\x43reateEndpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\t\x12\x30\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x1e.quartet.inference.v1.Endpoint\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\"\n\x12GetEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x14ListEndpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x10\n\x08order_by\x18\x05 \x01(\t\"c\n\x15ListEndpointsResponse\x12\x31\n\tendpoints\x18\x01 \x03(\x0b\x32\x1e.quartet.inference.v1.Endpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"3\n\x15\x44\x65leteEndpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"j\n\x12LoadAdapterRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x34\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32#.quartet.inference.v1.ServedAdapter\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"E\n\x14UnloadAdapterRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"\xb5\x01\n\x0fGenerateRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1e.quartet.inference.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.quartet.inference.v1.SamplingB\x08\n\x06prompt\"\xd1\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".quartet.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.quartet.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.quartet.inference.v1.TokenLogprobs\"\x87\x02\n\x0b\x43hatRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12/\n\x08messages\x18\x03 \x03(\x0b\x32\x1d.quartet.inference.v1.Message\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.quartet.inference.v1.Sampling\x12\x10\n\x08template\x18\x05 \x01(\t\x12)\n\x05tools\x18\x06 \x03(\x0b\x32\x1a.quartet.inference.v1.Tool\x12\x35\n\x0btool_choice\x18\x07 \x01(\x0b\x32 .quartet.inference.v1.ToolChoice\"\x81\x02\n\x0c\x43hatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".quartet.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.quartet.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.quartet.inference.v1.TokenLogprobs\x12\x32\n\ntool_calls\x18\x06 \x03(\x0b\x32\x1e.quartet.inference.v1.ToolCall\"\x89\x01\n\x0fTokenizeRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12:\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\".quartet.inference.v1.ConversationH\x00\x42\x07\n\x05input\"j\n\x0c\x43onversation\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.quartet.inference.v1.Message\x12)\n\x05tools\x18\x02 \x03(\x0b\x32\x1a.quartet.inference.v1.Tool\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08template\x18\x02 \x01(\t\")\n\x17ListServedModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"M\n\x18ListServedModelsResponse\x12\x31\n\x06models\x18\x01 \x03(\x0b\x32!.quartet.inference.v1.ServedModel\"g\n\x0bServedModel\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\x05*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xb6\x07\n\tInference\x12]\n\x0e\x43reateEndpoint\x12+.quartet.inference.v1.CreateEndpointRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12W\n\x0bGetEndpoint\x12(.quartet.inference.v1.GetEndpointRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12h\n\rListEndpoints\x12*.quartet.inference.v1.ListEndpointsRequest\x1a+.quartet.inference.v1.ListEndpointsResponse\x12U\n\x0e\x44\x65leteEndpoint\x12+.quartet.inference.v1.DeleteEndpointRequest\x1a\x16.google.protobuf.Empty\x12W\n\x0bLoadAdapter\x12(.quartet.inference.v1.LoadAdapterRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12[\n\rUnloadAdapter\x12*.quartet.inference.v1.UnloadAdapterRequest\x1a\x1e.quartet.inference.v1.Endpoint\x12[\n\x08Generate\x12%.quartet.inference.v1.GenerateRequest\x1a&.quartet.inference.v1.GenerateResponse0\x01\x12O\n\x04\x43hat\x12!.quartet.inference.v1.ChatRequest\x1a\".quartet.inference.v1.ChatResponse0\x01\x12Y\n\x08Tokenize\x12%.quartet.inference.v1.TokenizeRequest\x1a&.quartet.inference.v1.TokenizeResponse\x12q\n\x10ListServedModels\x12-.quartet.inference.v1.ListServedModelsRequest\x1a..quartet.inference.v1.ListServedModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENDPOINT_LABELSENTRY']._loaded_options = None
   _globals['_ENDPOINT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3457
-  _globals['_FINISHREASON']._serialized_end=3552
+  _globals['_FINISHREASON']._serialized_start=4010
+  _globals['_FINISHREASON']._serialized_end=4135
   _globals['_ENDPOINT']._serialized_start=150
   _globals['_ENDPOINT']._serialized_end=673
   _globals['_ENDPOINT_LABELSENTRY']._serialized_start=559
@@ -57,45 +57,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=1327
   _globals['_TOKENIDS']._serialized_end=1350
   _globals['_MESSAGE']._serialized_start=1353
-  _globals['_MESSAGE']._serialized_end=1524
-  _globals['_MESSAGE_ROLE']._serialized_start=1459
-  _globals['_MESSAGE_ROLE']._serialized_end=1524
-  _globals['_PART']._serialized_start=1526
-  _globals['_PART']._serialized_end=1556
-  _globals['_CREATEENDPOINTREQUEST']._serialized_start=1559
-  _globals['_CREATEENDPOINTREQUEST']._serialized_end=1712
-  _globals['_GETENDPOINTREQUEST']._serialized_start=1714
-  _globals['_GETENDPOINTREQUEST']._serialized_end=1748
-  _globals['_LISTENDPOINTSREQUEST']._serialized_start=1750
-  _globals['_LISTENDPOINTSREQUEST']._serialized_end=1861
-  _globals['_LISTENDPOINTSRESPONSE']._serialized_start=1863
-  _globals['_LISTENDPOINTSRESPONSE']._serialized_end=1962
-  _globals['_DELETEENDPOINTREQUEST']._serialized_start=1964
-  _globals['_DELETEENDPOINTREQUEST']._serialized_end=2015
-  _globals['_LOADADAPTERREQUEST']._serialized_start=2017
-  _globals['_LOADADAPTERREQUEST']._serialized_end=2123
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2125
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=2194
-  _globals['_GENERATEREQUEST']._serialized_start=2197
-  _globals['_GENERATEREQUEST']._serialized_end=2378
-  _globals['_GENERATERESPONSE']._serialized_start=2381
-  _globals['_GENERATERESPONSE']._serialized_end=2590
-  _globals['_CHATREQUEST']._serialized_start=2593
-  _globals['_CHATREQUEST']._serialized_end=2758
-  _globals['_CHATRESPONSE']._serialized_start=2761
-  _globals['_CHATRESPONSE']._serialized_end=2966
-  _globals['_TOKENIZEREQUEST']._serialized_start=2969
-  _globals['_TOKENIZEREQUEST']._serialized_end=3106
-  _globals['_CONVERSATION']._serialized_start=3108
-  _globals['_CONVERSATION']._serialized_end=3171
-  _globals['_TOKENIZERESPONSE']._serialized_start=3173
-  _globals['_TOKENIZERESPONSE']._serialized_end=3228
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=3230
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=3271
-  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_start=3273
-  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=3350
-  _globals['_SERVEDMODEL']._serialized_start=3352
-  _globals['_SERVEDMODEL']._serialized_end=3455
-  _globals['_INFERENCE']._serialized_start=3555
-  _globals['_INFERENCE']._serialized_end=4505
+  _globals['_MESSAGE']._serialized_end=1608
+  _globals['_MESSAGE_ROLE']._serialized_start=1533
+  _globals['_MESSAGE_ROLE']._serialized_end=1608
+  _globals['_TOOL']._serialized_start=1610
+  _globals['_TOOL']._serialized_end=1687
+  _globals['_TOOLCALL']._serialized_start=1689
+  _globals['_TOOLCALL']._serialized_end=1744
+  _globals['_TOOLCHOICE']._serialized_start=1747
+  _globals['_TOOLCHOICE']._serialized_end=1884
+  _globals['_TOOLCHOICE_MODE']._serialized_start=1844
+  _globals['_TOOLCHOICE_MODE']._serialized_end=1884
+  _globals['_PART']._serialized_start=1886
+  _globals['_PART']._serialized_end=1916
+  _globals['_CREATEENDPOINTREQUEST']._serialized_start=1919
+  _globals['_CREATEENDPOINTREQUEST']._serialized_end=2072
+  _globals['_GETENDPOINTREQUEST']._serialized_start=2074
+  _globals['_GETENDPOINTREQUEST']._serialized_end=2108
+  _globals['_LISTENDPOINTSREQUEST']._serialized_start=2110
+  _globals['_LISTENDPOINTSREQUEST']._serialized_end=2221
+  _globals['_LISTENDPOINTSRESPONSE']._serialized_start=2223
+  _globals['_LISTENDPOINTSRESPONSE']._serialized_end=2322
+  _globals['_DELETEENDPOINTREQUEST']._serialized_start=2324
+  _globals['_DELETEENDPOINTREQUEST']._serialized_end=2375
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2377
+  _globals['_LOADADAPTERREQUEST']._serialized_end=2483
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2485
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=2554
+  _globals['_GENERATEREQUEST']._serialized_start=2557
+  _globals['_GENERATEREQUEST']._serialized_end=2738
+  _globals['_GENERATERESPONSE']._serialized_start=2741
+  _globals['_GENERATERESPONSE']._serialized_end=2950
+  _globals['_CHATREQUEST']._serialized_start=2953
+  _globals['_CHATREQUEST']._serialized_end=3216
+  _globals['_CHATRESPONSE']._serialized_start=3219
+  _globals['_CHATRESPONSE']._serialized_end=3476
+  _globals['_TOKENIZEREQUEST']._serialized_start=3479
+  _globals['_TOKENIZEREQUEST']._serialized_end=3616
+  _globals['_CONVERSATION']._serialized_start=3618
+  _globals['_CONVERSATION']._serialized_end=3724
+  _globals['_TOKENIZERESPONSE']._serialized_start=3726
+  _globals['_TOKENIZERESPONSE']._serialized_end=3781
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=3783
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=3824
+  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_start=3826
+  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=3903
+  _globals['_SERVEDMODEL']._serialized_start=3905
+  _globals['_SERVEDMODEL']._serialized_end=4008
+  _globals['_INFERENCE']._serialized_start=4138
+  _globals['_INFERENCE']._serialized_end=5088
 # @@protoc_insertion_point(module_scope)

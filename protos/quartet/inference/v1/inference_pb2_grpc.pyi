@@ -72,13 +72,15 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-    sent in the metadata).
+    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
+    of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-    (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
+    a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
+    TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
     model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
@@ -129,13 +131,15 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-    sent in the metadata).
+    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
+    of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-    (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
+    a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
+    TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
     model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -225,8 +229,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-        sent in the metadata).
+        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
+        of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+        (ENGINE_LOST, with the number of tokens sent in the metadata).
         """
 
     @_abc_1.abstractmethod
@@ -236,8 +241,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ChatResponse], _abc.AsyncIterator[_inference_pb2.ChatResponse]]:
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER), FAILED_PRECONDITION
-        (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
+        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
+        a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
+        TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
         model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
         """
 

@@ -1,0 +1,131 @@
+"""The turns and tools of a chat, read from the wire and checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quartet.inference.v1 import inference_pb2 as pb
+
+from services.finetune.errors import InvalidArgument, Violation
+from services.finetune.formats import Call, Message, Tool
+from services.inference.engines.calls import NAME
+
+ROLES = {
+    pb.Message.SYSTEM: "system",
+    pb.Message.USER: "user",
+    pb.Message.ASSISTANT: "assistant",
+    pb.Message.TOOL: "tool",
+}
+
+
+def read_turns(messages: Sequence[pb.Message]) -> list[Message]:
+    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOOLS_INVALID)."""
+    turns = [_turn(f"messages[{n}]", m) for n, m in enumerate(messages)]
+    check_turns(turns)
+    return _answered(turns)
+
+
+def _turn(where: str, message: pb.Message) -> Message:
+    calls = tuple(
+        Call(c.name, _object(f"{where}.tool_calls[{n}].arguments", c.arguments), c.id)
+        for n, c in enumerate(message.tool_calls)
+    )
+    text = "".join(p.text for p in message.content)
+    return Message(ROLES.get(message.role, ""), text, calls=calls, call_id=message.tool_call_id)
+
+
+def check_turns(turns: Sequence[Message]) -> None:
+    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless user and assistant take turns, each call followed by its
+    results, and a user's turn or a result comes last. A system turn may stand before a user's, as in training."""
+    if not turns:
+        raise InvalidArgument("a chat needs a message of the user's", reason="MESSAGES_EMPTY")
+    for n, turn in enumerate(turns):
+        before = turns[n - 1] if n else None
+        if before is None or before.role == "system":
+            expected = ["user"] if before else ["user", "system"]
+        elif before.role in ("user", "tool"):
+            expected = ["assistant", "tool"] if before.role == "tool" else ["assistant"]
+        else:
+            expected = ["tool"] if before.calls else ["user", "system"]
+        if turn.role not in expected:
+            raise _bad_role(n, f"expected {' or '.join(expected)}, not {turn.role or 'a message without a role'}")
+        if turn.calls and turn.role != "assistant":
+            raise _bad_role(n, f"only the assistant calls tools, not {turn.role}")
+    if turns[-1].role == "system":
+        raise _bad_role(len(turns), "expected user, not nobody")
+    if turns[-1].role not in ("user", "tool"):
+        raise _bad_role(len(turns) - 1, "the last message must be the user's, or a tool's result")
+
+
+def _answered(turns: Sequence[Message]) -> list[Message]:
+    """`turns` in which each result tells its call and tool: templates want one or the other."""
+    found: list[Message] = []
+    open_calls: list[Call] = []
+    for n, turn in enumerate(turns):
+        if turn.role == "tool":
+            named = [c for c in open_calls if c.id == turn.call_id] if turn.call_id else open_calls[:1]
+            if not named:
+                ids = ", ".join(c.id for c in open_calls if c.id) or "none"
+                raise _bad_tools(f"messages[{n}].tool_call_id", f"answers no call; those without a result are: {ids}")
+            open_calls.remove(named[0])
+            turn = Message("tool", turn.content, call_id=named[0].id, name=named[0].name)
+        else:
+            if open_calls:
+                raise _bad_tools(f"messages[{n}]", f"comes before the result of {open_calls[0].name}")
+            open_calls = list(turn.calls)
+        found.append(turn)
+    if open_calls:
+        raise _bad_tools(f"messages[{len(turns) - 1}]", f"comes last, but {open_calls[0].name} has no result yet")
+    return found
+
+
+def read_tools(tools: Sequence[pb.Tool]) -> list[Tool]:
+    """As OpenAI writes them, which is what templates want. InvalidArgument (TOOLS_INVALID)."""
+    found: dict[str, Tool] = {}
+    for n, tool in enumerate(tools):
+        where = f"tools[{n}]"
+        if not re.fullmatch(NAME, tool.name):
+            raise _bad_tools(f"{where}.name", "must be 1 to 64 letters, digits, '_', '-' or '.'")
+        if tool.name in found:
+            raise _bad_tools(f"{where}.name", f"two tools have the name {tool.name}")
+        function: dict[str, Any] = {"name": tool.name}
+        if tool.description:
+            function["description"] = tool.description
+        if tool.parameters:
+            function["parameters"] = _object(f"{where}.parameters", tool.parameters)
+        found[tool.name] = {"type": "function", "function": function}
+    return list(found.values())
+
+
+def check_choice(choice: pb.ToolChoice, tools: Sequence[Tool]) -> None:
+    """InvalidArgument (TOOLS_INVALID)."""
+    names = [t["function"]["name"] for t in tools]
+    if choice.name and (choice.mode != pb.ToolChoice.REQUIRED or choice.name not in names):
+        why = f"{choice.name[:64]!r} is none of the tools" if choice.name not in names else "goes with mode REQUIRED"
+        raise _bad_tools("tool_choice.name", why)
+    if choice.mode == pb.ToolChoice.REQUIRED and not names:
+        raise _bad_tools("tool_choice", "demands a call, but there are no tools")
+
+
+def _object(where: str, text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise _bad_tools(where, f"is no JSON: {str(error)[:100]}") from error
+    if not isinstance(value, dict):
+        raise _bad_tools(where, "must be a JSON object")
+    return value
+
+
+def _bad_role(n: int, why: str) -> InvalidArgument:
+    field = f"messages[{n}].role"
+    return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
+
+
+def _bad_tools(field: str, why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{field}: {why}", reason="TOOLS_INVALID", violations=[Violation(field, why, "TOOLS_INVALID")]
+    )
