@@ -7,10 +7,12 @@ train; the classes ending in `Run` are whole orders, one JSON file each, that a 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, cast
 
 from services.finetune.errors import InvalidArgument, nearest
@@ -52,6 +54,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """What `model.checkpoint` is assembled with to a vision-language model; a job's base_model takes precedence.
+
+    Its modules are `vision_tower`, `multi_modal_projector` and `language_model`; what is trained of them is said by
+    `method`, `lora` and `model.freeze`, as of any model's."""
+
+    tower: str = ""
+    """Where the vision tower comes from, as a hub id or a folder; empty for a model that sees nothing."""
+    pretrained: str = ""
+    """A projector that was trained before: a model's name, or another trainer's file or folder; empty is a fresh one."""
+    pad_to_square: bool = False
+    """Images are padded with the mean colour; else what is beside the middle square is cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A.
 
@@ -63,7 +80,8 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.1
     targets: tuple[str, ...] = ("all-linear",)
-    """Patterns of linear layers, or all-linear: every one but the output head."""
+    """Patterns of linear layers, or all-linear: every one of the language model but the output head. Empty trains
+    modules_to_save alone."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Another rank for modules by pattern; of several that match, the first counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -103,11 +121,13 @@ class DataSource:
     """Files, or one folder of them, on the machine where the config is used."""
     format: str = ""
     """The row format; empty means that it is detected."""
+    images: str = ""
+    """The folder, on the machine where the config is used, that the paths of the rows' images are below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """How rows become blocks of tokens."""
+    """How rows become blocks of tokens. An image counts as the tokens that the model makes of it."""
 
     template: str = ""
     """A prompt template's name; empty means the base model's own."""
@@ -142,6 +162,9 @@ class OptimConfig:
     """Of matrices only: biases, norms and embeddings do not decay."""
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
+    lr_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Another rate, in place of lr, for modules by pattern (see LoraConfig) with all that is in them; of several that match,
+    the first counts. The schedule and loraplus_lr_ratio apply to it as to lr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +216,8 @@ class ReportConfig:
     sample_every: int = 0
     """Steps between answers to `prompts`; 0 means only at the end."""
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    """What the prompts are about: a file's path in the job's datasets, for all of them, or one for each ("" is none)."""
     system: str = ""
     """System text for `prompts` alone; empty means data.system."""
     sample_tokens: int = 64
@@ -235,6 +260,7 @@ class RunConfig:
 
     method: Literal["full", "lora", "qlora", "int8_lora"] = "qlora"
     model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -340,6 +366,9 @@ class AdapterTask:
     """For a source that was trained whole."""
 
 
+MergeReport = Literal["", "always", "never"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeTask:
     """Add an adapter into its base."""
@@ -351,6 +380,8 @@ class MergeTask:
     """0 keeps the base's own files."""
     base_dtype: str = ""
     """"nf4" or "nf4-single": into the base as QLoRA sees it."""
+    report: MergeReport = ""
+    """"always" and "never" measure the result against base and adapter whatever its size; "" does up to 9e9 parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -400,6 +431,13 @@ class ConvertRun:
     reshard: ReshardTask | None = None
     export: ExportTask | None = None
     quantize: QuantizeTask | None = None
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern (see LoraConfig) means the module of this whole name."""
+    if re.search(r"[*?\[]", pattern):
+        return fnmatchcase(module, pattern)
+    return module == pattern or module.endswith("." + pattern)
 
 
 def to_json(config: object) -> Any:

@@ -13,12 +13,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import RunConfig, override
+from services.finetune.config import RunConfig, matches, override
 from services.finetune.errors import FailedPrecondition
+from services.finetune.towers import Tower, images_bytes, is_seeing, read_tower, renamed, tower_adapters, trained_of
 
 GIB = 2**30
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -95,6 +95,8 @@ class Shape:
     normed_heads: bool = False
     modules: Mapping[str, int] = field(default_factory=dict)
     """Parameters of every module that has some of its own, by its whole name."""
+    tower: Tower | None = None
+    """Of a model that sees; `linears` are those of the language model alone."""
 
 
 def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Shape:
@@ -106,13 +108,19 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     except KeyError as error:
         raise FailedPrecondition(f"the base's config.json has no {error}", reason="SHAPE_UNKNOWN") from error
     linears: dict[str, Linear] = {}
-    tied = bool(config.get("tie_word_embeddings"))
+    tied, tower = (
+        bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        read_tower(config, tensors),
+    )
     parameters, modules = 0, dict[str, int]()
     for name, shape in tensors.items():
         if tied and name.endswith("lm_head.weight"):
             continue
         parameters += math.prod(shape)
-        modules[name.rpartition(".")[0]] = modules.get(name.rpartition(".")[0], 0) + math.prod(shape)
+        module = (renamed(name) if tower else name).rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + math.prod(shape)
+        if is_seeing(name):
+            continue
         # What has a row for each token is the embedding or the head.
         if name.endswith(".weight") and len(shape) == 2 and vocabulary not in shape and re.search(r"\.\d+\.", name):
             leaf = name.split(".")[-2]
@@ -121,7 +129,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     if not linears:
         raise FailedPrecondition("the base's files hold no linear layers", reason="SHAPE_UNKNOWN")
     return Shape(
-        architecture=(config.get("architectures") or [""])[0],
+        architecture=_architecture(config, text),
         layers=layers,
         hidden=hidden,
         intermediate=text.get("intermediate_size") or 4 * hidden,
@@ -132,7 +140,15 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         linears=linears,
         normed_heads=any(name.endswith("q_norm.weight") for name in tensors),
         modules=modules,
+        tower=tower,
     )
+
+
+def _architecture(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """The class of the language model. The config.json of a model that sees names it by its type alone."""
+    if text is config:
+        return str((config.get("architectures") or [""])[0])
+    return next((n for n in FUSED if n.removesuffix("ForCausalLM").lower() == text.get("model_type", "llama")), "")
 
 
 def tensor_shapes(read: Callable[[int, int], bytes]) -> dict[str, list[int]]:
@@ -173,11 +189,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The largest micro-step: blocks, tokens in each, learned tokens in all."""
+    """The largest micro-step: blocks, tokens in each, learned tokens and images in all."""
 
     blocks: int
     length: int
     learned: int
+    images: int = 0
 
     @property
     def tokens(self) -> int:
@@ -201,7 +218,8 @@ def engine(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
     if stage := stage_of(shape, config, device, dtype):
         return stage
     lora, quant = config.lora, config.quant
-    plain = config.method in ("lora", "qlora") and not lora.use_dora and not lora.modules_to_save
+    plain = config.method in ("lora", "qlora") and not lora.use_dora
+    plain = plain and all(is_seeing(name) for name in meant(shape, lora.modules_to_save))
     known = quant.bits == 0 or (quant.bits == 4 and quant.kind == "nf4")
     free = device.gpu and dtype != "float32" and not config.schedule.deterministic
     return "fused" if free and plain and known and shape.architecture in FUSED else "autograd"
@@ -239,13 +257,6 @@ def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]
     }
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of modules (config.LoraConfig) means the module of this whole name."""
-    if re.search(r"[*?\[]", pattern):
-        return fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
-
-
 def lora_parameters(shape: Shape, config: RunConfig) -> int:
     lora, total = config.lora, 0
     for leaf, one in adapted(shape, config).items():
@@ -272,24 +283,30 @@ def adapted(shape: Shape, config: RunConfig) -> dict[str, Linear]:
 
 
 def _named(shape: Shape, leaf: str) -> list[str]:
-    return [name for name in shape.modules if name.rpartition(".")[2] == leaf]
+    return [name for name in shape.modules if name.rpartition(".")[2] == leaf and not is_seeing(name)]
 
 
-def whole(shape: Shape, patterns: Sequence[str]) -> int:
-    """Parameters of the modules that patterns mean, with all that is in them."""
+def meant(shape: Shape, patterns: Sequence[str]) -> list[str]:
+    """The modules that patterns mean, with all that is in them."""
 
-    def meant(name: str) -> bool:
+    def named(name: str) -> bool:
         parts = name.split(".")
         inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(matches(pattern, one) for pattern in patterns for one in inside)
 
-    return sum(count for name, count in shape.modules.items() if meant(name))
+    return [name for name in shape.modules if named(name)]
+
+
+def whole(shape: Shape, patterns: Sequence[str]) -> int:
+    """Parameters of the modules that patterns mean, with all that is in them."""
+    return sum(shape.modules[name] for name in meant(shape, patterns))
 
 
 def trained_parameters(shape: Shape, config: RunConfig) -> int:
     if config.method == "full":
         return shape.parameters - whole(shape, config.model.freeze)
-    return lora_parameters(shape, config) + whole(shape, config.lora.modules_to_save)
+    lora = config.lora
+    return lora_parameters(shape, config) + whole(shape, lora.modules_to_save) + tower_adapters(shape.tower, lora)
 
 
 def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
@@ -309,29 +326,40 @@ def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
     return int(base - linear * ITEM[dtype] + small)
 
 
+def state_bytes(config: RunConfig) -> float:
+    """The optimizer's, of each trained weight. FailedPrecondition (SHAPE_UNKNOWN)."""
+    if config.optim.name == "sgd":
+        return 4 if config.optim.momentum else 0
+    if config.optim.name not in OPTIMIZER_BYTES:
+        raise FailedPrecondition(f"no formula for the state of {config.optim.name}", reason="SHAPE_UNKNOWN")
+    return OPTIMIZER_BYTES[config.optim.name]
+
+
 def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: Device, dtype: str) -> Memory:
     """The peak of a run of so many steps in each process. On a GPU whose memory is known the fused path keeps as many layers
     as fit.
 
     FailedPrecondition (SHAPE_UNKNOWN) for optimizers that have no formula.
     """
-    if config.optim.name not in OPTIMIZER_BYTES:
-        raise FailedPrecondition(f"no formula for the state of {config.optim.name}", reason="SHAPE_UNKNOWN")
     trained, way = trained_parameters(shape, config), engine(shape, config, device, dtype)
-    weights, optimizer = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    weights, optimizer = weight_bytes(shape, config, dtype), int(trained * state_bytes(config))
     # With method full the base's own weights are trained.
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
+    beside = trained_of(shape.tower, config)
     if way == "fused":
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
-        adapter = trained * (4 + ITEM[dtype])
+        adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
-        held = fused_bytes(fused_lay(shape, config, dtype), batch.tokens, free)
+        seen = images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
+        held = fused_bytes(fused_lay(shape, config, dtype), batch.tokens, free - seen)
         logits = min(HEAD_ROWS, batch.learned) * shape.vocabulary * ITEM[dtype]
-        activations = max(0, held.peak - logits)
+        activations = max(0, held.peak - logits) + seen
     else:
         # The logits, then their logarithms, then the gradients of both: three of these at a time, float32.
         logits = 12 * batch.learned * shape.vocabulary
         activations = autograd_bytes(shape, config, batch, dtype, device.gpu, logits)
+        free = 0 if recomputed(shape, config, device.gpu) else 1 << 62
+        activations += images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
         if way != "autograd":
             weights, adapter, gradients, optimizer = _dealt(way, shape, config, dtype)
         elif config.schedule.accumulate == 1:
@@ -356,7 +384,7 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
 def _dealt(stage: str, shape: Shape, config: RunConfig, dtype: str) -> tuple[int, int, int, int]:
     """(weights, adapter, gradients, optimizer) that a process has by a stage of ZeRO, with what DeepSpeed works in."""
     world, trained = processes(config), trained_parameters(shape, config)
-    weights, state = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    weights, state = weight_bytes(shape, config, dtype), int(trained * state_bytes(config))
     own = 0 if config.method == "full" else 4 * trained
     level, offloads = int(stage.removeprefix("deepspeed_zero")[0]), stage.endswith("_offload")
     # Its part of the weights once more in float32, and buffers that gradients are reduced in.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -175,6 +176,9 @@ class Metronome:
 
     def unload(self, key: str) -> None:
         raise NotImplementedError
+
+    def cache_use(self) -> float:
+        return math.nan
 
     def alive(self) -> bool:
         return True

@@ -91,11 +91,12 @@ def test_wrong_arguments(quartet: Quartet, tmp_path: Path, words: list[str]) -> 
     assert quartet("assistant", "create", "--name", "A", "--output", str(tmp_path / "o"), *words).status == 65
 
 
-def test_repeat_as_the_seed_does(quartet: Quartet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", [[], ["-i"]])
+def test_repeat_as_the_seed_does(quartet: Quartet, tmp_path: Path, flag: list[str]) -> None:
     rows = [{"id": str(n // 2), "conversations": [{"from": "human", "value": f"看 {n}"}]} for n in range(6)]
     source, target = tmp_path / "in.json", tmp_path / "out.json"
     source.write_text(json.dumps(rows))
-    done = quartet("dataset", "repeat", str(source), "-n", "200", "-o", str(target), "--json")
+    done = quartet("dataset", "repeat", *flag, str(source), "-n", "200", "-o", str(target), "--json")
     assert done.json == {"rows": 1200, "output": str(target)}
     assert json.loads(target.read_text("utf-8")) == rows * 200
     assert target.read_text("utf-8") == json.dumps(rows * 200, ensure_ascii=False, indent=4)

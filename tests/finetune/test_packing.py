@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.finetune.packing import IGNORED, Blocks, Flat, lay_out, offsets_of, order, pack
+from services.finetune.packing import IGNORED, Blocks, Flat, Pictures, lay_out, offsets_of, order, pack
 from services.finetune.templates import Encoded
 
 masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=40), max_size=60)
@@ -22,6 +22,7 @@ def encoded(masks: list[list[bool]]) -> list[Encoded]:
     return [Encoded([1000 * n + k for k in range(len(mask))], mask) for n, mask in enumerate(masks)]
 
 
+@settings(deadline=None)  # other work may hold a machine up
 @given(masks=masks, room=st.integers(2, 32), packed=st.booleans())
 def test_every_sample_comes_back_from_the_blocks_in_order(masks: list[list[bool]], room: int, packed: bool) -> None:
     samples = encoded(masks)
@@ -47,6 +48,7 @@ def test_every_sample_comes_back_from_the_blocks_in_order(masks: list[list[bool]
     assert (blocks.truncated, blocks.dropped) == (sum(len(s.ids) > room for s in samples), len(masks) - len(found))
 
 
+@settings(deadline=None)  # other work may hold a machine up
 @given(masks=masks, room=st.integers(2, 32), index=st.lists(st.integers(0, 10), max_size=6))
 def test_opened_blocks_are_those_in_memory(masks: list[list[bool]], room: int, index: list[int]) -> None:
     made = pack(encoded(masks), room, True)
@@ -61,6 +63,7 @@ def test_opened_blocks_are_those_in_memory(masks: list[list[bool]], room: int, i
             assert (np.asarray(column) == whole).all()
 
 
+@settings(deadline=None)  # other work may hold a machine up
 @given(lengths=st.lists(st.integers(1, 32), max_size=200), seed=st.integers(0, 2**64 - 1))
 def test_the_layout_is_best_fit_decreasing(lengths: list[int], seed: int) -> None:
     members, starts = lay_out(np.array(lengths, np.int64), 32, True, seed)
@@ -78,6 +81,7 @@ def best_fit_one_by_one(lengths: list[int], room: int) -> list[int]:
     return free
 
 
+@settings(deadline=None)  # other work may hold a machine up
 @given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=50), seed=st.integers(0, 9))
 def test_a_seed_repeats_its_layout(lengths: list[int], seed: int) -> None:
     first, second = (lay_out(np.array(lengths), 32, True, seed) for _ in range(2))
@@ -92,6 +96,24 @@ def test_a_sample_may_stand_in_several_blocks() -> None:
     )
     assert blocks.ids[np.array([0, 1])].tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], [1000, 1001, 1002, 0, 1, 2, 3, 4]]
     assert blocks.segments[1].tolist() == [1, 1, 1, 2, 2, 2, 2, 2]
+
+
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=20), files=st.integers(1, 5), room=st.integers(4, 40))
+@settings(deadline=None)
+def test_a_blocks_images_are_those_of_its_samples(counts: list[int], files: int, room: int) -> None:
+    digests = tuple(f"sha256:{n}" for n in range(files))
+    numbers = np.array([n % files for n in range(sum(counts))], np.int32)
+    pictures = Pictures(digests, numbers, offsets_of(np.array(counts, np.int64)))
+    made = pack(encoded([[True] * (n % 4 + 2) for n in range(len(counts))]), room, True).flat
+    flat = Flat(made.length, made.tokens, made.mask, made.offsets, made.members, made.starts, pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        Blocks.of(flat, 0, 0, 0).save(Path(folder))
+        blocks = Blocks.open(Path(folder))
+    own = np.split(numbers, np.cumsum(counts)[:-1])
+    assert blocks.image_files == digests
+    for block in range(len(blocks)):
+        members = made.members[made.starts[block] : made.starts[block + 1]]
+        assert blocks.images_of(block).tolist() == [int(n) for m in members for n in own[m]]
 
 
 def test_one_row_is_one_block_and_none_is_none(tmp_path: Path) -> None:
@@ -109,6 +131,7 @@ def test_equal_samples_make_equal_files(tmp_path: Path) -> None:
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
 
 
+@settings(deadline=None)  # other work may hold a machine up
 @given(
     n=st.integers(1, 50), epochs=st.integers(1, 3), per_step=st.integers(1, 8), seed=st.integers(0, 2**32), at=st.data()
 )

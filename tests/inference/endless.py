@@ -39,6 +39,9 @@ class Endless:
     def unload(self, key: str) -> None:
         raise NotImplementedError
 
+    def cache_use(self) -> float:
+        return 0.0
+
     def alive(self) -> bool:
         return True
 

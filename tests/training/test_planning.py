@@ -145,6 +145,14 @@ def test_what_does_not_fit_is_told_with_what_does(room: TrainingStub) -> None:
         plans.check_fits(job)
 
 
+def test_a_stage_of_zero_says_for_how_many(room: TrainingStub) -> None:
+    more = {"method": "full", "quant.bits": 0, "parallel.deepspeed": "deepspeed_zero3", "parallel.processes": 4}
+    dealt, alone = plan(room, more=more).plan, plan(room, more={**more, "parallel.processes": 1}).plan
+    assert (dealt.engine, alone.engine) == ("deepspeed_zero3", "autograd")
+    assert any("over 4 processes" in told for told in dealt.assumptions)
+    assert dealt.memory.optimizer < alone.memory.optimizer
+
+
 def test_devices(room: TrainingStub) -> None:
     h100 = plan(room, pb.PlanDevice(kind="h100")).plan
     assert (h100.fits, h100.engine, h100.dtype) == (pb.Plan.YES, "fused", "bfloat16")

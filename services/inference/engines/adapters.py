@@ -54,6 +54,10 @@ class Adapters:
     def all(self) -> list[Served]:
         return list(self._served.values())
 
+    def loaded(self) -> int:
+        """How many the engine has loaded, those that only answers under way still need included."""
+        return len(self._loaded)
+
     def find(self, alias: str) -> Served:
         """NotFound (ADAPTER_NOT_FOUND)."""
         served = self._served.get(alias)

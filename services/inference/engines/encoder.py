@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,9 @@ class EncoderEngine:
 
     def unload(self, key: str) -> None:
         raise NotImplementedError  # nothing is ever loaded
+
+    def cache_use(self) -> float:
+        return math.nan  # it has none
 
     def alive(self) -> bool:
         return True

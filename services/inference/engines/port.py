@@ -77,6 +77,9 @@ class Engine(Protocol):
     def unload(self, key: str) -> None:
         """Forget a loaded adapter, which no answer uses."""
 
+    def cache_use(self) -> float:
+        """The part, 0 to 1, in use of the memory set aside for keys and values; NaN where none is set aside."""
+
     def alive(self) -> bool:
         """Whether it can still answer; if not, nothing brings it back."""
 

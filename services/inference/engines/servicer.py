@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from prometheus_client import Gauge
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
+from services.common.metrics import Answers
 from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
 from services.finetune.formats import Tool
 from services.finetune.prepare.certificate import META, certify, check
@@ -50,6 +52,12 @@ class EngineServicer(InferenceServicer):
         self._tokenizer = tokenizer
         self._adapters = Adapters(engine, served, store)
         self._store = store
+        self._numbers = Answers()
+        loaded = Gauge("quartet_adapters", "Adapters that the engine has loaded.", registry=None)
+        loaded.set_function(self._adapters.loaded)
+        cache = Gauge("quartet_cache_use", "Part of the memory for keys and values in use.", registry=None)
+        cache.set_function(engine.cache_use)
+        self.collectors = (*self._numbers.collectors, loaded, cache)
         # By alias: what waits for one adapter does not hold up the others.
         self._turns = Turns(engine.most_answers, engine.most_answers, QUEUE)
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
@@ -79,12 +87,20 @@ class EngineServicer(InferenceServicer):
         return self._described()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        async for answer in self._numbers.counted(self._generate(request)):
+            yield answer
+
+    async def _generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
         async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
             async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
                 yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
+        async for answer in self._numbers.counted(self._in_turn(request)):
+            yield answer
+
+    async def _in_turn(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
         async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
             async for answer in self._chat(served, request):
                 yield answer

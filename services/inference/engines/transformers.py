@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -69,6 +70,9 @@ class TransformersEngine:
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
         raise no_embeddings()
+
+    def cache_use(self) -> float:
+        return math.nan  # each answer's cache grows as it needs
 
     def alive(self) -> bool:
         return True  # it has no life beside this process
