@@ -59,6 +59,16 @@ class LiveInference(Live):
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
+    async def embed(
+        self, request: inference_pb2.EmbedRequest, told: Sequence[tuple[str, str]] = ()
+    ) -> inference_pb2.EmbedResponse:
+        """Vectors of texts; `told` as for `chat`."""
+        try:
+            answer: inference_pb2.EmbedResponse = await self._stub.Embed(request, metadata=(*self._metadata, *told))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return answer
+
     async def chat(
         self, request: inference_pb2.ChatRequest, told: Sequence[tuple[str, str]] = ()
     ) -> AsyncIterator[inference_pb2.ChatResponse]:

@@ -99,8 +99,9 @@ class Servicer(InferenceServicer):
         """The engine's one answer."""
         address = await asyncio.to_thread(self._inference.address, request.endpoint)
         send = getattr(self._engine(address), method)
+        metadata = (*self._metadata, *requests.along(requests.given(context.invocation_metadata())))
         try:
-            return await send(request, timeout=context.time_remaining(), metadata=self._metadata)
+            return await send(request, timeout=context.time_remaining(), metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise self._understood(error, address, 0) from error
 
