@@ -76,16 +76,6 @@ class LiveInference(Live):
         async for piece in self._stream(self._stub.Chat(request, metadata=(*self._metadata, *told))):
             yield piece
 
-    async def embed(
-        self, request: inference_pb2.EmbedRequest, told: Sequence[tuple[str, str]] = ()
-    ) -> inference_pb2.EmbedResponse:
-        """Vectors of texts."""
-        try:
-            answer: inference_pb2.EmbedResponse = await self._stub.Embed(request, metadata=(*self._metadata, *told))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        return answer
-
     async def generate(
         self, request: inference_pb2.GenerateRequest, told: Sequence[tuple[str, str]] = ()
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:

@@ -70,7 +70,6 @@ def application(
         Route("/models", guarded(gateway.models)),
         Route("/models/{model:path}", guarded(gateway.model)),
         Route("/chat/completions", guarded(gateway.chat), methods=["POST"]),
-        Route("/embeddings", guarded(gateway.embed), methods=["POST"]),
         Route("/completions", guarded(gateway.complete), methods=["POST"]),
         Route("/embeddings", guarded(gateway.embed), methods=["POST"]),
     ]
