@@ -22,7 +22,7 @@ import grpc
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.port import Picture, Sampling, Step
 
 STREAMS = 64
 TOKENS = 64
@@ -159,7 +159,9 @@ class Metronome:
     context_length = 8192
     vocabulary = 259
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         began = time.monotonic()
         for n in range(sampling.max_tokens):
             wait = began + n * STREAMS / FAST_RATE - time.monotonic()

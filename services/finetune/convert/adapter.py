@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.finetune.config import AdapterTask, ArtifactRef
-from services.finetune.convert.modules import as_modules
+from services.finetune.convert.modules import LLAVA, as_modules, parts_of
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.prepare.certificate import carried
@@ -79,8 +79,14 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
         "context_length": base.meta["context_length"],
         "dtype": task.dtype,
         "parameters": sum(v.numel() for v in tensors.values()),
+        **parts_meta(base, tensors),
     }
     return publish(store, Manifest("adapter", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
+
+
+def parts_meta(base: Manifest, names: Iterable[str]) -> dict[str, list[str]]:
+    """Of an adapter of a LLaVA model: which parts it changes, by which it is told what can serve it."""
+    return {"parts": sorted(parts_of(names))} if base.meta["architecture"] == LLAVA else {}
 
 
 def store_files(

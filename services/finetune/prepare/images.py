@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from services.finetune.formats import IMAGE, Problem, Row
 from services.finetune.formats.carried import find
@@ -69,8 +70,9 @@ class Images:
         return self._faults[path]
 
 
-def check_image(path: Path) -> Fault | None:
-    """What is wrong with an image file, None if it decodes. Memory stays below a few bytes a pixel of MAX_PIXELS."""
+def check_image(path: Path | IO[bytes]) -> Fault | None:
+    """What is wrong with an image file, on disk or in memory, None if it decodes. Memory stays below a few bytes a pixel of
+    MAX_PIXELS."""
     from PIL import Image
 
     with warnings.catch_warnings():

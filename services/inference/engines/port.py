@@ -48,6 +48,14 @@ class Step:
     likely: list[Likely] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file that was found to decode: its bytes, and their sha256 in hexadecimal digits."""
+
+    digest: str
+    data: bytes
+
+
 class Engine(Protocol):
     """A model with its adapters, answering several requests at a time."""
 
@@ -56,8 +64,11 @@ class Engine(Protocol):
     vocabulary: int
     """Token ids are from 0 to below this."""
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
-        """Continue `ids`. Closing the iterator frees what the request holds. `adapter` is a loaded key, or "" for none."""
+    def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
+        """Continue `ids`, among which each of `images` has all its tokens, in order. Closing the iterator frees what the
+        request holds. `adapter` is a loaded key, or "" for none."""
 
     def load(self, key: str, folder: Path) -> None:
         """Make an adapter in PEFT layout known as `key`, while others answer. Nothing in `folder` is needed afterwards.
