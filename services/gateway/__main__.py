@@ -28,6 +28,12 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
         default=os.environ.get("QUARTET_TOKEN_FILE", ""),
         help="the services' token; clients must show it as their API key",
     )
+    parser.add_argument(
+        "--image-urls",
+        default="off",
+        choices=["off", "on"],
+        help="on: fetch images from public web addresses; else only data: URLs are taken",
+    )
     parser.add_argument("--address-file", default="", help="write the address to this file once it answers")
     a = parser.parse_args(argv)
     if not Settings(host=a.host).loopback and not a.token_file:
@@ -55,6 +61,7 @@ def serve(a: argparse.Namespace) -> None:
     import uvicorn
 
     from services.client.client import Client
+    from services.gateway.fetching import fetch
     from services.gateway.routes import application
 
     token = auth.read_token(a.token_file) if a.token_file else ""
@@ -62,7 +69,11 @@ def serve(a: argparse.Namespace) -> None:
     with made, Client(a.endpoint, a.token_file, a.workspace) as client:
         host, port = made.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        config = uvicorn.Config(application(client, token), log_level="warning", server_header=False)
+        config = uvicorn.Config(
+            application(client, token, fetch if a.image_urls == "on" else None),
+            log_level="warning",
+            server_header=False,
+        )
         print(f"quartet: serving OpenAI's API on {address}/v1", flush=True)
         if a.address_file:
             part = Path(a.address_file + ".part")

@@ -24,6 +24,7 @@ from services.client.live import LiveInference
 from services.common import auth
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
+from services.gateway.images import Fetch, fetch_images
 from services.gateway.tools import call_objects
 from services.gateway.wire import Answer, Asked, Choice
 
@@ -49,9 +50,10 @@ class Sends(Protocol):
 Handler = Callable[[Request], Awaitable[Sends]]
 
 
-def application(client: Client, token: str) -> Starlette:
-    """The gateway in front of the services that `client` knows; a `token`, if set, is the API key that all must show."""
-    gateway = Gateway(client)
+def application(client: Client, token: str, fetch: Fetch | None = None) -> Starlette:
+    """The gateway in front of the services that `client` knows; a `token`, if set, is the API key that all must show.
+    Images at web addresses are brought by `fetch`, or refused."""
+    gateway = Gateway(client, fetch)
     routes = [
         Route("/healthz", gateway.health),
         Route("/v1/models", _guarded(gateway.models, token)),
@@ -65,8 +67,8 @@ def application(client: Client, token: str) -> Starlette:
 class Gateway:
     """What the routes do."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, fetch: Fetch | None) -> None:
+        self._client, self._fetch = client, fetch
         self._live: LiveInference
 
     @asynccontextmanager
@@ -90,7 +92,9 @@ class Gateway:
         raise NotFound(f"the model {wanted!r} is not served; /v1/models lists what is", reason="ENDPOINT_NOT_FOUND")
 
     async def chat(self, request: Request) -> Sends:
-        asked = wire.read_chat(await _body(request))
+        body = await _body(request)
+        fetched = await fetch_images(body, self._fetch) if self._fetch is not None else {}
+        asked = wire.read_chat(body, fetched)
         return await self._answer(request, asked, Answer(asked, chat=True), self._live.chat)
 
     async def complete(self, request: Request) -> Sends:

@@ -37,7 +37,7 @@ from tests.inference import published
 from tests.tiny import tiny_model
 
 NAME = "workspaces/default/endpoints/e"
-PARTS = {
+PARTS: dict[str, dict[str, Any]] = {
     "whole": {
         "target_modules": r"model\.(language_model|vision_tower)\..*(q_proj|v_proj)",
         "modules_to_save": ["multi_modal_projector"],
@@ -79,8 +79,7 @@ def tiny_seeing(home: Path) -> Seeing:
 def _adapter(base: Path, folder: Path, name: str) -> Path:
     torch.manual_seed(7)
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    parts: dict[str, Any] = PARTS[name]
-    config = peft.LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM", init_lora_weights=False, **parts)
+    config = peft.LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM", init_lora_weights=False, **PARTS[name])
     wrapped = peft.get_peft_model(model, config)
     for place, value in wrapped.named_parameters():
         if "modules_to_save" in place:

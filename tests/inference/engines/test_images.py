@@ -131,7 +131,12 @@ def test_an_image_is_looked_at_once(seeing: Seeing, monkeypatch: pytest.MonkeyPa
     engine = TransformersEngine(seeing.folder, {}, "float32", 0)
     looks: list[int] = []
     look = engine._model.get_image_features
-    monkeypatch.setattr(engine._model, "get_image_features", lambda **given: looks.append(1) or look(**given))
+
+    def counted(**given: Any) -> Any:
+        looks.append(1)
+        return look(**given)
+
+    monkeypatch.setattr(engine._model, "get_image_features", counted)
     ids = [1, *[token_of(seeing.folder)] * TOKENS, 7]
     first = answered(engine, ids, Picture("a", photo(4)), "")
     assert answered(engine, ids, Picture("a", photo(4)), "") == first and len(looks) == 1
