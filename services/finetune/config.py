@@ -7,10 +7,12 @@ train; the classes ending in `Run` are whole orders, one JSON file each, that a 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, cast
 
 from services.finetune.errors import InvalidArgument, nearest
@@ -63,7 +65,8 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.1
     targets: tuple[str, ...] = ("all-linear",)
-    """Patterns of linear layers, or all-linear: every one but the output head."""
+    """Patterns of linear layers, or all-linear: every one of the language model but the output head. Empty trains
+    modules_to_save alone."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Another rank for modules by pattern; of several that match, the first counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -142,6 +145,9 @@ class OptimConfig:
     """Of matrices only: biases, norms and embeddings do not decay."""
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
+    lr_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Another rate, in place of lr, for modules by pattern (see LoraConfig) with all that is in them; of several that match,
+    the first counts. The schedule and loraplus_lr_ratio apply to it as to lr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +199,8 @@ class ReportConfig:
     sample_every: int = 0
     """Steps between answers to `prompts`; 0 means only at the end."""
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    """What the prompts are about: a file's path in the job's datasets, for all of them, or one for each ("" is none)."""
     system: str = ""
     """System text for `prompts` alone; empty means data.system."""
     sample_tokens: int = 64
@@ -400,6 +408,13 @@ class ConvertRun:
     reshard: ReshardTask | None = None
     export: ExportTask | None = None
     quantize: QuantizeTask | None = None
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern (see LoraConfig) means the module of this whole name."""
+    if re.search(r"[*?\[]", pattern):
+        return fnmatchcase(module, pattern)
+    return module == pattern or module.endswith("." + pattern)
 
 
 def to_json(config: object) -> Any:

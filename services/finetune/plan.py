@@ -18,6 +18,7 @@ from typing import Any
 
 from services.finetune.config import RunConfig, override
 from services.finetune.errors import FailedPrecondition
+from services.finetune.towers import Tower, images_bytes, is_seeing, read_tower, trained_of
 
 GIB = 2**30
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -75,6 +76,8 @@ class Shape:
     parameters: int
     linears: Mapping[str, Linear]
     normed_heads: bool = False
+    tower: Tower | None = None
+    """Of a model that sees; its weights count among `parameters`, not among `linears`."""
 
 
 def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Shape:
@@ -86,12 +89,14 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     except KeyError as error:
         raise FailedPrecondition(f"the base's config.json has no {error}", reason="SHAPE_UNKNOWN") from error
     linears: dict[str, Linear] = {}
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     parameters = 0
     for name, shape in tensors.items():
         if tied and name.endswith("lm_head.weight"):
             continue
         parameters += math.prod(shape)
+        if is_seeing(name):
+            continue
         # What has a row for each token is the embedding or the head.
         if name.endswith(".weight") and len(shape) == 2 and vocabulary not in shape and re.search(r"\.\d+\.", name):
             leaf = name.split(".")[-2]
@@ -100,7 +105,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     if not linears:
         raise FailedPrecondition("the base's files hold no linear layers", reason="SHAPE_UNKNOWN")
     return Shape(
-        architecture=(config.get("architectures") or [""])[0],
+        architecture=_architecture(config, text),
         layers=layers,
         hidden=hidden,
         intermediate=text.get("intermediate_size") or 4 * hidden,
@@ -110,7 +115,15 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         parameters=parameters,
         linears=linears,
         normed_heads=any(name.endswith("q_norm.weight") for name in tensors),
+        tower=read_tower(config, tensors),
     )
+
+
+def _architecture(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """The class of the language model. The config.json of a model that sees names it by its type alone."""
+    if text is config:
+        return str((config.get("architectures") or [""])[0])
+    return next((n for n in FUSED if n.removesuffix("ForCausalLM").lower() == text.get("model_type", "llama")), "")
 
 
 def tensor_shapes(read: Callable[[int, int], bytes]) -> dict[str, list[int]]:
@@ -151,11 +164,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The largest micro-step: blocks, tokens in each, learned tokens in all."""
+    """The largest micro-step: blocks, tokens in each, learned tokens and images in all."""
 
     blocks: int
     length: int
     learned: int
+
+    images: int = 0
 
     @property
     def tokens(self) -> int:
@@ -186,7 +201,7 @@ def lora_parameters(shape: Shape, config: RunConfig) -> int:
 def adapted(shape: Shape, config: RunConfig) -> dict[str, Linear]:
     """The linear layers that get an adapter."""
     targets = config.lora.targets
-    every = tuple(targets) == ("all-linear",)
+    every = "all-linear" in targets
     return {leaf: one for leaf, one in shape.linears.items() if every or leaf in targets}
 
 
@@ -207,20 +222,23 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
     """
     if config.method not in ("lora", "qlora") or config.optim.name not in OPTIMIZER_BYTES:
         raise FailedPrecondition(f"no formula for {config.method} with {config.optim.name}", reason="SHAPE_UNKNOWN")
-    trained = lora_parameters(shape, config)
+    adapters, beside = lora_parameters(shape, config), trained_of(shape.tower, config.lora)
+    trained = adapters + beside.tower + beside.projector
     weights, optimizer = weight_bytes(shape, config, dtype), trained * OPTIMIZER_BYTES[config.optim.name]
     fused = engine(shape, config, device, dtype) == "fused"
     if fused:
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
-        adapter, gradients = trained * (4 + ITEM[dtype]), 4 * trained
+        adapter, gradients = adapters * ITEM[dtype] + 4 * trained, 4 * trained
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
+        seen = images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
         lay = fused_lay(shape, config, dtype)
-        held = fused_bytes(lay, batch.tokens, free)
+        held = fused_bytes(lay, batch.tokens, free - seen)
         logits = min(HEAD_ROWS, batch.learned) * shape.vocabulary * ITEM[dtype]
-        activations = max(0, held.peak - logits)
+        activations = max(0, held.peak - logits) + seen
     else:
         adapter, gradients = 4 * trained, 4 * trained
         activations = autograd_bytes(shape, config, batch, dtype)
+        activations += images_bytes(shape.tower, beside, batch.images, ITEM[dtype], 1 << 62)
         # The logits, then their logarithms, then the gradients of both: three of these at a time, float32.
         logits = 12 * batch.learned * shape.vocabulary
         if config.schedule.accumulate == 1:

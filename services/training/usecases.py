@@ -345,6 +345,10 @@ def _positive(config: RunConfig) -> None:
     ratio, power = config.lora.loraplus_lr_ratio, config.schedule.power
     _must(ratio > 0, "lora.loraplus_lr_ratio", "be above 0", ratio)
     _must(power > 0, "schedule.power", "be above 0", power)
+    for pattern, lr in config.optim.lr_pattern.items():
+        _must(lr >= 0, f"optim.lr_pattern.{pattern}", "be at least 0", lr)
+    images, prompts = config.report.images, config.report.prompts
+    _must(len(images) in (0, 1, len(prompts)), "report.images", "be one path, or one for each prompt", list(images))
     frozen = config.model.freeze
     _must(config.method == "full" or not frozen, "model.freeze", "be empty unless the method is full", list(frozen))
 

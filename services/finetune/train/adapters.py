@@ -128,10 +128,10 @@ class Adapters:
     So the gradient is zeroed, the copy renewed, each by one kernel. The model's parameters keep their identity.
     """
 
-    def __init__(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> None:
         parameters = [p for g in groups for p in _in_order(g)]
         size = sum(p.numel() for p in parameters)
-        self.master = torch.empty(size, dtype=torch.float32, device=parameters[0].device)
+        self.master = torch.empty(size, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.master)
         self.copy = torch.empty(size, dtype=dtype, device=self.master.device)
         self._views: list[tuple[Any, Tensor]] = []

@@ -21,13 +21,15 @@ ROUND = 256
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """Tokens of some blocks, all on the device, int32. `where_K` are the tokens that predict `wanted_K`."""
+    """Tokens of some blocks, all on the device, int32. `where_K` are the tokens that predict `wanted_K`, `images_M` (int64)
+    those of images, where the model sees any."""
 
     ids_T: Tensor
     positions_T: Tensor
     where_K: Tensor
     wanted_K: Tensor
     extent: Extent
+    images_M: Tensor | None = None
 
 
 def flatten(blocks: Blocks, batch: np.ndarray[Any, Any], device: torch.device) -> Flat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +15,11 @@ from services.finetune.config import ModelConfig
 from services.finetune.packing import Blocks
 from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
-from services.finetune.train.batch import flatten
-from services.finetune.train.model import causal_of, summed_loss
+from services.finetune.train.batch import Flat, flatten
+from services.finetune.train.images import Images
+from services.finetune.train.model import causal_of, computing, summed_loss
 from services.finetune.train.parallel import ALONE, Batch, Group
+from services.finetune.train.seeing import features
 
 Unscale = Callable[[], None] | None
 """Divides gradients by the loss scale. It sees sums over all ranks, so that all find the same overflow and skip the same
@@ -63,13 +66,20 @@ class Autograd:
     collective = False
 
     def __init__(
-        self, model: Any, blocks: Blocks, device: torch.device, dtype: torch.dtype, group: Group = ALONE
+        self,
+        model: Any,
+        blocks: Blocks,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group = ALONE,
+        images: Images | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
         self.group = group
+        self.images = images
 
     def begin(self, tokens: int, reserved: int) -> str:
         self.model.zero_grad(set_to_none=True)
@@ -78,8 +88,11 @@ class Autograd:
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         if not len(batch):
             return torch.zeros((), device=self.device)
-        loss = summed_loss(self.model, *tensors(self.blocks, batch, self.device), dtype=self.dtype) / learned
-        (loss * scale if scale != 1.0 else loss).backward()
+        loss = self._summed(self.blocks, batch) / learned
+        if (
+            loss.requires_grad
+        ):  # else there are only rows without an image, and nothing of the language model is trained
+            (loss * scale if scale != 1.0 else loss).backward()
         return loss.detach()
 
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
@@ -94,14 +107,18 @@ class Autograd:
     @torch.no_grad()
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
         self.model.eval()
-        return summed_loss(self.model, *tensors(blocks, batch, self.device), dtype=self.dtype)
+        return self._summed(blocks, batch)
 
     def spare(self) -> str:
         return memory.spare(causal_of(self.model))
 
+    def _summed(self, blocks: Blocks, batch: Batch) -> Tensor:
+        seen = self.images.seen(blocks, batch, packed=False) if self.images else None
+        return summed_loss(self.model, *tensors(blocks, batch, self.device), dtype=self.dtype, seen=seen)
+
 
 class Handmade:
-    """Llama-shaped models on a GPU; see fused.py."""
+    """Llama-shaped models on a GPU; see fused.py. Vision tower and projector go by autograd, on both sides of it."""
 
     collective = False
 
@@ -113,32 +130,52 @@ class Handmade:
         config: ModelConfig,
         positions: int,
         group: Group = ALONE,
+        images: Images | None = None,
+        ops: Any = None,
     ) -> None:
-        from services.finetune.train import ops_triton
         from services.finetune.train.fused import Fused
 
-        self.fused = Fused(model, ops_triton, positions)
+        if ops is None:
+            from services.finetune.train import ops_triton as ops
+        self.model = model
+        self.fused = Fused(model, ops, positions)
         self.blocks = blocks
         self.device = device
         self.config = config
         self.group = group
+        self.images = images
         self.planned = 0
 
     def begin(self, tokens: int, reserved: int) -> str:
         self.fused.adapters.begin()
+        for parameter in self.fused.beside:
+            parameter.grad = None
         if tokens <= self.planned:
             return ""
-        made = memory.bound(memory.plan(self.fused, tokens, memory.free_bytes(self.device) - reserved), self.config)
+        free, how = memory.free_bytes(self.device) - reserved, ""
+        if self.images:
+            held, how = memory.plan_tower(causal_of(self.model), tokens // self.images.form.tokens, free, self.config)
+            free -= held
+        made = memory.bound(memory.plan(self.fused, tokens, free), self.config)
         self.planned, self.fused.recomputed = tokens, made.recomputed
-        return f"micro-steps of up to {tokens} tokens: {memory.told(made)}"
+        return f"micro-steps of up to {tokens} tokens: {memory.told(made)}{how}"
 
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         if not len(batch):
             return torch.zeros((), device=self.device)
-        return self.fused.backprop(flatten(self.blocks, batch, self.device), learned, seed, scale)
+        flat, features_MD = self._read(self.blocks, batch)
+        if features_MD is None or flat.images_M is None:
+            return self.fused.backprop(flat, learned, seed, scale)
+        wanted = features_MD.requires_grad
+        h_TD = self.fused.embed(flat, features_MD.detach())
+        loss, grad_TD = self.fused.backprop_from(h_TD, flat, learned, seed, scale, needs_dx=wanted)
+        if wanted:
+            features_MD.backward(grad_TD.index_select(0, flat.images_M).to(features_MD.dtype))
+        return loss
 
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         self.group.sum(self.fused.adapters.grad)
+        self.group.sum_gradients(self.fused.beside)
         if unscale:
             unscale()
         return torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
@@ -148,7 +185,9 @@ class Handmade:
 
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
         self.fused.adapters.begin()
-        return self.fused.loss(flatten(blocks, batch, self.device))
+        self.model.eval()
+        with torch.no_grad():
+            return self.fused.loss(*self._read(blocks, batch))
 
     def spare(self) -> str:
         layers = len(self.fused.layers)
@@ -156,6 +195,15 @@ class Handmade:
             return ""
         self.fused.recomputed = layers
         return "all layers run forward twice"
+
+    def _read(self, blocks: Blocks, batch: Batch) -> tuple[Flat, Tensor | None]:
+        """Tokens, and what stands at the places of those that are of images."""
+        seen = self.images.seen(blocks, batch, packed=True) if self.images else None
+        flat = flatten(blocks, batch, self.device)
+        if seen is None:
+            return flat, None
+        with computing(self.device, self.fused.dtype):
+            return replace(flat, images_M=seen.places_M), features(causal_of(self.model), seen)
 
 
 def tensors(blocks: Blocks, batch: Batch, device: torch.device) -> list[Tensor]:
@@ -177,6 +225,7 @@ def choose(
     longest: int = 0,
     fixed: bool = False,
     group: Group = ALONE,
+    images: Images | None = None,
 ) -> tuple[Engine, str]:
     """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` asks for sums in a
     fixed order, which flash attention's backward does not have. FailedPrecondition (MODEL_NOT_TRAINABLE) as
@@ -188,9 +237,9 @@ def choose(
         why = why or f"flash attention knows no {str(dtype).removeprefix('torch.')}"
     if not why:
         try:
-            made = Handmade(model, blocks, device, config, max(longest, int(blocks.ids.shape[1])), group)
+            made = Handmade(model, blocks, device, config, max(longest, int(blocks.ids.shape[1])), group, images)
             return made, "fused kernels, attention by document"
         except (Uncovered, ImportError) as error:
             why = f"not covered by the fused kernels: {error}"
     twice = memory.recompute(causal_of(model), config, device)
-    return Autograd(model, blocks, device, dtype, group), f"torch's autograd over dense masks ({why}); {twice}"
+    return Autograd(model, blocks, device, dtype, group, images), f"torch's autograd over dense masks ({why}); {twice}"

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from services.finetune.towers import image_flops
+from services.finetune.train.memory import tower_of, trained_beside
 from services.finetune.train.model import causal_of
+from services.finetune.train.seeing import in_language
 
 PEAKS = (
     # Dense 16-bit tensor operations a second, by a part of the device's name; the makers' data sheets. Longer names first.
@@ -54,21 +57,25 @@ class Cost:
     """FLOPs of the output head for a learned token."""
     attention: int
     """FLOPs for each token pair that attention sees as a square: 6 * layers * heads * size of a head, causal."""
+    image: int = 0
+    """FLOPs of tower and projector for an image."""
 
-    def flops(self, tokens: int, learned: int, squares: int) -> int:
-        """Of a step: its tokens, its learned tokens, and the sum of its documents' squared lengths."""
-        return tokens * (4 * self.frozen + 6 * self.trained) + learned * self.head + squares * self.attention
+    def flops(self, tokens: int, learned: int, squares: int, images: int = 0) -> int:
+        """Of a step: its tokens, its learned tokens, the sum of its documents' squared lengths, its images."""
+        language = tokens * (4 * self.frozen + 6 * self.trained) + learned * self.head + squares * self.attention
+        return language + images * self.image
 
 
-def cost(model: Any) -> Cost | None:
-    """The cost of a token; None where it is not known, as with experts, of which a token sees some only."""
+def cost(model: Any, kept: bool = False) -> Cost | None:
+    """The cost of a token; None where it is not known, as with experts, of which a token sees some only. `kept` features of
+    a frozen tower cost nothing, as in every epoch but the first."""
     causal = causal_of(model)
     config = causal.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
     head, frozen, trained, heads = causal.get_output_embeddings(), 0, 0, 0
-    for layer in causal.modules():
-        if not isinstance(layer, torch.nn.Linear):
+    for name, layer in causal.named_modules():
+        if not isinstance(layer, torch.nn.Linear) or not in_language(causal, name):
             continue
         # By its features: a quantised weight has another shape.
         size, learns = layer.in_features * layer.out_features, layer.weight.requires_grad
@@ -79,7 +86,16 @@ def cost(model: Any) -> Cost | None:
         else:
             frozen += size
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Cost(frozen, trained, heads, 6 * config.num_hidden_layers * config.num_attention_heads * width)
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * width
+    return Cost(frozen, trained, heads, attention, _image(causal, kept))
+
+
+def _image(causal: Any, kept: bool) -> int:
+    tower = tower_of(causal)
+    if tower is None:
+        return 0
+    beside = trained_beside(causal)
+    return image_flops(tower, beside.tower > 0 or not kept, beside.tower > 0, beside.projector > 0)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:

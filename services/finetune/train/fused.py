@@ -20,6 +20,7 @@ from services.finetune.plan import FUSED, HEAD_ROWS
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
 from services.finetune.train.ops_torch import Drop, Heads, Source, Turns
+from services.finetune.train.seeing import is_seeing_side, sees
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose tables do not change with the length of the input."""
@@ -72,21 +73,25 @@ class Fused:
             raise Uncovered("weights that are trained whole")
         causal = model.get_base_model()
         check_covered(causal)
+        decoder, config = decoder_of(causal), causal.config.get_text_config()
         self.ops = ops
         self.dtype = causal.dtype
-        self.eps = float(causal.config.rms_norm_eps)
-        self.embedding: Tensor = causal.model.embed_tokens.weight
+        self.eps = float(config.rms_norm_eps)
+        self.embedding: Tensor = decoder.embed_tokens.weight
         self.head: Tensor = causal.lm_head.weight
-        self.norm: Tensor = causal.model.norm.weight
-        self.layers = [_layer(layer, causal.config) for layer in causal.model.layers]
-        self.adapters = Adapters([g for layer in self.layers for g in layer.groups], self.dtype)
-        known = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if known != self.adapters.master.numel():
-            raise Uncovered("trainable weights outside the decoder's linear layers")
+        self.norm: Tensor = decoder.norm.weight
+        self.layers = [_layer(layer, config) for layer in decoder.layers]
         device = self.head.device
+        self.adapters = Adapters([g for layer in self.layers for g in layer.groups], self.dtype, device)
+        named = [(n, p) for n, p in causal.named_parameters() if p.requires_grad]
+        self.beside = [p for n, p in named if sees(causal) and is_seeing_side(n)]
+        """What is trained beside the decoder's linear layers: their gradients come by autograd."""
+        known = sum(p.numel() for p in self.beside) + self.adapters.master.numel()
+        if known != sum(p.numel() for _, p in named):
+            raise Uncovered("trainable weights outside the decoder's linear layers")
         self.side = torch.cuda.Stream() if device.type == "cuda" else None
         dummy = torch.zeros(1, dtype=torch.float32, device=device)
-        cos, sin = causal.model.rotary_emb(dummy, torch.arange(positions, device=device)[None])
+        cos, sin = decoder.rotary_emb(dummy, torch.arange(positions, device=device)[None])
         half = self.layers[0].heads.size // 2
         self.tables = tuple(t[0, :, :half].contiguous() for t in (cos, sin))
         self.head_rows = HEAD_ROWS
@@ -94,14 +99,29 @@ class Fused:
         """So many layers, from the first, keep their input only and run forward again in the backward pass."""
 
     @torch.no_grad()
+    def embed(self, flat: Flat, features_MD: Tensor | None = None) -> Tensor:
+        """The first layer's input [T, D], with features at the places of images' tokens."""
+        h_TD = functional.embedding(flat.ids_T, self.embedding)
+        if features_MD is not None and flat.images_M is not None:
+            h_TD.index_copy_(0, flat.images_M, features_MD.to(h_TD.dtype))
+        return h_TD
+
     def backprop(self, flat: Flat, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         """The cross entropy summed over `flat`'s learned tokens, by `learned`; its gradients times `scale` are added to the
         adapters'.
 
         `seed` decides the dropout, together with layer and projection.
         """
+        if not self.adapters.master.numel():
+            return self.loss(flat) / learned  # rows without an image, and nothing of the language model is trained
+        return self.backprop_from(self.embed(flat), flat, learned, seed, scale)[0]
+
+    @torch.no_grad()
+    def backprop_from(
+        self, h_TD: Tensor, flat: Flat, learned: int, seed: int, scale: float = 1.0, needs_dx: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As backprop, from the first layer's input on; (the loss, with `needs_dx` that input's gradient times `scale`)."""
         turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
-        h_TD = functional.embedding(flat.ids_T, self.embedding)
         delta_TD: Tensor | None = None
         kept: list[Any] = []
         for n, layer in enumerate(self.layers):
@@ -118,14 +138,14 @@ class Fused:
             saved = kept.pop()
             if n < self.recomputed:
                 saved = self._forward(layer, saved, None, turns, flat, _mixed(seed, n))[2]
-            self._backward(layer, grad_TD, saved, turns, flat, _mixed(seed, n), first=n == 0)
-        return loss
+            self._backward(layer, grad_TD, saved, turns, flat, _mixed(seed, n), first=n == 0 and not needs_dx)
+        return loss, grad_TD
 
     @torch.no_grad()
-    def loss(self, flat: Flat) -> Tensor:
+    def loss(self, flat: Flat, features_MD: Tensor | None = None) -> Tensor:
         """The cross entropy summed over `flat`'s learned tokens, without dropout."""
         turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
-        h_TD, delta_TD = functional.embedding(flat.ids_T, self.embedding), None
+        h_TD, delta_TD = self.embed(flat, features_MD), None
         with self._without_dropout():
             for layer in self.layers:
                 h_TD, delta_TD, _ = self._forward(layer, h_TD, delta_TD, turns, flat, 0)
@@ -265,11 +285,19 @@ def _on(stream: Any) -> AbstractContextManager[Any]:
     return torch.cuda.stream(stream)
 
 
+def decoder_of(causal: Any) -> Any:
+    """What embeds tokens and has the layers."""
+    return causal.model.language_model if sees(causal) else causal.model
+
+
 def check_covered(causal: Any) -> None:
     """Uncovered, saying what stands against the fused path."""
-    config = causal.config
-    if type(causal).__name__ not in FUSED:
-        raise Uncovered(type(causal).__name__)
+    config, name = causal.config.get_text_config(), type(causal).__name__
+    if sees(causal):
+        name = type(causal.model.language_model).__name__.removesuffix("Model") + "ForCausalLM"
+    if name not in FUSED:
+        raise Uncovered(name)
+    decoder = decoder_of(causal)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPES:
         raise Uncovered(f"{rope} rotary embedding")
@@ -277,10 +305,10 @@ def check_covered(causal: Any) -> None:
         raise Uncovered(f"activation {config.hidden_act}")
     if getattr(config, "attention_dropout", 0.0):
         raise Uncovered("dropout of attention")
-    head = causal.model.layers[0].self_attn.head_dim
+    head = decoder.layers[0].self_attn.head_dim
     if head % 8 or head > 256:
         raise Uncovered(f"attention heads of size {head}")
-    if type(causal.model.embed_tokens) is not torch.nn.Embedding or type(causal.lm_head) is not torch.nn.Linear:
+    if type(decoder.embed_tokens) is not torch.nn.Embedding or type(causal.lm_head) is not torch.nn.Linear:
         raise Uncovered("an adapted embedding or head")
 
 

@@ -17,24 +17,26 @@ import torch
 
 from services.finetune.config import TrainRun
 from services.finetune.errors import Cancelled, InvalidArgument, QuartetError
-from services.finetune.formats import Message
 from services.finetune.prepare.certificate import META, certify
 from services.finetune.progress import Attempt, best_checkpoint, checkpoints
 from services.finetune.store.artifacts import load, materialise
-from services.finetune.templates import load_template, to_prompt_ids
+from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.train import checkpoint
+from services.finetune.train.answers import Answers, shown
 from services.finetune.train.data import prepare
 from services.finetune.train.engine import Engine, choose
 from services.finetune.train.flops import cost, peak, peak_memory
+from services.finetune.train.images import Images, Look, come_again
 from services.finetune.train.memory import give_back, planned, recompute
-from services.finetune.train.model import causal_of, choose_dtype, computing, load_model, trainable
+from services.finetune.train.model import causal_of, choose_dtype, load_model, trainable
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.report import Report, Silent
 from services.finetune.train.stage import choose_stage
 from services.finetune.train.step import Stepper, Told
 from services.finetune.train.steplog import NAME, Replay, StepLog, read_lines
 from services.finetune.train.validation import Looks, mean_loss
+from services.finetune.vision import ImageForm, read_form
 
 if TYPE_CHECKING:
     from services.finetune.train.zero import Zero
@@ -62,6 +64,7 @@ class Trainer:
         self._known = group.from_first(lambda: checkpoints(attempt.store, attempt.job_key, attempt.number))
         """What was said of the job's complete checkpoints, by step."""
         self._saver = ThreadPoolExecutor(1, "checkpoint")
+        self.images: Images | None = None
 
     def run(self) -> dict[str, Any]:
         """See services.finetune.train.train."""
@@ -77,11 +80,15 @@ class Trainer:
             raise self._with_last(error) from error
         finally:
             self._close(state)
+            if self.images is not None:
+                self.images.close()
         return result
 
     def _run(self) -> dict[str, Any]:
         self._load()
         self._resume()
+        if self.images is not None:
+            self.images.expect(self.data.blocks, self.steps.ahead())
         self._began, self._first = time.monotonic(), self.steps.step
         with self._saver:
             if message := self._train():
@@ -154,9 +161,13 @@ class Trainer:
         self.model = load_model(folder, self.config, dtype)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
+        form = read_form(folder)
+        asked = shown(self.config, self.order.datasets, store, form, self.workdir / f"shown-{self.group.rank}")
+        about = (self.tokenizer, asked, form, self.device, dtype)
+        self.answers = Answers(self.model, self.config, self.template, *about)
         blocks = self.data.blocks
         longest = max((int(b.ids.shape[1]) for b in self.data.validation), default=0)
-        self.engine, why = self._engine(dtype, longest, fixed)
+        self.engine, why = self._engine(dtype, longest, fixed, form)
         self.report.log(f"gradients by {why}")
         self.steps = Stepper(
             self.config,
@@ -173,8 +184,8 @@ class Trainer:
         )
         if self.zero is not None:
             self.steps.optimizer = self.zero.start(self.steps.optimizer)
-        self.dtype = dtype
-        self.cost, self.peak = cost(self.model), peak(self.device, dtype)
+        kept = self.images is not None and self.images.kept is not None
+        self.cost, self.peak = cost(self.model, kept), peak(self.device, dtype)
         if self.cost and self.peak:
             self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
         # A plan is of whole copies.
@@ -189,19 +200,24 @@ class Trainer:
             META: certificate,
         }
 
-    def _engine(self, dtype: torch.dtype, longest: int, fixed: bool) -> tuple[Engine, str]:
+    def _engine(self, dtype: torch.dtype, longest: int, fixed: bool, form: ImageForm | None) -> tuple[Engine, str]:
         self.zero: Zero | None = None
         stage, why = choose_stage(self.config, self.model, self.group)
+        sets = (self.data.blocks, *self.data.validation)
+        if form is not None and any(blocks.image_files for blocks in sets):
+            look = Look(self.device, dtype, fixed=fixed, inside="zero3" in stage, again=come_again(sets, self.config))
+            folder = self.workdir / f"images-{self.group.rank}"
+            self.images = Images(causal_of(self.model), form, self.attempt.store, folder, look, self.group.local_world)
         if stage:
             from services.finetune.train.zero import Zero, settings_of
 
             trainable = sum(p.numel() for p in self.parameters.values())
             settings = settings_of(stage, self.config.optim.clip_norm, trainable)
-            self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings, dtype)
+            self.zero = Zero(self.model, self.data.blocks, self.device, self.group, settings, dtype, self.images)
             twice = recompute(causal_of(self.model), self.config.model, self.device)
             return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes ({why}); {twice}"
         model, blocks, wanted = self.model, self.data.blocks, self.config.model
-        engine, how = choose(model, blocks, self.device, dtype, wanted, longest, fixed, self.group)
+        engine, how = choose(model, blocks, self.device, dtype, wanted, longest, fixed, self.group, self.images)
         return engine, how + (f"; {why}" if why else "")
 
     def _begin_nothing_more(self) -> None:
@@ -261,8 +277,10 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self.device),
         }
         if self.cost and self.peak:
-            flops = self.cost.flops(taken.tokens, taken.learned, taken.squares)
+            flops = self.cost.flops(taken.tokens, taken.learned, taken.squares, taken.images)
             values["mfu"] = flops / told.seconds / self.peak
+        if taken.images:
+            values["images_per_s"] = taken.images / told.seconds
         self.report.metric(told.step, values)
 
     def _look_due(self, step: int, last: bool) -> bool:
@@ -368,27 +386,8 @@ class Trainer:
         if not (self.group.speaks or together):
             return
         self.group.beat(False)
-        self.model.eval()
-        system = self.config.report.system or self.config.data.system
-        stopping: Any = [lambda *_: self.stop.is_set() and not together]
-        for prompt in self.config.report.prompts:
-            ids = to_prompt_ids(self.template, self.tokenizer, [Message("user", prompt)], system)
-            prompt_BL = torch.tensor([ids], device=self.device)
-            with torch.no_grad(), computing(self.device, self.dtype):
-                out_BL = self.model.generate(
-                    input_ids=prompt_BL,
-                    attention_mask=torch.ones_like(prompt_BL),
-                    max_new_tokens=self.config.report.sample_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    synced_gpus=together,
-                    eos_token_id=list(self.tokenizer.eos_ids),
-                    pad_token_id=(self.tokenizer.eos_ids or (0,))[0],
-                    stopping_criteria=stopping,
-                )
-            if self.stop.is_set() and not together:
-                return  # half an answer is none
-            self.report.sample(self.steps.step, prompt, self.tokenizer.decode(out_BL[0, len(ids) :].tolist()))
+        for prompt, answer in self.answers.ask(self.stop.is_set, together):
+            self.report.sample(self.steps.step, prompt, answer)
 
 
 def _done(digest: str) -> Future[str]:

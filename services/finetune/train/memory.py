@@ -18,6 +18,18 @@ from services.finetune.config import ModelConfig, RunConfig
 from services.finetune.errors import FailedPrecondition
 from services.finetune.packing import Blocks
 from services.finetune.plan import Batch, Device, Held, Lay, fused_bytes
+from services.finetune.towers import (
+    Tower,
+    Trained,
+    images_bytes,
+    is_seeing,
+    projector_bytes,
+    read_tower,
+    runs_twice,
+    tower_bytes,
+)
+from services.finetune.train.methods import module_of
+from services.finetune.train.seeing import PROJECTOR, TOWER
 
 M_MMAP_THRESHOLD = -3
 """As malloc.h has it."""
@@ -54,6 +66,42 @@ def plan(fused: Any, tokens: int, free: int) -> Held:
     return fused_bytes(lay, tokens, free)
 
 
+def plan_tower(causal: Any, images: int, free: int, config: ModelConfig) -> tuple[int, str]:
+    """(bytes that tower and projector keep of so many images, in words): the tower's layers are set to run forward again in
+    the backward pass if that is asked for, or needed in `free` bytes."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    item, tower, trained = causal.dtype.itemsize, tower_of(causal), trained_beside(causal)
+    if tower is None or not trained.tower:
+        return images_bytes(tower, trained, images, item, free), ""
+    asked = config.gradient_checkpointing
+    twice = asked in ("full", "selective") or (asked == "auto" and runs_twice(tower, images, item, free))
+    layers = [m for m in causal.model.vision_tower.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if twice and layers:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+        causal.disable_input_require_grads()
+    for layer in causal.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = twice and layer in layers
+    held = tower_bytes(tower, images, item, twice) + projector_bytes(tower, images, item)
+    return held, f"; the tower runs forward {'twice' if twice else 'once'}, {held / 2**20:,.0f} MiB for {images} images"
+
+
+def tower_of(causal: Any) -> Tower | None:
+    """The sizes of a model's vision side; None of one that has none."""
+    # What PEFT adds is not the model's; what it trains whole is there twice, under one name.
+    own = [(n, p) for n, p in causal.named_parameters() if is_seeing(n) and ".lora_" not in n]
+    shapes = {f"{module_of(n)}.{n.rpartition('.')[2]}": list(p.shape) for n, p in own}
+    return read_tower(causal.config.to_dict(), shapes)
+
+
+def trained_beside(causal: Any) -> Trained:
+    """The trained weights of its vision side."""
+    learns = [(n, p.numel()) for n, p in causal.named_parameters() if p.requires_grad]
+    tower, projector = (sum(size for n, size in learns if n.startswith(part)) for part in (TOWER, PROJECTOR))
+    return Trained(tower, projector)
+
+
 def told(held: Held) -> str:
     """For people."""
     return (
@@ -83,7 +131,8 @@ def _planned(
 ) -> plans.Memory:
     count, tokens = config.schedule.batch_size, len(blocks) * int(blocks.ids.shape[1])
     length = int(blocks.ids.shape[1])
-    batch = Batch(count, length, -(-count * length * blocks.learned // tokens))
+    shown = sum(len(blocks.images_of(n)) for n in range(len(blocks))) if blocks.image_files else 0
+    batch = Batch(count, length, -(-count * length * blocks.learned // tokens), -(-count * shown // len(blocks)))
     cuda = device.type == "cuda"
     place = Device("", torch.cuda.get_device_properties(device).total_memory) if cuda else Device("cpu")
     return plans.memory(shape, config, batch, steps, place, str(dtype).removeprefix("torch."))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from services.finetune.config import LoraConfig, RunConfig
+from services.finetune.config import LoraConfig, RunConfig, matches
 from services.finetune.errors import FailedPrecondition, InvalidArgument, nearest
+from services.finetune.train.seeing import file_names, in_language, sees
 
 ALL_LINEAR = "all-linear"
 _WILD = re.compile(r"[*?\[]")
@@ -87,7 +87,7 @@ def check_writable(model: Any, directory: Path) -> None:
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
-    gone = [n for n, p in model.named_parameters() if p.requires_grad and not {n, n.partition(".")[2]} & names]
+    gone = [n for n, p in model.named_parameters() if p.requires_grad and not file_names(n) & names]
     if gone:
         raise FailedPrecondition(
             f"the base's files have no {gone[0]}, so what full training makes of it could not be written back; use lora",
@@ -107,23 +107,35 @@ def find(patterns: Iterable[str], names: Collection[str], key: str) -> list[str]
     return [name for name in names if name in found]
 
 
-def matches(pattern: str, name: str) -> bool:
-    if _WILD.search(pattern):
-        return fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
+def module_of(parameter: str) -> str:
+    """The base's name of the module that a parameter is of, or was added to: without what PEFT puts around it."""
+    name = re.sub(r"\.(lora_\w+|modules_to_save)\.default(?=\.)|\.(base_layer|original_module)(?=\.)", "", parameter)
+    return name.removeprefix("base_model.model.").rpartition(".")[0]
+
+
+def within(module: str) -> list[str]:
+    """A module's name, and those of all that it is in."""
+    parts = module.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _targets(model: Any, lora: LoraConfig) -> tuple[str | list[str], list[str]]:
     """(what PEFT is told, the whole names of all that are meant)."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
     from transformers.pytorch_utils import Conv1D
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     named = find([t for t in lora.targets if t != ALL_LINEAR], linear, "lora.targets")
     if ALL_LINEAR in lora.targets:
         head = model.get_output_embeddings()
-        named += [n for n in linear if n not in named and model.get_submodule(n) is not head]
-    if lora.targets == (ALL_LINEAR,):
+        every = [n for n in linear if in_language(model, n) and model.get_submodule(n) is not head]
+        named += [n for n in every if n not in named]
+    if lora.targets == (ALL_LINEAR,) and not sees(model):
         return ALL_LINEAR, named
+    if not lora.targets:
+        if not lora.modules_to_save:
+            raise _invalid("lora.targets", "nothing is left to train: name some, or modules_to_save")
+        return DUMMY_TARGET_MODULES, []  # PEFT's name for none
     if ALL_LINEAR in lora.targets or any(_WILD.search(t) or "." in t for t in lora.targets):
         return named, named
     return list(lora.targets), named  # every reader of adapters knows last names

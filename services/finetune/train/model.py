@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from services.finetune.config import QuantConfig, RunConfig
 from services.finetune.errors import FailedPrecondition
 from services.finetune.plan import cpu_has_bfloat16
 from services.finetune.train.methods import adapt, check_writable, unfreeze
+from services.finetune.train.seeing import LLAVA, UNQUANTISED, Seen, language_of, with_images
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -41,16 +43,17 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
 
     FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_no_code(directory)
-    whole = config.method == "full"
+    whole, seeing = config.method == "full", model_type(directory) == LLAVA
+    kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
     try:
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             directory,
             dtype=torch.float32 if whole else dtype,
-            quantization_config=_quantisation(config.quant, dtype),
+            quantization_config=_quantisation(config.quant, dtype, UNQUANTISED if seeing else None),
             device_map=device,
             trust_remote_code=False,
             local_files_only=True,
@@ -71,14 +74,17 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def _quantisation(quant: QuantConfig, dtype: torch.dtype) -> Any:
+def _quantisation(quant: QuantConfig, dtype: torch.dtype, skip: Sequence[str] | None) -> Any:
+    """`skip` are whole names of modules that stay as they are; None leaves the output head to transformers."""
     from transformers import BitsAndBytesConfig
 
+    left = list(skip) if skip else None
     if quant.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
     if quant.bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=left,
             bnb_4bit_quant_type=quant.kind,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=dtype,
@@ -115,16 +121,25 @@ def check_no_code(directory: Path) -> None:
             "the base has no config.json, so it is no whole model; an adapter must be merged into its base first",
             reason="MODEL_NOT_TRAINABLE",
         )
-    if "auto_map" in json.loads((directory / "config.json").read_text()):
+    if "auto_map" in read_config(directory):
         raise FailedPrecondition(
             "the model's config.json has auto_map: it wants to run code of its own; use a model that transformers knows",
             reason="MODEL_NOT_TRAINABLE",
         )
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return found
+
+
+def model_type(directory: Path) -> str:
+    return str(read_config(directory).get("model_type", ""))
+
+
 def caps_attention(directory: Path) -> bool:
     """Whether the model's attention scores have a cap."""
-    config = json.loads((directory / "config.json").read_text())
+    config = read_config(directory)
     return bool(config.get("attn_logit_softcapping") or config.get("text_config", {}).get("attn_logit_softcapping"))
 
 
@@ -134,8 +149,9 @@ def isolates(causal: Any) -> bool:
     They cannot where layers carry a state from token to token, or make their own positions from a padding mask.
     """
     kinds = set(getattr(causal.config.get_text_config(), "layer_types", None) or ())
-    masked = kinds <= {"full_attention", "sliding_attention"} and not causal._is_stateful
-    return masked and "position_ids" in inspect.signature(causal.forward).parameters
+    inner = language_of(causal)
+    masked = kinds <= {"full_attention", "sliding_attention"} and not inner._is_stateful
+    return masked and "position_ids" in inspect.signature(inner.forward).parameters
 
 
 def check_packable(causal: Any, config: RunConfig) -> None:
@@ -161,9 +177,10 @@ def summed_loss(
     *,
     dtype: torch.dtype | None = None,
     call: Any = None,
+    seen: Seen | None = None,
 ) -> Tensor:
     """Cross entropy summed over the learned tokens, float32; computed in `dtype`, or else in the base's own. `call` runs the
-    causal model, if it is not to run itself.
+    causal model, if it is not to run itself; it takes `seen`, the images of the blocks, as with_images does.
 
     Samples of one block do not see each other. Logits are computed for learned tokens only: with a large vocabulary
     they are most of the cost, and most tokens are prompts. `labels_BL` stays in host memory, so that finding the
@@ -175,15 +192,16 @@ def summed_loss(
     row_K, place_K = (labels_BL[:, 1:] >= 0).nonzero(as_tuple=True)
     where_K = (row_K * labels_BL.shape[1] + place_K).to(device, non_blocking=True)
     wanted_K = labels_BL[row_K, place_K + 1].to(device, non_blocking=True)
-    seen: dict[str, Any] = {}
+    given: dict[str, Any] = {"seen": seen} if seen else {}
     if isolates(causal):
-        seen = {"attention_mask": masks(causal, segments_BL), "position_ids": positions_BL}
+        given |= {"attention_mask": masks(causal, segments_BL), "position_ids": positions_BL}
     # The head is cut short from outside: what a model does to its logits afterwards (caps, scales) stays its own.
     head = causal.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, where_K)[None],))
     try:
         with computing(device, dtype or causal.dtype):
-            logits_KV = (call or causal)(input_ids=ids_BL, use_cache=False, **seen).logits[0]
+            call = call or (with_images(causal) if seen else causal)
+            logits_KV = call(input_ids=ids_BL, use_cache=False, **given).logits[0]
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits_KV.float(), wanted_K, reduction="sum")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import OptimConfig, RunConfig, ScheduleConfig
+from services.finetune.config import OptimConfig, RunConfig, ScheduleConfig, matches
+from services.finetune.train.methods import find, module_of, within
 
 _UNPAGED = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit", "paged_lion_8bit": "lion_8bit"}
 _BITSANDBYTES = {
@@ -34,12 +35,13 @@ def choose_optimizer(name: str, device: torch.device, dealt: bool = False) -> tu
 def make_optimizer(
     config: RunConfig, model: Any, parameters: Mapping[str, Tensor], dealt: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
-    """(optimizer, which and why). Each of its groups has a `lr_ratio` to multiply a step's rate by. `dealt` is by ZeRO."""
+    """(optimizer, which and why). Each of its groups has its highest rate as `peak_lr`. `dealt` is by ZeRO.
+    InvalidArgument (CONFIG_VALUE_INVALID) for a pattern of rates that nothing trained matches."""
     device = next(iter(parameters.values())).device
     name, told = choose_optimizer(config.optim.name, device, dealt)
     made = _make(name, config.optim, group(config, model, parameters), device.type == "cuda")
     for one in made.param_groups:
-        one["lr"] = config.optim.lr * one["lr_ratio"]
+        one["lr"] = one["peak_lr"]
     return made, told
 
 
@@ -59,19 +61,31 @@ def _make(name: str, config: OptimConfig, groups: list[dict[str, Any]], fused: b
 
 
 def group(config: RunConfig, model: Any, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The parameters by what they share: their weight decay, and their rate beside the others'.
+    """The parameters by what they share: their weight decay and their highest rate.
 
     Only matrices decay, and of those no embeddings: a norm's or a bias's size is no sign of overfitting.
     """
+    rates = _rates(config.optim, parameters)
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)
     }
     found: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
         decays = parameter.ndim > 1 and id(parameter) not in embeddings
-        ratio = config.lora.loraplus_lr_ratio if ".lora_B." in name else 1.0
-        found.setdefault((config.optim.weight_decay if decays else 0.0, ratio), []).append(parameter)
-    return [{"params": p, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), p in sorted(found.items())]
+        peak = rates[name] * (config.lora.loraplus_lr_ratio if ".lora_B." in name else 1.0)
+        found.setdefault((config.optim.weight_decay if decays else 0.0, peak), []).append(parameter)
+    # By key alone: tensors have no order.
+    return [{"params": found[key], "weight_decay": key[0], "peak_lr": key[1]} for key in sorted(found)]
+
+
+def _rates(config: OptimConfig, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Each parameter's rate before the schedule and LoRA+."""
+    inside = {name: within(module_of(name)) for name in parameters}
+    find(config.lr_pattern, sorted({m for modules in inside.values() for m in modules}), "optim.lr_pattern")
+    return {
+        name: next((lr for p, lr in config.lr_pattern.items() if any(matches(p, m) for m in modules)), config.lr)
+        for name, modules in inside.items()
+    }
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -34,7 +34,8 @@ class Group:
     """This process among those of its run; alone, nothing is sent and nothing waited for."""
 
     def __init__(self, own: Place, beat: Callable[[bool], None] = lambda limited: None) -> None:
-        self.rank, self.world, self.local_rank = own.rank, own.world, own.local_rank
+        self.rank, self.world = own.rank, own.world
+        self.local_rank, self.local_world = own.local_rank, own.local_world
         self.beat = beat
 
     @property
@@ -81,12 +82,13 @@ class Group:
         return value
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum gradients over all ranks, in place; a rank that had no blocks has none of its own."""
-        if self.world == 1:
-            return
+        """Sum gradients over all ranks, in place; a rank that had no blocks, or no image, has none of its own. A weight that
+        nobody has one of gets zeros, so that the optimizer does the same however many ranks there are."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.world == 1:
+            return
         grads = [p.grad for p in parameters if p.grad is not None]
         for bucket in _buckets(grads):
             whole = torch.cat([g.reshape(-1) for g in bucket])

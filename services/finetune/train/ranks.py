@@ -37,13 +37,17 @@ class Place:
     world: int = 1
     local_rank: int = 0
     """Among those of its machine."""
+    local_world: int = 1
+    """How many those are."""
 
 
 def place(environ: Mapping[str, str]) -> Place | None:
     """The place that whoever started this process gave it; None if nobody did."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
-    return Place(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0")))
+    world = environ["WORLD_SIZE"]
+    local = int(environ.get("LOCAL_RANK", "0")), int(environ.get("LOCAL_WORLD_SIZE", world))
+    return Place(int(environ["RANK"]), int(world), *local)
 
 
 def node(environ: Mapping[str, str]) -> tuple[int, int]:

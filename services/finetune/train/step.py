@@ -6,7 +6,7 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Taken:
     learned: int
     squares: int
     """The squared lengths of its documents, summed: what attention costs."""
+    images: int = 0
 
 
 @dataclass(slots=True)
@@ -118,10 +119,10 @@ class Stepper:
         """
         began, schedule = time.monotonic(), self.config.schedule
         taken = self._coming()
-        lr = self.config.optim.lr * rate(self.step, self.total, schedule)
+        part = rate(self.step, self.total, schedule)
         # Before the gradients: ZeRO updates the weights while it combines them.
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+            group["lr"] = part * group["peak_lr"]
         total = self._within_memory(taken)
         self._beat()
         numbers = self.group.sum(torch.stack((total, torch.full_like(total, float(self.stop.is_set())))))
@@ -129,7 +130,7 @@ class Stepper:
         scaler = self.scaler
         unscale = (lambda: scaler.unscale_(self.optimizer)) if scaler else None
         norm = self.engine.combine(self.parameters, self.config.optim.clip_norm, unscale)
-        self._update(torch.cat((numbers, norm[None])), lr, taken, began)
+        self._update(torch.cat((numbers, norm[None])), part * self.config.optim.lr, taken, began)
 
     def _within_memory(self, taken: Taken) -> Tensor:
         while True:
@@ -235,6 +236,12 @@ class Stepper:
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
+    def ahead(self) -> Iterator[int]:
+        """The blocks that this rank will read, from the coming step on, in their order."""
+        for step in range(self.step, self.total):
+            for batch in self.group.deal(self._order(step), self.micro):
+                yield from batch.tolist()
+
     def settle(self) -> None:
         """Wait for the last step's numbers. InvalidArgument (LOSS_NOT_FINITE)."""
         if self._pending is not None:
@@ -264,15 +271,20 @@ class Stepper:
 
         The cursor is the step itself: order and place follow from it, so nothing else need be saved.
         """
-        schedule, blocks = self.config.schedule, self.blocks
-        epoch, place = divmod(self.step, self.per_epoch)
-        per_step = schedule.blocks_per_step
-        order = packing.order(len(blocks), epoch, schedule.seed)[place * per_step : (place + 1) * per_step]
+        blocks, order = self.blocks, self._order(self.step)
         flat = blocks.flat
         members = flat.members[packing.ranges(flat.starts[order], flat.starts[order + 1] - flat.starts[order])]
         sizes = flat.offsets[members + 1] - flat.offsets[members]
         learned = int((blocks.labels[order] >= 0).sum())
-        return Taken(tuple(order.tolist()), int(sizes.sum()), learned, int((sizes**2).sum()))
+        images = sum(len(blocks.images_of(block)) for block in order.tolist()) if blocks.image_files else 0
+        return Taken(tuple(order.tolist()), int(sizes.sum()), learned, int((sizes**2).sum()), images)
+
+    def _order(self, step: int) -> packing.Longs:
+        """The blocks of a step of all ranks."""
+        epoch, place = divmod(step, self.per_epoch)
+        per_step = self.config.schedule.blocks_per_step
+        order = packing.order(len(self.blocks), epoch, self.config.schedule.seed)
+        return order[place * per_step : (place + 1) * per_step]
 
     def _most_tokens(self) -> int:
         tokens = self.micro * int(self.blocks.ids.shape[1])

@@ -21,8 +21,10 @@ from services.finetune.errors import FailedPrecondition
 from services.finetune.packing import IGNORED, Blocks
 from services.finetune.recipes.deepspeed import preset_json
 from services.finetune.train.engine import Unscale, tensors
+from services.finetune.train.images import Images
 from services.finetune.train.model import causal_of, summed_loss
 from services.finetune.train.parallel import Batch, Group
+from services.finetune.train.seeing import with_images
 
 STATE = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
@@ -41,6 +43,7 @@ class Zero:
         group: Group,
         settings: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
+        images: Images | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
@@ -49,6 +52,7 @@ class Zero:
         self.settings = dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
         self.dtype = dtype
+        self.images = images
         self.engine: Any = None
 
     def start(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -57,7 +61,7 @@ class Zero:
         causal = causal_of(self.model)
         # DeepSpeed ends an autocast that comes from outside. Copies are not cached: of dealt weights none may stay.
         mixed = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
-        causal.forward = mixed(causal.forward)
+        causal.forward = mixed(with_images(causal) if self.images else causal.forward)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, partitioned, _, _ = deepspeed.initialize(
@@ -103,7 +107,12 @@ class Zero:
         ids, labels, positions, segments = tensors(blocks, read, self.device)
         if idle:
             labels.fill_(IGNORED)
-        return summed_loss(self.model, ids, labels, positions, segments, dtype=torch.float32, call=self.engine)
+        seen = None
+        if self.images:
+            # Dealt weights are gathered by all ranks together, and gradients combined: whoever has no image looks at black.
+            seen = self.images.seen(blocks, read, packed=False, always=self.stage == 3 or self.images.trained)
+        asked = {"dtype": torch.float32, "call": self.engine, "seen": seen}
+        return summed_loss(self.model, ids, labels, positions, segments, **asked)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

@@ -50,6 +50,8 @@ CHANGES: dict[str, Any] = {
 class Ran:
     checkpoints: dict[int, str] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    looks: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
     folder: Path = Path()
 
@@ -90,7 +92,10 @@ class Bench:
             train(run, attempt, threading.Event(), ran.folder)
         for event in (e for _, segment in read_segments(self.store, key, 1, -1) for e in segment):
             if event["type"] == "metric":
-                ran.losses.append(event["values"]["loss"])
+                for name, found in (("loss", ran.losses), ("validation_loss", ran.looks)):
+                    found += [event["values"][name]] if name in event["values"] else []
+            elif event["type"] == "sample":
+                ran.answers.append(event["answer"])
             elif event["type"] == "log":
                 ran.logs.append(event["text"])
             elif event["type"] == "checkpoint":

@@ -111,11 +111,11 @@ def test_matrices_decay_and_b_learns_faster() -> None:
     parameters, optimizer = made(config_of("adamw"))
     names = {id(p): name.removeprefix("a.") for name, p in parameters.items()}
     found = {
-        names[id(p)]: (g["weight_decay"], g["lr_ratio"], g["lr"]) for g in optimizer.param_groups for p in g["params"]
+        names[id(p)]: (g["weight_decay"], g["peak_lr"], g["lr"]) for g in optimizer.param_groups for p in g["params"]
     }
-    assert found["linear.weight"] == found["lora_A.default.weight"] == (0.1, 1.0, 1e-2)
-    assert found["lora_B.default.weight"] == (0.1, 4.0, 4e-2)
-    assert found["embedding.weight"] == found["linear.bias"] == found["norm.weight"] == (0.0, 1.0, 1e-2)
+    assert found["linear.weight"] == found["lora_A.default.weight"] == (0.1, 1e-2, 1e-2)
+    assert found["lora_B.default.weight"] == (0.1, 4e-2, 4e-2)
+    assert found["embedding.weight"] == found["linear.bias"] == found["norm.weight"] == (0.0, 1e-2, 1e-2)
 
 
 def test_what_its_state_takes_is_reckoned_before_it_is_there() -> None:
