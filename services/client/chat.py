@@ -12,6 +12,7 @@ from quartet.inference.v1 import inference_pb2
 
 from services.client.client import Client
 from services.client.commands import connect
+from services.client.seeing import read_image, seeing_model
 from services.client.show import out, tell
 from services.finetune.errors import InvalidArgument, QuartetError
 
@@ -55,7 +56,8 @@ def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str,
     }
     sampling: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
     answer = ""
-    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, stop=a.stop_words, **sampling):
+    images = [read_image(path) for path in a.image]
+    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, images, stop=a.stop_words, **sampling):
         answer += piece.text
         if not a.json:
             print(piece.text, end="", flush=True)
@@ -92,7 +94,7 @@ def _messages() -> Iterator[str]:
 def _endpoint(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
     """(endpoint, alias): an endpoint that exists, or one for the time of this talk."""
     name = client.name("endpoints", a.model)
-    if "/models/" not in a.model:
+    if "/models/" not in a.model and not (a.llava or a.visual_encoder):
         try:
             client.inference.GetEndpoint(inference_pb2.GetEndpointRequest(name=name))
         except QuartetError as error:
@@ -101,8 +103,9 @@ def _endpoint(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
         else:
             yield client.wait_ready(name).name, a.adapter
             return
-    endpoint = client.serve(a.model, {"adapter": a.adapter} if a.adapter else {}, bits=a.bits)
+    model, adapter = seeing_model(client, a) if a.llava or a.visual_encoder else (a.model, a.adapter)
+    endpoint = client.serve(model, {"adapter": adapter} if adapter else {}, bits=a.bits)
     try:
-        yield endpoint.name, "adapter" if a.adapter else ""
+        yield endpoint.name, "adapter" if adapter else ""
     finally:
         client.inference.DeleteEndpoint(inference_pb2.DeleteEndpointRequest(name=endpoint.name))

@@ -392,15 +392,25 @@ class Client:
         raise Aborted(f"{name} was not ready within {timeout_s:.0f} s", reason="ENDPOINT_NOT_READY")
 
     def chat(
-        self, endpoint: str, messages: Sequence[tuple[str, str]], adapter: str = "", template: str = "", **sampling: Any
+        self,
+        endpoint: str,
+        messages: Sequence[tuple[str, str]],
+        adapter: str = "",
+        template: str = "",
+        images: Sequence[bytes] = (),
+        **sampling: Any,
     ) -> Iterator[inference_pb2.ChatResponse]:
-        """Stream an answer to (role, text) messages."""
+        """Stream an answer to (role, text) messages; the first of the user's shows `images`."""
         turns = [
             inference_pb2.Message(
                 role=inference_pb2.Message.Role.Value(role.upper()), content=[inference_pb2.Part(text=text)]
             )
             for role, text in messages
         ]
+        shown = [inference_pb2.Part(image=inference_pb2.Image(data=data)) for data in images]
+        first = next((turn for turn in turns if turn.role == inference_pb2.Message.USER), None)
+        if shown and first is not None:
+            first.content[:] = [*shown, *first.content]
         request = inference_pb2.ChatRequest(
             endpoint=endpoint,
             adapter=adapter,

@@ -16,7 +16,7 @@ import time
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from services.finetune.errors import InvalidArgument, PermissionDenied
+from services.finetune.errors import InvalidArgument, PermissionDenied, QuartetError
 
 MAX_BYTES = 3_500_000
 """What goes into one message to the services, with room for the rest of it."""
@@ -104,19 +104,21 @@ def _get(parts: SplitResult, address: str, deadline: float) -> bytes | str:
     try:
         headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "quartet"}
         line.request("GET", path, headers=headers)
-        answer = line.getresponse()
-        if answer.status in _REDIRECTS:
-            return str(answer.headers.get("location", ""))
-        if answer.status != 200:
-            raise _unreachable(url, f"it answers with {answer.status}")
-        return _read(url, answer, line, deadline)
+        with line.getresponse() as answer:
+            if answer.status in _REDIRECTS:
+                return str(answer.headers.get("location", ""))
+            if answer.status != 200:
+                raise _unreachable(url, f"it answers with {answer.status}")
+            return _read(url, answer, line)
+    except QuartetError:
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _unreachable(url, f"{type(error).__name__}: {error}"[:200]) from error
     finally:
         line.close()
 
 
-def _read(url: str, answer: http.client.HTTPResponse, line: _Line, deadline: float) -> bytes:
+def _read(url: str, answer: http.client.HTTPResponse, line: _Line) -> bytes:
     data = bytearray()
     while piece := answer.read1(1 << 16):
         data += piece

@@ -114,8 +114,10 @@ class Asked:
 
 
 def read_chat(body: Any, fetched: Mapping[str, bytes] = MappingProxyType({})) -> Asked:
-    """A body of /v1/chat/completions; `fetched` are images by their addresses. InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID,
-    FIELD_UNSUPPORTED)."""
+    """A body of /v1/chat/completions; `fetched` are images by their addresses.
+
+    InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED).
+    """
     body = _checked(
         body, {"messages", "top_logprobs", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
     )

@@ -212,4 +212,4 @@ def test_what_is_slow_large_or_no_web_server_is_left(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fetching, "DEADLINE_S", 1.0 if answer is drip else 60.0)
     with server(answer, monkeypatch), pytest.raises(InvalidArgument) as error:
         asyncio.run(fetch("http://a.example/"))
-    assert error.value.reason == reason
+    assert error.value.reason == reason, error.value.message
