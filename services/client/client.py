@@ -401,16 +401,12 @@ class Client:
         **sampling: Any,
     ) -> Iterator[inference_pb2.ChatResponse]:
         """Stream an answer to (role, text) messages; the first of the user's shows `images`."""
-        turns = [
-            inference_pb2.Message(
-                role=inference_pb2.Message.Role.Value(role.upper()), content=[inference_pb2.Part(text=text)]
-            )
-            for role, text in messages
-        ]
+        turns = []
         shown = [inference_pb2.Part(image=inference_pb2.Image(data=data)) for data in images]
-        first = next((turn for turn in turns if turn.role == inference_pb2.Message.USER), None)
-        if shown and first is not None:
-            first.content[:] = [*shown, *first.content]
+        for role, text in messages:
+            kind = inference_pb2.Message.Role.Value(role.upper())
+            before, shown = (shown, []) if role == "user" else ([], shown)
+            turns.append(inference_pb2.Message(role=kind, content=[*before, inference_pb2.Part(text=text)]))
         request = inference_pb2.ChatRequest(
             endpoint=endpoint,
             adapter=adapter,

@@ -6,6 +6,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def base_tensors(store: Store, base: Manifest) -> list[Stored]:
     found: list[Stored] = []
     for file in base.files:
         if file.path.endswith(".safetensors"):
-            found += parse_header(functools.partial(_read, store, file.digest), file.path)
+            tensors = parse_header(functools.partial(_read, store, file.digest), file.path)
+            found += [replace(t, blob=file.digest) for t in tensors]
     return as_modules(found, json.loads(read_file(store, base, "config.json")))
 
 
