@@ -211,7 +211,7 @@ def _models(verbs: Any) -> None:
     p = _verb(group, "export", "commands.models:convert_export", "files for use elsewhere, fetched by model download")
     p.add_argument("model")
     p.add_argument("target", help="the export's name")
-    p.add_argument("--form", default="hf", choices=["hf", "safetensors", "gguf"])
+    p.add_argument("--form", default="hf", choices=["hf", "safetensors", "gguf", "xtuner", "llava"])
     p.add_argument(
         "--type", default="", metavar="TYPE", help="of gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s"
     )

@@ -192,14 +192,14 @@ def _module(module: str, found: Mapping[str, Stored], config: Config, base: Mapp
 def _scale(module: str, rank: int, config: Config) -> float:
     """alpha / rank, or with rsLoRA alpha / sqrt(rank). InvalidArgument (ADAPTER_INCOMPLETE) if the config says another
     rank."""
-    wanted = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    wanted = by_pattern(config.get("rank_pattern"), module, config["r"])
     if rank != wanted:
         raise _incomplete(f"{module} has rank {rank}, its config says {wanted}", module)
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """What the first regular expression that fits the end of a module's name stands for, as PEFT reads rank_pattern."""
     for pattern, value in (patterns or {}).items():
         try:

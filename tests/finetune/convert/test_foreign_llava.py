@@ -11,9 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
-from services.finetune.config import AdapterTask, MergeTask
+from services.finetune.config import AdapterTask, ExportTask, MergeTask
 from services.finetune.convert.checkpoints import read_part_settings
 from services.finetune.errors import InvalidArgument
 from services.finetune.store import Store
@@ -136,6 +142,51 @@ def test_three_folders_become_the_same_adapter(made: Made, tmp_path: Path) -> No
     about, again = (json.loads((f / "adapter_config.json").read_text()) for f in (found, same))
     differs = {k for k in about if about[k] != again[k]}
     assert differs <= {"lora_dropout"} and (about["r"], about["lora_alpha"]) == (4, 6)
+
+
+def test_an_adapter_goes_back_into_three_folders(made: Made, tmp_path: Path) -> None:
+    parts = Parts(made.llama, made.tower)
+    digest = made.adapter(checkpoint(tmp_path / "c", parts.state()))
+    folder = made.folder_of(made.do(export=ExportTask(model=ref(digest), form="xtuner")), "out")
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.inference_mode():
+        language: Any = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(made.llama), folder / "llm_adapter"
+        )
+        assert torch.allclose(language(ids).logits, parts.language(ids).logits, atol=1e-6)
+        # PEFT reads the tower's older names as XTuner's transformers has them.
+        tower = load_file(folder / "visual_encoder_adapter/adapter_model.safetensors")
+        own = {k: v for k, v in parts.state().items() if k.startswith("visual_encoder.")}
+        assert tower.keys() == {k.removeprefix("visual_encoder.").replace(".default", "") for k in own}
+        about = json.loads((folder / "visual_encoder_adapter/adapter_config.json").read_text())
+        assert (about["r"], about["lora_alpha"], about["target_modules"]) == (2, 3, ["fc1", "q_proj"])
+    projector = load_file(folder / "projector/model.safetensors")
+    assert all(torch.equal(projector[f"model.{k}"], v) for k, v in parts.projector.state_dict().items())
+    again = made.folder_of(made.adapter(folder), "again")
+    first = load_file(made.folder_of(digest, "first") / "adapter_model.safetensors")
+    assert all(torch.equal(v, first[k]) for k, v in load_file(again / "adapter_model.safetensors").items())
+
+
+def test_the_official_layout_has_the_parts_under_its_names(made: Made) -> None:
+    folder = made.folder_of(made.do(export=ExportTask(model=ref(made.base), form="llava")), "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlavaLlamaForCausalLM"] and config["mm_vision_tower"] == "vision_tower"
+    assert (config["mm_projector_type"], config["mm_vision_select_layer"]) == ("mlp2x_gelu", -2)
+    state = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    model = load_llava(made.folder)
+    projector = {k: state.pop(f"model.mm_projector.{k}") for k in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    assert torch.equal(projector["0.weight"], model.model.multi_modal_projector.linear_1.weight)
+    assert torch.equal(projector["2.bias"], model.model.multi_modal_projector.linear_2.bias)
+    # Without the projector it is the language model, which stock transformers loads; so it does the tower.
+    plain = LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in config.items() if not k.startswith(("mm_", "model_type"))})
+    )
+    assert not any(plain.load_state_dict(state))
+    loaded: Any = CLIPVisionModel.from_pretrained(folder / "vision_tower", output_loading_info=True)
+    assert not loaded[1]["missing_keys"] and not loaded[1]["unexpected_keys"]
+    with torch.inference_mode():
+        own = model.model.vision_tower(pixels(), output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(loaded[0].eval()(pixels(), output_hidden_states=True).hidden_states[-2], own)
 
 
 def test_a_projector_alone_is_the_first_stage(made: Made, tmp_path: Path) -> None:

@@ -823,6 +823,7 @@ class Metric(_message.Message):
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """By name. Of training: loss, lr, grad_norm, tokens_per_s, epoch, total_steps, eta_s, peak_memory_bytes (of the GPU's
         tensors, or of the whole process without one), and mfu, the model FLOPs utilisation, where the device's peak is known.
+        images_per_s where rows have images.
         Of a look at validation rows: validation_loss, validation_perplexity, validation_seconds.
         """
 
