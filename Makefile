@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OVERLAY ?= local
 SERVICES := datasets training conversion inference
+# What the gateway's image has beside a client of the services.
+GATEWAY := gateway
 OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
 # Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
 BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
@@ -15,8 +17,9 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-containers bench bench-upload bench-datasets quickstart quickstart-llava up \
-  bench-convert bench-inference bench-train bench-scaling locks images manifests check-manifests test-cluster deploy
+.PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
+  bench-upload bench-datasets bench-convert bench-inference bench-train bench-scaling quickstart quickstart-llava up locks images \
+  manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,11 +54,12 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	$(BIN)/buf breaking --against ".git#ref=$$(git rev-list --max-parents=0 HEAD | tail -n 1)"
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
+HERE := not containers and not cluster and not control_plane and not vllm
 test: install ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not containers and not cluster and not vllm'
+	$(BIN)/python -m pytest -m 'not slow and $(HERE)'
 
-test-all: install ## all tests but those in containers, on a cluster, and on vLLM
-	$(BIN)/python -m pytest -m 'not containers and not cluster and not vllm'
+test-all: install ## all tests but those in containers, on a cluster or an API server, and on vLLM
+	$(BIN)/python -m pytest -m '$(HERE)'
 
 # vLLM for processors. What the overrides leave out asks for a GPU's build of torch; UV_FIND_LINKS or UV_EXTRA_INDEX_URL must
 # say where torch's CPU build is.
@@ -74,6 +78,10 @@ test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM
 test-containers: VARIANT := cpu
 test-containers: install images ## build the CPU images and run the whole flow in containers
 	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
+
+# CONTROL_PLANE: a folder with etcd, kube-apiserver and kube-controller-manager.
+test-control-plane: install ## the manifests and the suite of launchers on a real API server (CONTROL_PLANE=folder)
+	CONTROL_PLANE=$(CONTROL_PLANE) $(BIN)/python -m pytest -m control_plane tests/common/launchers
 
 test-cluster: install ## run the whole flow on the cluster that kubectl points at, after make deploy
 	$(BIN)/python -m pytest -m cluster tests/k8s
@@ -118,6 +126,7 @@ LOCK := $(COMPILE) pyproject.toml
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
 	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt
 	$(LOCK) --extra serve --extra vllm -o docker/locks/inference-cuda.txt
@@ -126,8 +135,8 @@ locks: install ## pin what the images install, with hashes, from pyproject.toml
 
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
 HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")
-images: ## build the six images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
-	for s in $(SERVICES); do \
+images: ## build the seven images (VARIANT=cuda|cpu BASE=… REGISTRY=… TAG=…)
+	for s in $(SERVICES) gateway; do \
 	  $(BUILD) --build-arg SERVICE=$$s -f docker/service.Dockerfile -t $(REGISTRY)/$$s:$(TAG) . || exit 1; done
 	$(HEAVY) -f docker/worker.Dockerfile -t $(REGISTRY)/worker:$(TAG)-$(VARIANT) .
 	$(HEAVY) -f docker/inference.Dockerfile -t $(REGISTRY)/engine:$(TAG)-$(VARIANT) .

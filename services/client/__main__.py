@@ -317,8 +317,6 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--drop-adapter", action="append", default=[], metavar="ALIAS")
     _verb(group, "delete", "commands.endpoints:delete", "stop serving").add_argument("target", metavar="ENDPOINT")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
-    p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
-    p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
     p.add_argument(
         "--visual-encoder",
         default="",
@@ -333,6 +331,27 @@ def _inference(verbs: Any) -> None:
     )
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="shown with the first message")
     p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
+    _talk(p)
+    p = _verb(verbs, "agent", "agent.command:agent", "talk to a model that may use tools, and see its steps")
+    p.add_argument("--form", default="openai", choices=["openai", "react"], help="calls of tools, or MSAgent's texts")
+    p.add_argument(
+        "--tool", action="append", default=[], choices=["calculate", "solve", "search", "none"], help="only these"
+    )
+    p.add_argument("--search", default="", metavar="URL", help="a search service; {query} in it is what is looked for")
+    p.add_argument("--search-header-file", default="", metavar="FILE", help="holds a header for it, as X-API-KEY: …")
+    p.add_argument(
+        "--mcp", action="append", default=[], metavar="COMMAND|URL", help="tools of a server that speaks MCP"
+    )
+    p.add_argument("--max-calls", type=int, default=8, help="for one question")
+    p.add_argument("--strict", action="store_true", help="let no call be written that breaks its tool's schema")
+    p.set_defaults(llava="", visual_encoder="")
+    _talk(p)
+
+
+def _talk(p: argparse.ArgumentParser) -> None:
+    """What every talk with a model takes."""
+    p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
+    p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
     p.add_argument("--system", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])
     p.add_argument("--temperature", type=float)

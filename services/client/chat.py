@@ -18,14 +18,14 @@ from services.finetune.errors import InvalidArgument, QuartetError
 
 
 def chat(a: Namespace) -> None:
-    with connect(a) as client, _endpoint(client, a) as (endpoint, adapter):
+    with connect(a) as client, endpoint_for(client, a) as (endpoint, adapter):
         history: list[tuple[str, str]] = [("system", a.system)] if a.system else []
         if a.message:
             answer = _turn(client, endpoint, adapter, [*history, ("user", a.message)], a)
             if a.json:
                 out({"answer": answer})
             return
-        for text in _messages():
+        for text in typed():
             if text == "RESET":
                 history = history[:1] if a.system else []
                 if not a.json:
@@ -45,7 +45,8 @@ def chat(a: Namespace) -> None:
             history = [*asked, ("assistant", answer)]
 
 
-def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], a: Namespace) -> str:
+def sampling(a: Namespace) -> dict[str, Any]:
+    """What a command's flags say of sampling, less the stop words."""
     wanted = {
         "temperature": a.temperature,
         "top_p": a.top_p,
@@ -54,10 +55,14 @@ def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str,
         "max_tokens": a.max_new_tokens,
         "seed": a.seed,
     }
-    sampling: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
+    return {k: v for k, v in wanted.items() if v is not None}
+
+
+def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], a: Namespace) -> str:
     answer = ""
     images = [read_image(path) for path in a.image]
-    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, images, stop=a.stop_words, **sampling):
+    more = {"images": images, "stop": a.stop_words, **sampling(a)}
+    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, **more):
         answer += piece.text
         if not a.json:
             print(piece.text, end="", flush=True)
@@ -66,7 +71,7 @@ def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str,
     return answer
 
 
-def _messages() -> Iterator[str]:
+def typed() -> Iterator[str]:
     """What is typed, up to an empty line each; a pipe's last message may end with the pipe."""
     tty = sys.stdin.isatty()
     lines: list[str] = []
@@ -91,7 +96,7 @@ def _messages() -> Iterator[str]:
 
 
 @contextmanager
-def _endpoint(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
+def endpoint_for(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
     """(endpoint, alias): an endpoint that exists, or one for the time of this talk."""
     name = client.name("endpoints", a.model)
     if "/models/" not in a.model and not (a.llava or a.visual_encoder):

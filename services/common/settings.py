@@ -57,6 +57,12 @@ class Settings:
     """Seconds that a cancelled worker has to save and leave."""
     engine: str = "transformers"
     """What serves endpoints that name no engine: transformers or vllm."""
+    workspace_streams: int = 256
+    """Answers that one workspace's endpoints give at a time, through this service; more wait."""
+    workspace_queue: int = 1024
+    """Answers of one workspace that may wait; more are refused for now."""
+    max_streams: int = 1024
+    """Answers of all workspaces at a time; those that wait are let in by turns, a workspace each."""
     vllm_python: str = ""
     """The Python that has vLLM, where it is not the service's own; on a cluster the engine's image has it."""
     launcher: str = "local"
@@ -96,6 +102,9 @@ class Settings:
         for name in ("hub_datasets", "direct_uploads"):
             if getattr(self, name) not in ("on", "off"):
                 raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
+        for name in ("workspace_streams", "workspace_queue", "max_streams"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"--{name.replace('_', '-')} must be at least 1", reason="SETTING_INVALID")
         if self.engine not in ("transformers", "vllm"):
             raise InvalidArgument("--engine is transformers or vllm", reason="SETTING_INVALID")
         if self.launcher not in ("local", "kubernetes"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[attr-defined]  # the wheel ships no types
 from grpc_status import rpc_status
 
@@ -47,7 +47,7 @@ def fitted(error: QuartetError, limit: int) -> Any:
 
 
 def to_status(error: QuartetError) -> Any:
-    """google.rpc.Status with ErrorInfo, and BadRequest when fields are blamed."""
+    """google.rpc.Status with ErrorInfo, BadRequest when fields are blamed, RetryInfo when it is known how long to wait."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     details: list[Any] = [info]
@@ -57,6 +57,9 @@ def to_status(error: QuartetError) -> Any:
             for v in error.violations
         ]
         details.append(error_details_pb2.BadRequest(field_violations=blamed))
+    if "retry_after_s" in error.metadata:
+        wait = duration_pb2.Duration(seconds=int(error.metadata["retry_after_s"]))
+        details.append(error_details_pb2.RetryInfo(retry_delay=wait))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)

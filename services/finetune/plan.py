@@ -12,18 +12,35 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import RunConfig, override
+from services.finetune.config import RunConfig, matches, override
 from services.finetune.errors import FailedPrecondition
-from services.finetune.towers import Tower, images_bytes, is_seeing, read_tower, trained_of
+from services.finetune.towers import Tower, images_bytes, is_seeing, read_tower, renamed, tower_adapters, trained_of
 
 GIB = 2**30
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw_32bit": 8}
-"""Two moments of each trainable weight, float32."""
+_SCALE = 4 / 256
+"""Of 8-bit state: a float32 for 256 numbers."""
+OPTIMIZER_BYTES: Mapping[str, float] = {
+    "adamw": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2 + 2 * _SCALE,
+    "paged_adamw_8bit": 2 + 2 * _SCALE,
+    "lion": 4,
+    "lion_8bit": 1 + _SCALE,
+    "paged_lion_8bit": 1 + _SCALE,
+}
+"""State of a trained weight: two moments, Lion has one. What paging moves to the host is counted where it began."""
+ROOM = 0.7
+"""Part of a GPU's memory that weights, gradients and optimizer may take; the rest is for what a step computes."""
+STAGES = ("", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload")
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once, if it is not told otherwise."""
+LIVE = 1_000_000_000
+"""Elements that ZeRO-3 may have put together at a time: DeepSpeed's own stage3_max_live_parameters."""
 HEAD_ROWS = 2048
 """Learned tokens whose logits the fused path has at a time."""
 SPARE = 0.06
@@ -76,8 +93,10 @@ class Shape:
     parameters: int
     linears: Mapping[str, Linear]
     normed_heads: bool = False
+    modules: Mapping[str, int] = field(default_factory=dict)
+    """Parameters of every module that has some of its own, by its whole name."""
     tower: Tower | None = None
-    """Of a model that sees; its weights count among `parameters`, not among `linears`."""
+    """Of a model that sees; `linears` are those of the language model alone."""
 
 
 def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Shape:
@@ -89,12 +108,17 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     except KeyError as error:
         raise FailedPrecondition(f"the base's config.json has no {error}", reason="SHAPE_UNKNOWN") from error
     linears: dict[str, Linear] = {}
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    parameters = 0
+    tied, tower = (
+        bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        read_tower(config, tensors),
+    )
+    parameters, modules = 0, dict[str, int]()
     for name, shape in tensors.items():
         if tied and name.endswith("lm_head.weight"):
             continue
         parameters += math.prod(shape)
+        module = (renamed(name) if tower else name).rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + math.prod(shape)
         if is_seeing(name):
             continue
         # What has a row for each token is the embedding or the head.
@@ -115,7 +139,8 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         parameters=parameters,
         linears=linears,
         normed_heads=any(name.endswith("q_norm.weight") for name in tensors),
-        tower=read_tower(config, tensors),
+        modules=modules,
+        tower=tower,
     )
 
 
@@ -169,7 +194,6 @@ class Batch:
     blocks: int
     length: int
     learned: int
-
     images: int = 0
 
     @property
@@ -190,62 +214,152 @@ class Device:
 
 
 def engine(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
-    """ "fused" or "autograd": which way services.finetune.train.engine will take."""
-    return "fused" if device.gpu and dtype != "float32" and shape.architecture in FUSED else "autograd"
+    """ "fused", "autograd", or the preset of ZeRO: which way services.finetune.train will take to the gradients."""
+    if stage := stage_of(shape, config, device, dtype):
+        return stage
+    lora, quant = config.lora, config.quant
+    plain = config.method in ("lora", "qlora") and not lora.use_dora
+    plain = plain and all(is_seeing(name) for name in meant(shape, lora.modules_to_save))
+    known = quant.bits == 0 or (quant.bits == 4 and quant.kind == "nf4")
+    free = device.gpu and dtype != "float32" and not config.schedule.deterministic
+    return "fused" if free and plain and known and shape.architecture in FUSED else "autograd"
+
+
+def processes(config: RunConfig) -> int:
+    """Of the whole run; where it says nothing, as many as it was written for."""
+    here = config.parallel.processes
+    return here * config.parallel.nodes if here else config.schedule.ranks
+
+
+def stage_of(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
+    """The preset of DeepSpeed that deals a run out, as services.finetune.train.stage chooses it; "" for whole copies."""
+    asked, world = config.parallel.deepspeed, processes(config)
+    if asked:
+        return asked if world > 1 or asked.endswith("_offload") else ""
+    if world == 1 or not device.gpu or not device.memory or config.optim.name not in ("adamw", "paged_adamw_32bit"):
+        return ""
+    frozen = 0 if config.method == "full" else weight_bytes(shape, config, dtype)
+    needs = needed_bytes(frozen, trained_parameters(shape, config), world)
+    return next((s for s in STAGES if needs[s] <= ROOM * device.memory), STAGES[-1])
+
+
+def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]:
+    """What each stage keeps on a GPU: float32 weights, gradients and AdamW's two states (Rajbhandari et al. 2020, 3.1).
+
+    DeepSpeed keeps another copy of its part of the weights, which its optimizer works on.
+    """
+    return {
+        "": frozen + 16 * trainable,
+        "deepspeed_zero1": frozen + 8 * trainable + 12 * trainable / world,
+        "deepspeed_zero2": frozen + 4 * trainable + 16 * trainable / world,
+        "deepspeed_zero3": (frozen + 20 * trainable) / world,
+        "deepspeed_zero3_offload": 0.0,
+    }
 
 
 def lora_parameters(shape: Shape, config: RunConfig) -> int:
-    return sum(one.count * config.lora.rank * (one.inputs + one.outputs) for one in adapted(shape, config).values())
+    lora, total = config.lora, 0
+    for leaf, one in adapted(shape, config).items():
+        ranks = [
+            next((r for p, r in lora.rank_pattern.items() if matches(p, n)), lora.rank) for n in _named(shape, leaf)
+        ]
+        mean = sum(ranks) / len(ranks) if ranks else lora.rank
+        total += int(one.count * (mean * (one.inputs + one.outputs) + lora.use_dora * one.outputs))
+    return total
 
 
 def adapted(shape: Shape, config: RunConfig) -> dict[str, Linear]:
-    """The linear layers that get an adapter."""
+    """The linear layers that get an adapter; with method full all of them, which are trained themselves."""
     targets = config.lora.targets
-    every = "all-linear" in targets
-    return {leaf: one for leaf, one in shape.linears.items() if every or leaf in targets}
+    if "all-linear" in targets or config.method == "full":
+        return dict(shape.linears)
+    found = {}
+    for leaf, one in shape.linears.items():
+        hits = sum(any(matches(t, name) for t in targets) for name in _named(shape, leaf))
+        count = one.count if leaf in targets else hits
+        if count:
+            found[leaf] = dataclasses.replace(one, count=count)
+    return found
+
+
+def _named(shape: Shape, leaf: str) -> list[str]:
+    return [name for name in shape.modules if name.rpartition(".")[2] == leaf and not is_seeing(name)]
+
+
+def meant(shape: Shape, patterns: Sequence[str]) -> list[str]:
+    """The modules that patterns mean, with all that is in them."""
+
+    def named(name: str) -> bool:
+        parts = name.split(".")
+        inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return any(matches(pattern, one) for pattern in patterns for one in inside)
+
+    return [name for name in shape.modules if named(name)]
+
+
+def whole(shape: Shape, patterns: Sequence[str]) -> int:
+    """Parameters of the modules that patterns mean, with all that is in them."""
+    return sum(shape.modules[name] for name in meant(shape, patterns))
+
+
+def trained_parameters(shape: Shape, config: RunConfig) -> int:
+    if config.method == "full":
+        return shape.parameters - whole(shape, config.model.freeze)
+    lora = config.lora
+    return lora_parameters(shape, config) + whole(shape, lora.modules_to_save) + tower_adapters(shape.tower, lora)
 
 
 def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
-    """The frozen base. NF4 is half a byte a weight and a scale for 64: a byte, or 4 without double quantisation."""
-    whole = shape.parameters * ITEM[dtype]
-    if config.quant.bits != 4:
-        return whole
+    """The base as it is loaded. NF4 is half a byte a weight and a scale for 64: a byte, or 4 without double quantisation;
+    8 bits have a scale for each output. What is trained whole is float32."""
+    if config.method == "full":
+        trained = trained_parameters(shape, config)
+        return 4 * trained + (shape.parameters - trained) * ITEM[dtype]
+    base = shape.parameters * ITEM[dtype]
+    if config.quant.bits == 0:
+        return base
     linear = sum(one.parameters for one in shape.linears.values())
     scale = (1 + 4 / 256) / 64 if config.quant.double_quant else 4 / 64
-    return int(whole - linear * ITEM[dtype] + linear * (0.5 + scale))
+    small = linear * (0.5 + scale)
+    if config.quant.bits == 8:
+        small = linear + sum(4 * one.count * one.outputs for one in shape.linears.values())
+    return int(base - linear * ITEM[dtype] + small)
 
 
 def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: Device, dtype: str) -> Memory:
-    """The peak of a run of so many steps. On a GPU whose memory is known the fused path keeps as many layers as fit.
+    """The peak of a run of so many steps in each process. On a GPU whose memory is known the fused path keeps as many layers
+    as fit.
 
-    FailedPrecondition (SHAPE_UNKNOWN) for methods and optimizers that have no formula yet.
+    FailedPrecondition (SHAPE_UNKNOWN) for optimizers that have no formula.
     """
-    if config.method not in ("lora", "qlora") or config.optim.name not in OPTIMIZER_BYTES:
-        raise FailedPrecondition(f"no formula for {config.method} with {config.optim.name}", reason="SHAPE_UNKNOWN")
-    adapters, beside = lora_parameters(shape, config), trained_of(shape.tower, config.lora)
-    trained = adapters + beside.tower + beside.projector
-    weights, optimizer = weight_bytes(shape, config, dtype), trained * OPTIMIZER_BYTES[config.optim.name]
-    fused = engine(shape, config, device, dtype) == "fused"
-    if fused:
+    if config.optim.name not in OPTIMIZER_BYTES:
+        raise FailedPrecondition(f"no formula for the state of {config.optim.name}", reason="SHAPE_UNKNOWN")
+    trained, way = trained_parameters(shape, config), engine(shape, config, device, dtype)
+    weights, optimizer = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    # With method full the base's own weights are trained.
+    adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
+    beside = trained_of(shape.tower, config)
+    if way == "fused":
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
-        adapter, gradients = adapters * ITEM[dtype] + 4 * trained, 4 * trained
+        adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
         seen = images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
-        lay = fused_lay(shape, config, dtype)
-        held = fused_bytes(lay, batch.tokens, free - seen)
+        held = fused_bytes(fused_lay(shape, config, dtype), batch.tokens, free - seen)
         logits = min(HEAD_ROWS, batch.learned) * shape.vocabulary * ITEM[dtype]
         activations = max(0, held.peak - logits) + seen
     else:
-        adapter, gradients = 4 * trained, 4 * trained
-        activations = autograd_bytes(shape, config, batch, dtype)
-        activations += images_bytes(shape.tower, beside, batch.images, ITEM[dtype], 1 << 62)
         # The logits, then their logarithms, then the gradients of both: three of these at a time, float32.
         logits = 12 * batch.learned * shape.vocabulary
-        if config.schedule.accumulate == 1:
+        activations = autograd_bytes(shape, config, batch, dtype, device.gpu, logits)
+        free = 0 if recomputed(shape, config, device.gpu) else 1 << 62
+        activations += images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
+        if way != "autograd":
+            weights, adapter, gradients, optimizer = _dealt(way, shape, config, dtype)
+        elif config.schedule.accumulate == 1:
             # Gradients come as activations go.
             gradients = max(0, gradients - activations - logits)
     saves = device.kind == "cpu" and steps > config.report.checkpoint_every
-    return Memory(
+    made = Memory(
         weights=weights,
         adapter=adapter,
         gradients=gradients,
@@ -255,28 +369,81 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
         runtime=CONTEXT if device.gpu else INTERPRETER,
         checkpoint=4 * trained + optimizer if saves else 0,
     )
+    # Before anything is dealt out, each process has the model whole.
+    loaded = weight_bytes(shape, config, dtype) + (0 if config.method == "full" else 4 * trained)
+    return dataclasses.replace(made, weights=weights + max(0, loaded + made.runtime - made.peak))
 
 
-def autograd_bytes(shape: Shape, config: RunConfig, batch: Batch, dtype: str) -> int:
-    """What torch keeps of all layers for the backward pass: of a Llama's, with frozen weights and LoRA.
+def _dealt(stage: str, shape: Shape, config: RunConfig, dtype: str) -> tuple[int, int, int, int]:
+    """(weights, adapter, gradients, optimizer) that a process has by a stage of ZeRO, with what DeepSpeed works in."""
+    world, trained = processes(config), trained_parameters(shape, config)
+    weights, state = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    own = 0 if config.method == "full" else 4 * trained
+    level, offloads = int(stage.removeprefix("deepspeed_zero")[0]), stage.endswith("_offload")
+    # Its part of the weights once more in float32, and buffers that gradients are reduced in.
+    part, bucket = 4 * trained // world, 4 * min(BUCKET, trained)
+    optimizer = 0 if offloads else state // world + part
+    gradients = 4 * trained if level == 1 else (0 if offloads else part)
+    if level < 3:
+        return weights, own, gradients + bucket, optimizer
+    # Two weights of four bits are one element.
+    halved = sum(one.parameters for one in shape.linears.values()) // 2 if config.quant.bits == 4 else 0
+    live = min(LIVE * weights // (shape.parameters - halved), weights)
+    kept = 0 if offloads else weights // world
+    return int(kept + live), 0 if offloads else own // world, gradients + bucket, optimizer
+
+
+def autograd_bytes(
+    shape: Shape, config: RunConfig, batch: Batch, dtype: str, gpu: bool = False, logits: int = 0
+) -> int:
+    """What torch has of all layers for the backward pass: of a Llama's. `logits` is gone when a layer runs forward again.
 
     A frozen linear layer keeps nothing, its adapter keeps its input; dropout makes one input for each adapter and keeps its
     noise beside it. A norm keeps its input in float32, attention its inputs and output, with keys and values repeated to
-    all heads, SwiGLU both factors and the gate before its activation.
+    all heads, SwiGLU both factors and the gate before its activation. Weights in float32 are kept once more in what is
+    computed in. DoRA keeps two outputs more of each layer, and looks at its sum with the adapter in float32.
     """
     item, tokens, queries = ITEM[dtype], batch.tokens, shape.heads * shape.head_size
     kept = 2 * shape.hidden * 4 + 4 * queries * item + 4 * shape.heads + 3 * shape.intermediate * item
-    dropped = config.lora.dropout > 0
-    seen: set[str] = set()
-    for leaf, one in adapted(shape, config).items():
-        kept += config.lora.rank * item
+    trains_whole = config.method == "full"
+    # The gradient of a norm's weights wants what they are multiplied with.
+    kept += 2 * shape.hidden * item if trains_whole else 0
+    dropped, seen = config.lora.dropout > 0 and not trains_whole, set[str]()
+    chosen = adapted(shape, config)
+    for leaf, one in chosen.items():
+        kept += 0 if trains_whole else config.lora.rank * item
+        kept += 2 * one.outputs * item if config.lora.use_dora else 0
         if dropped:
             kept += 2 * one.inputs * item
         elif leaf not in seen:
             kept += one.inputs * item
             seen |= next((group for group in SHARED if leaf in group), {leaf})
     # Attention turns the mask into numbers, layer by layer.
-    return shape.layers * (tokens * kept + tokens * batch.length * item)
+    layer = tokens * kept + tokens * batch.length * item
+    head = item * shape.hidden * shape.vocabulary
+    copies = 0
+    if dtype != "float32":
+        in_layers = sum(o.parameters for o in chosen.values()) if trains_whole else lora_parameters(shape, config)
+        layer += item * in_layers // shape.layers
+        copies = head if trains_whole else item * whole(shape, config.lora.modules_to_save)
+    largest = max(one.inputs * one.outputs for one in shape.linears.values())
+    if config.quant.bits and not trains_whole:
+        copies += item * largest
+    twice, again = recomputed(shape, config, gpu), shape.hidden
+    if config.quant.bits == 8:
+        # bitsandbytes' 8-bit products hold their inputs out of reach of checkpointing.
+        again += 2 * shape.hidden + queries + shape.intermediate
+    total = (shape.layers - twice) * layer + twice * tokens * again * item + copies
+    at_work = (layer if twice else 0) + (12 * largest if config.lora.use_dora else 0)
+    return total + max(0, at_work - logits)
+
+
+def recomputed(shape: Shape, config: RunConfig, gpu: bool) -> int:
+    """Layers that run forward twice where torch's autograd computes; services.finetune.train.memory sets them so."""
+    wanted = config.model.gradient_checkpointing
+    if wanted == "selective":
+        return -(-shape.layers // config.model.gradient_checkpointing_every)
+    return shape.layers if wanted == "full" or (wanted == "auto" and gpu) else 0
 
 
 @dataclass(frozen=True, slots=True)

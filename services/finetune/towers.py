@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.finetune.config import LoraConfig, matches
+from services.finetune.config import LoraConfig, RunConfig, matches
 
 SHARE = 0.25
-_TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+_LANGUAGE, _TOWER, _PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def read_tower(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     extra = 0 if vision.get("model_type") == "siglip_vision_model" else 1
     whole = config.get("vision_feature_select_strategy", "default") == "full"
     own = {renamed(n): tuple(shape) for n, shape in tensors.items() if is_seeing(n)}
-    tower = {n: shape for n, shape in own.items() if n.startswith(_TOWER)}
+    tower = {n: shape for n, shape in own.items() if n.startswith(_TOWER + ".")}
     width = int(vision["hidden_size"])
     return Tower(
         layers=int(vision["num_hidden_layers"]),
@@ -56,7 +56,7 @@ def read_tower(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         given=patches + extra - (0 if whole else 1),
         language=int((config.get("text_config") or {}).get("hidden_size", 0)),
         parameters=sum(math.prod(s) for s in tower.values()),
-        projector=sum(math.prod(s) for n, s in own.items() if n.startswith(_PROJECTOR)),
+        projector=sum(math.prod(s) for n, s in own.items() if n.startswith(_PROJECTOR + ".")),
         linears={
             n.removesuffix(".weight"): (s[0], s[1])
             for n, s in tower.items()
@@ -71,8 +71,13 @@ def is_seeing(tensor: str) -> bool:
 
 
 def renamed(tensor: str) -> str:
-    """A tensor of the tower or the projector by the name that the model has for it."""
-    return "model." + tensor.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
+    """A tensor of a LLaVA's files by the name that the model has for it."""
+    name = tensor.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    if name.startswith("language_model."):
+        return _LANGUAGE + "." + name.removeprefix("language_model.").removeprefix("model.")
+    return "model." + name if is_seeing(name) else tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +88,28 @@ class Trained:
     projector: int
 
 
-def trained_of(tower: Tower | None, lora: LoraConfig) -> Trained:
-    """What a LoRA run trains of them."""
+def trained_of(tower: Tower | None, config: RunConfig) -> Trained:
+    """What a run trains of them."""
     if tower is None:
         return Trained(0, 0)
-    saved = lora.modules_to_save
-    whole = any(matches(p, _TOWER[:-1]) for p in saved)
-    adapters = 0
-    for name, (outputs, inputs) in tower.linears.items() if not whole else ():
+    if config.method == "full":
+        own, projector = (not any(matches(p, name) for p in config.model.freeze) for name in (_TOWER, _PROJECTOR))
+        return Trained(own * tower.parameters, projector * tower.projector)
+    lora = config.lora
+    own, projector = (any(matches(p, name) for p in lora.modules_to_save) for name in (_TOWER, _PROJECTOR))
+    return Trained(tower.parameters if own else tower_adapters(tower, lora), projector * tower.projector)
+
+
+def tower_adapters(tower: Tower | None, lora: LoraConfig) -> int:
+    """LoRA's weights in a tower that is not trained whole."""
+    if tower is None or any(matches(p, _TOWER) for p in lora.modules_to_save):
+        return 0
+    total = 0
+    for name, (outputs, inputs) in tower.linears.items():
         if any(matches(p, name) for p in lora.targets):
             rank = next((r for p, r in lora.rank_pattern.items() if matches(p, name)), lora.rank)
-            adapters += rank * (outputs + inputs)
-    projector = tower.projector if any(matches(p, _PROJECTOR[:-1]) for p in saved) else 0
-    return Trained(tower.parameters if whole else adapters, projector)
+            total += rank * (outputs + inputs)
+    return total
 
 
 def tower_bytes(tower: Tower, images: int, item: int, twice: bool) -> int:

@@ -263,7 +263,8 @@ def _guarded(handler: Handler, token: str) -> Handler:
 
 def _told(error: QuartetError) -> Response:
     status = 413 if error.reason == "BODY_TOO_LARGE" else wire.STATUS.get(error.code, 500)
-    return JSONResponse(wire.error_object(error), status)
+    wait = error.metadata.get("retry_after_s")
+    return JSONResponse(wire.error_object(error), status, {"retry-after": wait} if wait else None)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

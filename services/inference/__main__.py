@@ -12,6 +12,7 @@ from services.common.settings import Settings
 from services.finetune.store import open_store
 from services.inference.keeper import KIND, Keeper
 from services.inference.servicer import EngineCalls, Servicer
+from services.inference.turns import Turns
 from services.inference.usecases import Inference
 
 
@@ -28,7 +29,8 @@ def build(settings: Settings) -> Room:
         keep_engines=keep,
         vllm_python=settings.vllm_python,
     )
-    servicer = Servicer(Inference(store, records, settings.engine), token)
+    turns = Turns(settings.max_streams, settings.workspace_streams, settings.workspace_queue)
+    servicer = Servicer(Inference(store, records, settings.engine), token, turns)
     return Room(
         "quartet.inference.v1.Inference",
         lambda server: add_InferenceServicer_to_server(servicer, server),

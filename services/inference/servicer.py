@@ -17,6 +17,7 @@ from services.common.records import Record
 from services.common.status import from_rpc_error
 from services.finetune.errors import QuartetError, Unavailable
 from services.inference.adapters import Adapter
+from services.inference.turns import Turns
 from services.inference.usecases import Inference
 
 PAGING = ("page_size", "page_token", "filter", "order_by")
@@ -34,8 +35,9 @@ LOST = (
 class Servicer(InferenceServicer):
     """See the proto. `token` is shown to the engines, which want the service's own."""
 
-    def __init__(self, inference: Inference, token: str) -> None:
+    def __init__(self, inference: Inference, token: str, turns: Turns) -> None:
         self._inference = inference
+        self._turns = turns  # of workspaces
         self._metadata = tuple(auth.bearer(token)) if token else ()
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -97,7 +99,13 @@ class Servicer(InferenceServicer):
         )
 
     async def _pass_on(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Stream from the engine; deadline and cancellation go along, and so does the engine's own error."""
+        """Stream from the engine, once it is the workspace's turn; deadline and cancellation go along, and so does the
+        engine's own error."""
+        async with self._turns.turn("/".join(request.endpoint.split("/")[:2])):
+            async for answer in self._streamed(method, request, context):
+                yield answer
+
+    async def _streamed(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
         address = await asyncio.to_thread(self._inference.address, request.endpoint)
         send = getattr(self._engine(address), method)
         call = send(request, timeout=context.time_remaining(), metadata=self._metadata)

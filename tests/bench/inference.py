@@ -157,6 +157,7 @@ class Metronome:
     """An Engine that gives each of `STREAMS` requests its share of FAST_RATE tokens a second, and computes nothing."""
 
     context_length = 8192
+    most_answers = STREAMS
     vocabulary = 259
 
     async def generate(

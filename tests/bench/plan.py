@@ -1,14 +1,13 @@
-"""python -m tests.bench.plan [SHAPE …]: planned peak memory beside what real training workers came to hold.
+"""python -m tests.bench.plan [SHAPE[:CASE,…] …]: planned peak memory beside what real training workers came to hold.
 
-On a GPU torch's own peak of allocated bytes counts, without CUDA's context; on a CPU the process's peak resident size. The
-shapes are those of train_shapes.py, `small` if none is named.
+On a GPU torch's own peak of allocated bytes counts, without CUDA's context; on a CPU the process's peak resident size. With
+several GPUs it is the first rank's. Shapes are those of train_shapes.py, `small` if none is named.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,31 +17,51 @@ from typing import Any
 import torch
 
 from services.finetune import plan
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import to_json
 from services.finetune.plan import Device
-from services.finetune.progress import attempt_key, dump, raise_fence, read_segments, run_uri
 from services.finetune.store import Store, open_store
-from services.finetune.store.artifacts import File, Manifest, publish, publish_directory
 from services.training.planning import Planned, Planner
-from tests.bench.train_shapes import SHAPES, random_causal
-from tests.tiny import tiny_tokenizer
+from tests.bench.jobs import GPU, Ended, job, order, put_base, put_rows
+from tests.bench.train_shapes import SHAPES
 
-META = {"architecture": "LlamaForCausalLM", "template": "tokenizer", "generation": {"eos_token_id": [2]}}
-GPU = torch.cuda.is_available()
-CASES: tuple[Mapping[str, Any], ...] = (
-    {"lora.rank": 64, "lora.dropout": 0.1, "data.max_length": 512},
-    {"lora.rank": 8, "lora.dropout": 0.0, "data.max_length": 256, "schedule.batch_size": 2, "schedule.accumulate": 2},
-)
-GPU_CASES: tuple[Mapping[str, Any], ...] = (
-    {"schedule.batch_size": 4, "data.max_length": 2048},
-    {"schedule.batch_size": 4, "data.max_length": 2048, "method": "qlora", "quant.bits": 4},
-    {"schedule.batch_size": 1, "data.max_length": 2048, "method": "qlora", "quant.bits": 4},
-)
+FOUR: Mapping[str, Any] = {"method": "qlora", "quant.bits": 4}
+FULL: Mapping[str, Any] = {"method": "full"}
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "lora4": {"schedule.batch_size": 4},
+    "wide": {"lora.rank": 64, "lora.dropout": 0.0, "schedule.batch_size": 2, "schedule.accumulate": 2},
+    "qlora": FOUR,
+    "qlora4": {**FOUR, "schedule.batch_size": 4},
+    "fp4": {**FOUR, "quant.kind": "fp4"},
+    "int8": {"method": "int8_lora", "quant.bits": 8},
+    "dora": {"lora.use_dora": True},
+    "fixed": {"schedule.deterministic": True},
+    "kept": {"schedule.deterministic": True, "model.gradient_checkpointing": "none"},
+    "saved": {"lora.modules_to_save": ["lm_head"]},
+    "adam8": {"optim.name": "adamw_8bit"},
+    "full": FULL,
+    "full8": {**FULL, "optim.name": "adamw_8bit"},
+    "fullkept": {**FULL, "model.gradient_checkpointing": "none"},
+    "fullsgd": {**FULL, "optim.name": "sgd"},
+    "fulllion": {**FULL, "optim.name": "lion"},
+    "fulladafactor": {**FULL, "optim.name": "adafactor"},
+    "offload": {**FOUR, "parallel.deepspeed": "deepspeed_zero2_offload"},
+    "offload3": {"parallel.deepspeed": "deepspeed_zero3_offload"},
+    "zero2": {"parallel.deepspeed": "deepspeed_zero2"},
+    "qzero2": {**FOUR, "parallel.deepspeed": "deepspeed_zero2"},
+    "zero3": {"parallel.deepspeed": "deepspeed_zero3"},
+    "qzero3": {**FOUR, "parallel.deepspeed": "deepspeed_zero3"},
+    "fullzero1": {**FULL, "parallel.deepspeed": "deepspeed_zero1"},
+    "fullzero2": {**FULL, "parallel.deepspeed": "deepspeed_zero2"},
+    "fullzero3": {**FULL, "parallel.deepspeed": "deepspeed_zero3"},
+}
+"""Zero stages without offload deal nothing out in one process: they need --ranks."""
 BASE: Mapping[str, Any] = {
     "method": "lora",
     "quant.bits": 0,
     "model.dtype": "bfloat16" if GPU else "float32",
     "optim.name": "adamw",
+    "data.max_length": 2048 if GPU else 256,
     "schedule.accumulate": 1,
     "schedule.max_steps": 3,
     "report.log_every": 1,
@@ -52,27 +71,19 @@ BASE: Mapping[str, Any] = {
 @dataclass(frozen=True, slots=True)
 class Compared:
     planned: Planned
-    measured: int
+    ended: Ended
+
+    @property
+    def measured(self) -> int:
+        return int(self.ended.values("peak_memory_bytes")[-1])
 
     @property
     def ratio(self) -> float:
-        """Planned by measured; CUDA's context is in neither."""
-        assert self.planned.memory is not None
+        """Planned by measured; CUDA's context is in neither. 0 where there is no plan."""
+        if self.planned.memory is None:
+            return 0.0
         left_out = self.planned.memory.runtime if GPU else 0
         return (self.planned.memory.peak - left_out) / self.measured
-
-
-def model(store: Store, shape: str, folder: Path) -> str:
-    random_causal(shape, torch.bfloat16).save_pretrained(folder)
-    return publish_directory(store, "base", tiny_tokenizer(folder), meta=META)
-
-
-def dataset(store: Store, length: int, rows: int = 16) -> str:
-    """Rows that fill a block each: the tiny tokenizer has a token for each byte."""
-    lines = "".join(json.dumps({"instruction": f"{n:8}", "output": "y" * (length - 64)}) + "\n" for n in range(rows))
-    blob = store.put_blob(lines.encode())
-    files = (File("a.jsonl", blob.digest, blob.size),)
-    return publish(store, Manifest("dataset", files, (), {"format": "alpaca", "rows": rows}))
 
 
 def device() -> Device:
@@ -82,41 +93,52 @@ def device() -> Device:
 
 
 def compare(store: Store, base: str, changes: Mapping[str, Any], key: str) -> Compared:
-    """Plan a run, run it, and read what it held."""
-    config = override(RunConfig(), {**BASE, **changes})
-    data = dataset(store, config.data.max_length, 8 * config.schedule.batch_size)
-    run = TrainRun(
-        job="bench",
-        config=config,
-        base=ArtifactRef(name="base", digest=base),
-        datasets=(ArtifactRef(name="data", digest=data),),
-    )
-    raise_fence(store, key, 1)
-    store.put(f"{attempt_key(key, 1)}/run.json", dump(to_json(run)))
-    subprocess.run([sys.executable, "-m", "services.finetune", "train", run_uri(store.uri, key, 1)], check=True)
-    events = [e for _, segment in read_segments(store, key, 1, -1) for e in segment]
-    measured = [e["values"]["peak_memory_bytes"] for e in events if e["type"] == "metric"][-1]
+    """Run a job, plan it, and read what it held."""
+    asked = {**BASE, **changes}
+    blocks = asked.get("schedule.batch_size", 1) * asked["schedule.ranks"]
+    data = put_rows(store, 8 * blocks, asked["data.max_length"])
+    run = order(base, data, asked)
+    ended = job(store, run, key)
     # Planned afterwards: the worker put the prepared data on the shelf, so the figures are exact.
-    return Compared(Planner(store, device()).plan(run, None, ()), int(measured))
+    return Compared(Planner(store, device()).plan(run, None, ()), ended)
+
+
+def told(shape: str, case: str, one: Compared) -> str:
+    memory = one.planned.memory
+    parts = " ".join(f"{k} {v / plan.GIB:.2f}" for k, v in to_json(memory).items() if v) if memory else ""
+    peak = f"{memory.peak / plan.GIB:.2f}" if memory else "; ".join(one.planned.assumptions)
+    return f"| {shape} | {case} | {peak} | {one.measured / plan.GIB:.2f} | {one.ratio:.3f} | {parts} |"
 
 
 def main() -> None:
-    shapes = sys.argv[1:] or ["small"]
-    print("| shape | what | planned GiB | measured GiB | ratio | parts, GiB |\n|---|---|---|---|---|---|")
-    for shape in shapes:
-        if shape not in SHAPES:
-            raise SystemExit(f"no shape {shape}; there are {', '.join(SHAPES)}")
-        with tempfile.TemporaryDirectory() as folder:
-            store = open_store((Path(folder) / "store").as_uri())
-            base = model(store, shape, Path(folder) / "model")
-            for n, changes in enumerate(GPU_CASES if GPU else CASES):
-                one = compare(store, base, changes, f"jobs/plan-{n}")
-                held = one.planned.memory
-                assert held is not None
-                parts = " ".join(f"{k} {v / plan.GIB:.2f}" for k, v in to_json(held).items() if v)
-                what = ", ".join(f"{k.partition('.')[2] or k} {v}" for k, v in changes.items())
-                sizes = f"{held.peak / plan.GIB:.2f} | {one.measured / plan.GIB:.2f}"
-                print(f"| {shape} | {what} | {sizes} | {one.ratio:.3f} | {parts} |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", default=["small:lora,wide"])
+    parser.add_argument("--ranks", type=int, default=1, help="processes")
+    parser.add_argument("--store", default="", help="a folder that keeps bases for later benchmarks")
+    parser.add_argument("--json", default="", help="a file for all numbers")
+    options = parser.parse_args()
+    numbers: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        store = open_store(Path(options.store or f"{home}/store").absolute().as_uri())
+        print(
+            "| shape | what | planned GiB | measured GiB | ratio | parts, GiB |\n|---|---|---|---|---|---|", flush=True
+        )
+        for shape, _, cases in (text.partition(":") for text in options.shapes):
+            if shape not in SHAPES:
+                raise SystemExit(f"no shape {shape}; there are {', '.join(SHAPES)}")
+            base = put_base(store, shape)
+            for case in cases.split(",") if cases else ("lora", "wide"):
+                changes = {**CASES[case], "parallel.processes": options.ranks, "schedule.ranks": options.ranks}
+                try:
+                    one = compare(store, base, changes, f"jobs/plan-{shape}-{case}-{options.ranks}")
+                except RuntimeError as error:
+                    print(f"| {shape} | {case} | {error} |", flush=True)
+                    continue
+                print(told(shape, case, one), flush=True)
+                numbers.append({"shape": shape, "case": case, "ranks": options.ranks, "measured": one.measured})
+                numbers[-1] |= {"planned": to_json(one.planned.memory), "logs": one.ended.logs}
+                if options.json:
+                    Path(options.json).write_text(json.dumps(numbers))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def _kernels(draw: Callable[..., Tensor], t: int, d: int, r: int) -> Iterator[tu
     yield "swiglu_back", error(back, back32)
     yield from _attention(draw, t)
     for p in (0.0, 0.1):
-        yield from _lora(draw, t, d, r, ops_torch.Drop(p, 1234567))
+        for rank in (r, 512):
+            for name, value in _lora(draw, t, d, rank, ops_torch.Drop(p, 1234567)):
+                yield f"{name} rank {rank}", value
     logits, wanted = draw(300, 32000) * 3, torch.randint(0, 32000, (300,), device=GPU, dtype=torch.int32)
     logits32 = logits.float()
     yield "loss", error(ours.cross_entropy(logits, wanted, 0.5), plain.cross_entropy(logits32, wanted, 0.5))

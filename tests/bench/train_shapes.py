@@ -8,27 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from services.finetune import plan
 from services.finetune.config import RunConfig, override
 from services.finetune.packing import Blocks, pack
 from services.finetune.templates import Encoded
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "70B5": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 5, "num_attention_heads": 64},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1.8B": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
-VOCABULARY = {"7B": 32000, "1.8B": 151936, "135M": 49152, "small": 4096}
-KV_HEADS = {"135M": 3}
-"""Where fewer than the heads. 7B is Llama 2's shape, 1.8B Qwen's, 135M SmolLM2's."""
+VOCABULARY = {"70B": 32000, "70B5": 32000, "7B": 32000, "1.8B": 151936, "135M": 49152, "small": 4096}
+KV_HEADS = {"70B": 8, "70B5": 8, "135M": 3}
+"""Where fewer than the heads. 7B and 70B are Llama 2's shapes, 70B5 is five layers of it, 1.8B Qwen's, 135M SmolLM2's."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> Any:
-    """A Llama of `shape` weights drawn as transformers does, NF4 with nested scales if `quantised`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(shape: str) -> Any:
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         **SHAPES[shape],
         vocab_size=VOCABULARY[shape],
         num_key_value_heads=KV_HEADS.get(shape, SHAPES[shape]["num_attention_heads"]),
@@ -37,9 +39,25 @@ def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> An
         eos_token_id=2,
         pad_token_id=2,
     )
+
+
+def shape_of(shape: str) -> plan.Shape:
+    """As a plan sees it. No weights are made."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(shape))
+    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    return plan.read_shape(config, {name: list(p.shape) for name, p in model.named_parameters()})
+
+
+def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> Any:
+    """A Llama of `shape` weights drawn as transformers does, NF4 with nested scales if `quantised`."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype, attn_implementation="sdpa")
     if quantised:
         for layer in model.model.layers:
             for block in (layer.self_attn, layer.mlp):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services.common.supervisor import Work
 
 from services.common.jobs import Jobs
 from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records
+from services.common.supervisor import Work
 from services.common.wishes import TERMINAL
 from services.finetune.progress import Event
 from services.finetune.store import Store

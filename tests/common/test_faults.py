@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.supervisor import Work
-
 from services.common.jobs import Jobs
 from services.common.launchers import ONE, Handle, Shape
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Record, Records
+from services.common.supervisor import Work
 from services.finetune import progress
 from services.finetune.errors import BY_CODE
 from services.finetune.store import Store

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services.common.supervisor import Work
 
 from services.common import holding
 from services.common.jobs import Jobs
 from services.common.launchers.local import LocalLauncher
 from services.common.records import Records
+from services.common.supervisor import Work
 from services.finetune.errors import Aborted, AlreadyExists, NotFound
 from services.finetune.store import Store, open_store
 from services.finetune.store.holds import hold, list_holds

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services.common.supervisor import Work
 
 from services.common import wire
 from services.common.jobs import Jobs
 from services.common.records import Record, Records
+from services.common.supervisor import Work
 from services.finetune import progress
 from services.finetune.errors import (
     AlreadyExists,

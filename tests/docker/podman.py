@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.common.launchers.pods import Json
+from tests.k8s.rendered import overlay, pods
+
+BASE = os.environ.get("BASE", "docker.io/library/python:3.12-slim-bookworm")
+PODS = dict(pods(overlay("local")))
 
 CONF = Path(__file__).with_name("containers.conf")
 ENV = dict(os.environ)
@@ -42,6 +46,15 @@ def podman(*words: str, check: bool = True, timeout_s: float = 300) -> str:
 
 def have(image: str) -> bool:
     return subprocess.run(["podman", "image", "exists", image], env=ENV).returncode == 0
+
+
+def errors_of(container: str) -> str:
+    """What it wrote to its standard error."""
+    return subprocess.run(["podman", "logs", container], env=ENV, capture_output=True, text=True).stderr
+
+
+def image(pod: str) -> str:
+    return str(PODS[pod]["spec"]["containers"][0]["image"])
 
 
 def make_store_image(image: str, base: str, folder: Path) -> None:

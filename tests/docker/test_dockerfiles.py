@@ -18,6 +18,7 @@ DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 SERVICES = ("datasets", "training", "conversion", "inference")
 LOCKS = {
     **{service: (service, "kubernetes") for service in SERVICES},
+    "gateway": tuple(re.findall(r"^GATEWAY := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()),
     "worker-cpu": ("worker", "export", "quantize"),
     "worker-cuda": ("worker", "export", "quantize"),
     "inference-cpu": ("serve",),
@@ -66,6 +67,20 @@ def test_a_service_loads_nothing_that_its_image_lacks(service: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
     assert service == "datasets" or {"numpy", "pyarrow", "tokenizers"} <= absent
+
+
+def test_the_gateway_loads_nothing_that_its_image_lacks() -> None:
+    """Of what services, workers and the command line have it has what HTTP and gRPC take."""
+    own = pins("gateway")[0].keys()
+    absent = {name for lock in SERVICES for name in pins(lock)[0]} - own
+    assert {"sqlalchemy", "minio", "kubernetes", "numpy", "pyyaml"} <= absent
+    names = [name.replace("-", "_") for name in absent] + ["rich", "yaml", "psycopg"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
+        "import services.gateway.__main__, services.gateway.routes, services.client.live, uvicorn\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("lock", LOCKS)

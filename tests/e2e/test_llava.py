@@ -54,9 +54,9 @@ def test_what_was_learned_of_images_is_said_of_them(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr + done.stdout
         for colour, answer in SEEN.items():
             image = ["--image", str(data / "images" / f"{colour}.png")]
-            said = stack.quartet("chat", "e", "-m", "what?", *image, "--temperature", "0", "--max-new-tokens", "16")
-            assert said.returncode == 0, said.stderr
-            assert said.stdout.strip() == answer
+            told = stack.quartet("chat", "e", "-m", "what?", *image, "--temperature", "0", "--max-new-tokens", "16")
+            assert told.returncode == 0, told.stderr
+            assert told.stdout.strip() == answer
         refused = stack.quartet("train", "smollm2_135m_lora_assistant_e1", "--base", "clip", "--data", "d")
         assert refused.returncode != 0 and "vision tower" in refused.stderr
     finally:

@@ -27,6 +27,16 @@ VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
 Manifest = dict[str, Any]
 
 
+ROOMS = ("conversion", "datasets", "inference", "training")
+# What a site may put together; each must be as good as the overlays.
+SETS: dict[str, tuple[str, Sequence[str]]] = {
+    **{name: (name, ()) for name in OVERLAYS},
+    **{f"gpu+{c}": ("gpu", (c,)) for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota")},
+    "gpu+all": ("gpu", tuple(c for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota"))),
+    "local+quota": ("local", ("quota",)),
+}
+
+
 def kustomize(folder: Path) -> list[Manifest]:
     command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -65,6 +75,8 @@ def _list(items: Any) -> dict[str, Any]:
 
 _TEXT = {"type": "string", "minLength": 1}
 _META = {"apiVersion": _TEXT, "kind": _TEXT, "metadata": {"type": "object", "required": ["name", "namespace"]}}
+_PARENTS = _list(_strict({"name": _TEXT}, {"namespace": _TEXT, "sectionName": _TEXT}))
+_BACKENDS = _list(_strict({"name": _TEXT, "port": {"type": "integer"}}))
 # Not of Kubernetes itself: the fields of the Gateway API v1 and of Prometheus' operator that k8s/ uses, as strict as theirs.
 CUSTOM = {
     "gateway.networking.k8s.io/v1/GRPCRoute": _strict(
@@ -72,15 +84,37 @@ CUSTOM = {
             **_META,
             "spec": _strict(
                 {
-                    "parentRefs": _list(_strict({"name": _TEXT}, {"namespace": _TEXT, "sectionName": _TEXT})),
+                    "parentRefs": _PARENTS,
                     "rules": _list(
                         _strict(
                             {
                                 "matches": _list(
                                     _strict({"method": _strict({"type": {"enum": ["Exact"]}, "service": _TEXT})})
                                 ),
-                                "backendRefs": _list(_strict({"name": _TEXT, "port": {"type": "integer"}})),
+                                "backendRefs": _BACKENDS,
                             }
+                        )
+                    ),
+                },
+                {"hostnames": _list(_TEXT)},
+            ),
+        }
+    ),
+    "gateway.networking.k8s.io/v1/HTTPRoute": _strict(
+        {
+            **_META,
+            "spec": _strict(
+                {
+                    "parentRefs": _PARENTS,
+                    "rules": _list(
+                        _strict(
+                            {
+                                "matches": _list(
+                                    _strict({"path": _strict({"type": {"enum": ["PathPrefix"]}, "value": _TEXT})})
+                                ),
+                                "backendRefs": _BACKENDS,
+                            },
+                            {"timeouts": _strict({"request": {"pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}})},
                         )
                     ),
                 },
@@ -144,3 +178,29 @@ def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
         yield m["metadata"]["name"], m["spec"]["template"]
     for m in of_kind(manifests, "CronJob"):
         yield m["metadata"]["name"], m["spec"]["jobTemplate"]["spec"]["template"]
+
+
+def containers(manifests: Sequence[Manifest]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, container, pod spec)."""
+    for name, pod in pods(manifests):
+        for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())]:
+            yield f"{name}/{container['name']}", container, pod["spec"]
+
+
+def variables(container: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Name -> value, or where it comes from."""
+    found: dict[str, Any] = {}
+    for source in container.get("envFrom", ()):
+        [config] = [
+            m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"] == source["configMapRef"]["name"]
+        ]
+        found.update(config["data"])
+    found.update({e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", ())})
+    return found
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    wanted = selector.get("matchLabels", {}).items()
+    among = selector.get("matchExpressions", ())
+    assert all(e["operator"] == "In" for e in among)
+    return all(labels.get(k) == v for k, v in wanted) and all(labels.get(e["key"]) in e["values"] for e in among)

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+from services.client.client import Client
 from services.common.server import DRAIN_S, LEAVE_S
 from services.common.settings import Settings
 from services.finetune.errors import BY_CODE
+from services.finetune.store import cache
+from services.gateway import __main__ as gateway
 from services.inference.engines.__main__ import HOST_VARIABLE, PORT_VARIABLE
 from tests.k8s.rendered import (
-    COMPONENTS,
-    OVERLAYS,
+    ROOMS,
     VERSIONS,
     Manifest,
+    containers,
     of_kind,
     overlay,
     pods,
     problems,
+    variables,
     with_components,
 )
 
-ROOMS = ("conversion", "datasets", "inference", "training")
 LAUNCHING = {room: "quartet-engine" if room == "inference" else "quartet-worker" for room in ROOMS}
-# What a site may put together; each must be as good as the overlays.
-SETS: dict[str, tuple[str, Sequence[str]]] = {
-    **{name: (name, ()) for name in OVERLAYS},
-    **{f"gpu+{c}": ("gpu", (c,)) for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota")},
-    "gpu+all": ("gpu", tuple(c for c in COMPONENTS if c not in ("postgres", "seaweedfs", "quota"))),
-    "local+quota": ("local", ("quota",)),
-}
-
-
-@pytest.fixture(params=sorted(SETS))
-def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
-    name, components = SETS[request.param]
-    return with_components(name, components) if components else overlay(name)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -51,13 +40,6 @@ def test_a_wrong_field_is_found() -> None:
     """The schemas are the strict ones: what the API server would drop in silence is an error here."""
     broken = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"bakoffLimit": 1}}
     assert len(problems(broken, VERSIONS[-1])) == 2  # the misspelt field, and no template
-
-
-def containers(manifests: Sequence[Manifest]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(name, container, pod spec)."""
-    for name, pod in pods(manifests):
-        for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())]:
-            yield f"{name}/{container['name']}", container, pod["spec"]
 
 
 def test_every_pod_is_restricted(manifests: list[Manifest]) -> None:
@@ -82,7 +64,7 @@ def test_only_claims_and_scratch_can_be_written(manifests: list[Manifest]) -> No
     for name, container, spec in containers(manifests):
         kinds = {v["name"]: v for v in spec.get("volumes", ())}
         for mount in container.get("volumeMounts", ()):
-            scratch = mount["name"] in claims or "emptyDir" in kinds[mount["name"]]
+            scratch = mount["name"] in claims or kinds[mount["name"]].keys() & {"emptyDir", "persistentVolumeClaim"}
             assert scratch or mount.get("readOnly"), (name, mount)
         assert any(m["mountPath"] == "/tmp" for m in container["volumeMounts"]), (
             f"{name} has no place for temporary files"
@@ -127,7 +109,7 @@ def test_rights_are_the_launchers_calls(manifests: list[Manifest]) -> None:
         }
 
 
-def test_services_are_probed_over_grpc(manifests: list[Manifest]) -> None:
+def test_servers_are_probed_in_their_own_words(manifests: list[Manifest]) -> None:
     for name, container, spec in containers(manifests):
         if name.startswith("quartet-worker/"):
             continue  # it serves nothing; its life is its Job's
@@ -137,6 +119,9 @@ def test_services_are_probed_over_grpc(manifests: list[Manifest]) -> None:
             service = f"quartet.{room}.v1.{room.capitalize()}"
             [port] = [p["containerPort"] for p in container["ports"] if p["name"] == "grpc"]
             assert [p["grpc"] for p in probes] == [{"port": port, "service": service}] * 2 + [{"port": port}], name
+        if name == "quartet-gateway/gateway":
+            [port] = [p["name"] for p in container["ports"]]
+            assert [p["httpGet"] for p in probes] == [{"path": "/healthz", "port": port}] * 3
         assert spec["terminationGracePeriodSeconds"] > DRAIN_S, name
 
 
@@ -152,46 +137,12 @@ def test_a_rolling_update_leaves_time_to_leave(manifests: list[Manifest]) -> Non
 
 def test_every_service_has_a_second_replica_or_grows(manifests: list[Manifest]) -> None:
     grows = {m["spec"]["scaleTargetRef"]["name"]: m["spec"] for m in of_kind(manifests, "HorizontalPodAutoscaler")}
-    assert grows.keys() == {"quartet-datasets", "quartet-inference"}
+    assert grows.keys() == {"quartet-datasets", "quartet-inference", "quartet-gateway"}
     for m in of_kind(manifests, "Deployment"):
         # A number beside an autoscaler's would be set again at each apply.
         assert ("replicas" in m["spec"]) != (m["metadata"]["name"] in grows)
     for m in of_kind(overlay("gpu"), "Deployment", "HorizontalPodAutoscaler"):
         assert m["spec"].get("replicas", m["spec"].get("minReplicas", 2)) == 2, "one that dies is missed by nobody"
-
-
-def test_one_address_leads_to_every_service() -> None:
-    manifests = with_components("gpu", ("gateway-api",))
-    [route] = of_kind(manifests, "GRPCRoute")
-    led = {
-        rule["matches"][0]["method"]["service"]: (rule["backendRefs"][0]["name"], rule["backendRefs"][0]["port"])
-        for rule in route["spec"]["rules"]
-    }
-    services = {m["metadata"]["name"]: m["spec"] for m in of_kind(manifests, "Service")}
-    assert led.keys() == {f"quartet.{room}.v1.{room.capitalize()}" for room in ROOMS}
-    for service, (name, port) in led.items():
-        assert name == f"quartet-{service.split('.')[1]}"
-        assert port in [p["port"] for p in services[name]["ports"] if p["name"] == "grpc"]
-
-
-def test_prometheus_finds_and_reaches_what_it_is_to_read() -> None:
-    manifests = with_components("gpu", ("monitoring",))
-    [monitor] = of_kind(manifests, "ServiceMonitor")
-    found = [
-        m
-        for m in of_kind(manifests, "Service")
-        if selects(monitor["spec"]["selector"], m["metadata"].get("labels", {}))
-    ]
-    assert {m["metadata"]["name"] for m in found} == {f"quartet-{room}" for room in ROOMS}
-    [endpoint] = monitor["spec"]["endpoints"]
-    assert all(endpoint["port"] in [p["name"] for p in m["spec"]["ports"]] for m in found)
-    [policy] = [m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "monitoring"]
-    assert policy["spec"]["ingress"][0]["ports"] == [{"port": "metrics"}]
-    # Without the component nobody reaches that port.
-    for policy in of_kind(overlay("gpu"), "NetworkPolicy"):
-        for rule in policy["spec"].get("ingress", ()):
-            if selects(policy["spec"]["podSelector"], {"app.kubernetes.io/component": "service"}):
-                assert rule["ports"] == [{"port": "grpc"}]
 
 
 def test_a_wrong_field_of_a_custom_kind_is_found() -> None:
@@ -204,26 +155,15 @@ def test_every_service_can_be_drained(manifests: list[Manifest]) -> None:
     served = {m["metadata"]["name"] for m in of_kind(manifests, "Deployment", "StatefulSet")}
     assert {m["metadata"]["name"] for m in of_kind(manifests, "PodDisruptionBudget")} == served
     for m in of_kind(manifests, "Service"):
-        assert m["spec"]["clusterIP"] == "None", "gRPC clients must see every replica"
+        if m["metadata"]["name"] != "quartet-gateway":
+            assert m["spec"]["clusterIP"] == "None", "gRPC clients must see every replica"
 
 
 # ---------------------------------------------------------------------------------------------- settings and secrets
 
 
-def variables(container: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """Name -> value, or where it comes from."""
-    found: dict[str, Any] = {}
-    for source in container.get("envFrom", ()):
-        [config] = [
-            m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"] == source["configMapRef"]["name"]
-        ]
-        found.update(config["data"])
-    found.update({e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", ())})
-    return found
-
-
 def test_services_start_with_what_they_are_told(
-    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every QUARTET_ variable is a setting, and the settings hold together as the service itself checks them."""
     known = {"QUARTET_" + f.name.upper() for f in fields(Settings)}
@@ -244,12 +184,32 @@ def test_services_start_with_what_they_are_told(
         assert given["QUARTET_HOME"] in mounts and settings.token_file.rpartition("/")[0] in mounts
 
 
+def test_the_gateway_starts_with_what_it_is_told(
+    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    [container] = [c for name, c, _ in containers(manifests) if name == "quartet-gateway/gateway"]
+    given = variables(container, manifests)
+    monkeypatch.setenv("QUARTET_TOKEN_FILE", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("a secret of sixteen")
+    for name in given.keys() - {"QUARTET_TOKEN_FILE"}:
+        monkeypatch.setenv(name, given[name])
+    told = gateway.read(container["args"])
+    assert (told.host, [told.port]) == ("0.0.0.0", [p["containerPort"] for p in container["ports"]])
+    assert given["QUARTET_TOKEN_FILE"].rpartition("/")[0] in [m["mountPath"] for m in container["volumeMounts"]]
+    services = {m["metadata"]["name"]: m["spec"]["ports"] for m in of_kind(manifests, "Service")}
+    with Client(told.endpoint, told.token_file) as client:
+        for room in ROOMS:
+            name, _, port = client.address(room).partition(":")
+            assert name == f"quartet-{room}" and int(port) in [p["port"] for p in services[name] if p["name"] == "grpc"]
+
+
 def test_the_engine_is_told_its_address(manifests: list[Manifest]) -> None:
     [container] = [c for name, c, _ in containers(manifests) if name == "quartet-engine/engine"]
     given = variables(container, manifests)
     assert given[HOST_VARIABLE] == {"fieldRef": {"fieldPath": "status.podIP"}}
     assert [int(given[PORT_VARIABLE])] == [p["containerPort"] for p in container["ports"]]
-    assert {n for n in given if n.startswith("QUARTET_")} == {HOST_VARIABLE, PORT_VARIABLE}
+    own = {n for n in given if n.startswith("QUARTET_")} - {cache.DIR_VARIABLE, cache.SIZE_VARIABLE}
+    assert own == {HOST_VARIABLE, PORT_VARIABLE}
 
 
 def test_secrets_are_referred_to_and_never_there(manifests: list[Manifest]) -> None:
@@ -320,65 +280,31 @@ def test_spot_adds_to_the_tolerations_that_are_there() -> None:
     assert len(specs["quartet-engine"]["tolerations"]) == 1
 
 
-# ---------------------------------------------------------------------------------------------- the network
-
-
-def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    wanted = selector.get("matchLabels", {}).items()
-    among = selector.get("matchExpressions", ())
-    assert all(e["operator"] == "In" for e in among)
-    return all(labels.get(k) == v for k, v in wanted) and all(labels.get(e["key"]) in e["values"] for e in among)
-
-
-def reaches(manifests: Sequence[Manifest], source: dict[str, str], target: dict[str, str]) -> bool:
-    """Whether policies let pods with one set of labels open a connection to pods with another."""
-
-    def allowed(way: str, own: dict[str, str], other: dict[str, str]) -> bool:
-        rules = [
-            peer
-            for policy in of_kind(manifests, "NetworkPolicy")
-            if selects(policy["spec"]["podSelector"], own)
-            for rule in policy["spec"].get(way, ())
-            for peer in rule["from" if way == "ingress" else "to"]
-        ]
-        return any(
-            "namespaceSelector" not in p and "podSelector" in p and selects(p["podSelector"], other) for p in rules
+def test_a_nodes_cache_is_one_claim_that_workers_and_engines_find() -> None:
+    manifests = with_components("gpu", ("node-cache",))
+    [volume] = of_kind(manifests, "PersistentVolume")
+    [claim] = of_kind(manifests, "PersistentVolumeClaim")
+    name = claim["metadata"]["name"]
+    assert volume["spec"]["claimRef"] == {"namespace": claim["metadata"]["namespace"], "name": name}
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+    assert "local" in volume["spec"] and claim["spec"]["accessModes"] == volume["spec"]["accessModes"]
+    for m in of_kind(manifests, "CronJob"):
+        pod = m["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        given = {e["name"]: e.get("value") for e in container["env"]}
+        [source] = [v for v in pod["volumes"] if v["name"] == "cache"]
+        assert source["persistentVolumeClaim"] == {"claimName": name}
+        assert {"name": "cache", "mountPath": given[cache.DIR_VARIABLE]} in container["volumeMounts"]
+        assert cache.Cache.from_environment(given)
+        # What it is kept to, and an eighth that others may add meanwhile.
+        assert float(given[cache.SIZE_VARIABLE]) * 9 / 8 < float(
+            volume["spec"]["capacity"]["storage"].removesuffix("Gi")
         )
-
-    return allowed("egress", source, target) and allowed("ingress", target, source)
-
-
-def test_everything_is_denied_but_what_must_be(manifests: list[Manifest]) -> None:
-    policies = {m["metadata"]["name"]: m["spec"] for m in of_kind(manifests, "NetworkPolicy")}
-    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    labels = {name.removeprefix("quartet-"): pod["metadata"]["labels"] for name, pod in pods(manifests)}
-    open_ways = {(a, b) for a in labels for b in labels if a != b and reaches(manifests, labels[a], labels[b])}
-    assert open_ways == {
-        *((a, "store") for a in (*ROOMS, "worker", "engine")),
-        *((room, "postgres") for room in ROOMS),
-        ("inference", "engine"),
-    }
-    assert {name for name in labels if reaches(manifests, labels[name], labels[name])} == {"worker"}
-
-
-def test_workers_and_engines_reach_no_address_by_default() -> None:
-    for name in OVERLAYS:
-        labels = {n: pod["metadata"]["labels"] for n, pod in pods(overlay(name))}
-        for policy in of_kind(overlay(name), "NetworkPolicy"):
-            by_address = any("ipBlock" in to for rule in policy["spec"].get("egress", ()) for to in rule["to"])
-            for pod in ("quartet-worker", "quartet-engine"):
-                assert not (by_address and selects(policy["spec"]["podSelector"], labels[pod])), policy["metadata"]
-
-
-def test_no_way_leads_to_the_metadata_of_a_cloud(manifests: list[Manifest]) -> None:
-    for policy in of_kind(manifests, "NetworkPolicy"):
-        for rule in policy["spec"].get("egress", ()):
-            for to in rule["to"]:
-                assert "169.254.0.0/16" in to.get("ipBlock", {"except": ["169.254.0.0/16"]})["except"]
 
 
 def test_the_namespace_refuses_what_is_not_restricted(manifests: list[Manifest]) -> None:
     [namespace] = of_kind(manifests, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for m in manifests:
-        assert m is namespace or m["metadata"]["namespace"] == "quartet", m["metadata"]
+        whole = m["kind"] in ("Namespace", "PersistentVolume")  # of the cluster
+        assert whole or m["metadata"]["namespace"] == "quartet", m["metadata"]

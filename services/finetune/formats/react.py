@@ -15,7 +15,7 @@ MAX_LITERAL_DEPTH = 32
 
 _THINK, _THINK_END = "<|startofthink|>", "<|endofthink|>"
 _EXEC, _EXEC_END = "<|startofexec|>", "<|endofexec|>"
-_FINAL = "Final Answer:"
+FINAL = "Final Answer:"
 # A text in quotes of Python's, without the prefixes that would make it something else.
 _TOKEN = re.compile(
     r"""\s*(?:([\[\]{}:,])|('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")|(-?\d+(?:\.\d+)?|True|False|None))""", re.DOTALL
@@ -84,7 +84,7 @@ def _answer(turns: Turns, value: str, at: str) -> None:
     if len(results) > 1:
         raise RowError(at, "REACT_INVALID", f"{at} holds {_EXEC} twice; put each call into a turn of its own")
     thought, count = _thoughts(said, at)
-    turns.add(Message("assistant", f"{thought}\n" if count else f"{_FINAL}{thought}\n"), at)
+    turns.add(Message("assistant", f"{thought}\n" if count else f"{FINAL}{thought}\n"), at)
     if results:
         response, final = _result(results[0], at)
         if final:
@@ -116,7 +116,7 @@ def _result(said: str, at: str) -> tuple[str, str]:
         raise RowError(at, "REACT_INVALID", f"{_EXEC} in {at} is not closed by {_EXEC_END}; add it")
     # XTuner's pattern leaves a last line's end outside.
     tail = "\n" if after.endswith("\n") and after.strip() else ""
-    return f"Response:{_fenced(inner, at)}\n", f"{_FINAL}{after.strip()}\n{tail}" if after.strip() else ""
+    return f"Response:{_fenced(inner, at)}\n", f"{FINAL}{after.strip()}\n{tail}" if after.strip() else ""
 
 
 def _fenced(given: str, at: str) -> Any:
@@ -142,6 +142,11 @@ def _system(value: str) -> str:
         except (KeyError, IndexError, TypeError):
             pass  # a tool without parameters
         tools[name] = told
+    return instructions(tools)
+
+
+def instructions(tools: Mapping[str, str]) -> str:
+    """The system text that tells of tools, (name, description)."""
     return _SYSTEM.replace("{tools}", str(tools)).replace("{names}", str(list(tools)))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from services.finetune.store.checks import corrupt
@@ -37,6 +39,22 @@ def link_or_copy(blob: Path, new: Path, digest: str) -> None:
     if (found := hash_file(new)) != digest:
         raise corrupt(digest, found)
     new.chmod(0o444)
+
+
+def write_verified(pieces: Iterable[bytes], path: Path, digest: str) -> None:
+    """Make `path` a blob's read-only file, whole or not at all. DataLoss (BLOB_CORRUPT)."""
+    new, sha = path.parent / f".{uuid.uuid4().hex}", hashlib.sha256()
+    try:
+        with new.open("wb") as out:
+            for piece in pieces:
+                sha.update(piece)
+                out.write(piece)
+        if (found := "sha256:" + sha.hexdigest()) != digest:
+            raise corrupt(digest, found)
+        new.chmod(0o444)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ from services.finetune.errors import (
     Unavailable,
 )
 from services.finetune.store import s3_garbage, s3_stream
+from services.finetune.store.cache import Cache
 from services.finetune.store.checks import (
     PIECE_BYTES,
     blob_name,
@@ -40,12 +41,12 @@ from services.finetune.store.checks import (
     check_prefix,
     check_same,
     check_upload_id,
-    corrupt,
     cut_short,
     disk_errors,
     lost_race,
     no_blob,
 )
+from services.finetune.store.disk import write_verified
 from services.finetune.store.port import Blob, Entry, Leftover, Object, Stored, Upload
 from services.finetune.store.s3_client import connect
 from services.finetune.store.s3_upload import S3Upload, part_size
@@ -62,8 +63,9 @@ READ_TRIES = 4
 class S3Store:
     """See Store. Credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, cache: Cache | None = None) -> None:
         self.uri = uri
+        self._cache = cache
         parts = urlsplit(uri)
         self.bucket = parts.netloc
         self.prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
@@ -126,21 +128,16 @@ class S3Store:
         return self.read(self.blob_key(digest), offset, left if length is None else min(length, left))
 
     def fetch_blob(self, digest: str, path: Path) -> None:
-        pieces, sha = self.read_blob(digest), hashlib.sha256()
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.parent / f".{uuid.uuid4().hex}"
-            try:
-                with new.open("wb") as out:
-                    for piece in pieces:
-                        sha.update(piece)
-                        out.write(piece)
-                if (found := "sha256:" + sha.hexdigest()) != digest:
-                    raise corrupt(digest, found)
-                new.chmod(0o444)
-                new.replace(path)
-            finally:
-                new.unlink(missing_ok=True)
+            if self._cache is None or not self._cache.fetch(digest, path, lambda: self._source(digest)):
+                write_verified(self.read_blob(digest), path, digest)
+
+    def _source(self, digest: str) -> tuple[int, Iterator[bytes]]:
+        blob = self.stat_blob(digest)
+        if blob is None:
+            raise no_blob(digest)
+        return blob.size, self.read(self.blob_key(digest), 0, blob.size)
 
     def blob_key(self, digest: str) -> str:
         """Where a blob lies. InvalidArgument (DIGEST_MALFORMED)."""

@@ -91,7 +91,6 @@ class _Copies:
     def __enter__(self) -> _Copies:
         if torch.cuda.is_available():
             self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +104,8 @@ class _Copies:
         if not value.is_cuda:
             return value.contiguous().clone()
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        value.record_stream(self._stream)  # it may have been put together for this only
+        value.record_stream(self._stream)  # it may have been put together for this only, and just now
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             return host.copy_(value, non_blocking=True)
 

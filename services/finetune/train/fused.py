@@ -271,6 +271,7 @@ class Fused:
             logits_KV = rows_KD @ self.head.t()
             losses.append(self.ops.cross_entropy(logits_KV, wanted_K, scale / learned))
             torch.mm(logits_KV, self.head, out=rows_KD)
+            del logits_KV  # before the next rows' are there
         dx_TD = x_TD.zero_().index_copy_(0, flat.where_K.long(), x_KD)
         grad_TD = torch.zeros_like(h_TD)
         self.ops.norm_back(grad_TD, dx_TD, h_TD, rstd, self.norm)

@@ -186,6 +186,48 @@ def lora_down(
     tl.store(to, (total * scale).to(out.dtype.element_ty), mask=(rows[:, None] < tokens) & (ranks[None, :] < R))
 
 
+@triton.jit
+def remade(source, rstd, weight, rows, cols, end, IN: tl.constexpr, KIND: tl.constexpr):
+    """A tile of a linear layer's input, made anew; rows from `end` on are 0."""
+    inside = (rows[:, None] < end) & (cols[None, :] < IN)
+    wide = rows.to(tl.int64)[:, None]
+    if KIND == GATED:
+        gate = tl.load(source + wide * 2 * IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(source + wide * 2 * IN + IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        tile = gate * tl.sigmoid(gate) * up
+    else:
+        tile = tl.load(source + wide * IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if KIND == NORMED:
+        factor = tl.load(rstd + rows, mask=rows < end, other=0.0)[:, None]
+        tile *= factor * tl.load(weight + cols, mask=cols < IN, other=0.0).to(tl.float32)[None, :]
+    return tile
+
+
+@triton.jit(do_not_specialize=["seed", "n"])
+def dropped(
+    source, rstd, weight, out, tokens, seed, threshold, n,
+    IN: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """out[T, I] = a linear layer's input, made anew, where dropout n keeps it, else 0."""
+    cols, rows = tl.program_id(0) * BI + tl.arange(0, BI), tl.program_id(1) * BT + tl.arange(0, BT)
+    tile = remade(source, rstd, weight, rows, cols, tokens, IN, KIND)
+    tile = tl.where(keep(rows, cols, IN, projection_seed(seed, n), threshold), tile, 0.0)
+    inside = (rows[:, None] < tokens) & (cols[None, :] < IN)
+    tl.store(out + rows.to(tl.int64)[:, None] * IN + cols[None, :], tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed", "n"])
+def add_dropped(dx, share, tokens, scale, seed, threshold, n, IN: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr):
+    """dx[T, I] += scale * share, where dropout n keeps it."""
+    cols, rows = tl.program_id(0) * BI + tl.arange(0, BI), tl.program_id(1) * BT + tl.arange(0, BT)
+    inside = (rows[:, None] < tokens) & (cols[None, :] < IN)
+    at = rows.to(tl.int64)[:, None] * IN + cols[None, :]
+    tile = tl.load(share + at, mask=inside, other=0.0).to(tl.float32)
+    tile = tl.where(keep(rows, cols, IN, projection_seed(seed, n), threshold), tile, 0.0)
+    total = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32) + tile * scale
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def lora_grad_a(
     g, source, rstd, weight, out, tokens, chunk, scale, seed, threshold,
@@ -200,19 +242,9 @@ def lora_grad_a(
     total = tl.zeros((BR, BI), tl.float32)
     for start in range(part * chunk, end, BT):
         rows = start + tl.arange(0, BT)
-        inside = (rows[:, None] < end) & (cols[None, :] < IN)
-        wide = rows.to(tl.int64)[:, None]
-        if KIND == GATED:
-            gate = tl.load(source + wide * 2 * IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(source + wide * 2 * IN + IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-            tile = gate * tl.sigmoid(gate) * up
-        else:
-            tile = tl.load(source + wide * IN + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        if KIND == NORMED:
-            factor = tl.load(rstd + rows, mask=rows < end, other=0.0)[:, None]
-            tile *= factor * tl.load(weight + cols, mask=cols < IN, other=0.0).to(tl.float32)[None, :]
+        tile = remade(source, rstd, weight, rows, cols, end, IN, KIND)
         tile = tl.where(keep(rows, cols, IN, seed_n, threshold), tile, 0.0).to(source.dtype.element_ty)
-        at = g + wide * (N * R) + n * R + ranks[None, :]
+        at = g + rows.to(tl.int64)[:, None] * (N * R) + n * R + ranks[None, :]
         grad = tl.load(at, mask=(rows[:, None] < end) & (ranks[None, :] < R), other=0.0)
         total = tl.dot(tl.trans(grad), tile, total)
     to = out + (part * N * R + n * R + ranks).to(tl.int64)[:, None] * IN + cols[None, :]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from services.finetune.config import TrainRun
+from services.finetune.config import TrainRun, override
 from services.finetune.errors import Cancelled, InvalidArgument, QuartetError
 from services.finetune.prepare.certificate import META, certify
 from services.finetune.progress import Attempt, best_checkpoint, checkpoints
@@ -168,6 +168,10 @@ class Trainer:
         blocks = self.data.blocks
         longest = max((int(b.ids.shape[1]) for b in self.data.validation), default=0)
         self.engine, why = self._engine(dtype, longest, fixed, form)
+        kept = self.images is not None and self.images.kept is not None
+        self.cost, self.peak = cost(self.model, kept), peak(self.device, dtype)
+        if self.cost and self.peak:
+            self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
         self.report.log(f"gradients by {why}")
         self.steps = Stepper(
             self.config,
@@ -184,13 +188,8 @@ class Trainer:
         )
         if self.zero is not None:
             self.steps.optimizer = self.zero.start(self.steps.optimizer)
-        kept = self.images is not None and self.images.kept is not None
-        self.cost, self.peak = cost(self.model, kept), peak(self.device, dtype)
-        if self.cost and self.peak:
-            self.report.log(f"MFU is of {self.peak / 1e12:.0f} TFLOP/s, the device's dense 16-bit peak")
-        # A plan is of whole copies.
-        order = (folder, self.config, blocks, self.steps.total, self.device, dtype)
-        self.planned = 0 if self.zero else planned(*order)
+        config = override(self.config, {"parallel.processes": self.group.world, "parallel.nodes": 1})
+        self.planned = planned(folder, config, blocks, self.steps.total, self.device, dtype)
         self.meta = {
             "template": self.template.name,
             "system": self.config.data.system,

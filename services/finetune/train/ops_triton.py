@@ -22,6 +22,9 @@ GRAD_X = {
     "gated": {"BT": 16, "BI": 128, "num_warps": 4, "num_stages": 2},
 }
 """Tiles, the best of those tried on an H100 at hidden 4096, inner 11008, rank 64."""
+WIDE = 128
+"""Of a higher rank a tile does not fit a program's shared memory: dropout is a pass of its own beside a plain product."""
+PASS = {"BT": 16, "BI": 256, "num_warps": 4}
 
 _KINDS = {"plain": 0, "normed": 1, "gated": 2}
 
@@ -116,6 +119,10 @@ def lora_down(x: Tensor, a: Tensor, n: int, scale: float, drop: Drop) -> Tensor:
     tokens, size = x.shape
     rank = a.shape[0] // n
     out = x.new_empty(tokens, n * rank)
+    if rank > WIDE:
+        for i, (part, to) in enumerate(zip(a.chunk(n), out.chunk(n, 1), strict=True)):
+            torch.mm(_dropped(Source("plain", x), size, drop, i), part.t(), out=to)
+        return out.mul_(scale / (1 - drop.p))
     kernels.lora_down[(n, triton.cdiv(tokens, DOWN["BT"]))](
         x, a, out, tokens, scale / (1 - drop.p), drop.seed, drop.threshold, N=n, R=rank, IN=size, BR=_rank(rank), **DOWN
     )
@@ -124,6 +131,11 @@ def lora_down(x: Tensor, a: Tensor, n: int, scale: float, drop: Drop) -> Tensor:
 
 def lora_grad_a(grad: Tensor, g: Tensor, source: Source, n: int, scale: float, drop: Drop) -> None:
     tokens, size, rank = g.shape[0], grad.shape[1], grad.shape[0] // n
+    if rank > WIDE:
+        for i, (part, g_n) in enumerate(zip(grad.chunk(n), g.chunk(n, 1), strict=True)):
+            made = torch.mm(g_n.t(), _dropped(source, size, drop, i), out_dtype=torch.float32)
+            part.add_(made, alpha=scale / (1 - drop.p))
+        return
     tiles = GRAD_A[source.kind]
     strips = triton.cdiv(size, tiles["BI"])
     # Enough programs to fill the GPU twice; each sums a part of the tokens, in a fixed order.
@@ -142,11 +154,34 @@ def lora_grad_x(
 ) -> None:
     tokens, size = dx.shape
     rank = a.shape[0] // n
+    if rank > WIDE:
+        for i, (part, g_n) in enumerate(zip(a.chunk(n), g.chunk(n, 1), strict=True)):
+            kernels.add_dropped[_grid(tokens, size)](
+                dx, g_n @ part, tokens, scale / (1 - drop.p), drop.seed, drop.threshold, i, IN=size, **PASS
+            )
+        if gate_up is not None:
+            swiglu_back(gate_up, dx)
+        return
     tiles = GRAD_X["plain" if gate_up is None else "gated"]
     kernels.lora_grad_x[(triton.cdiv(size, tiles["BI"]), triton.cdiv(tokens, tiles["BT"]))](
         dx, g, a, gate_up, tokens, scale / (1 - drop.p), drop.seed, drop.threshold,
         N=n, R=rank, IN=size, GATE=gate_up is not None, BR=_rank(rank), **tiles,
     )  # fmt: skip
+
+
+def _dropped(source: Source, size: int, drop: Drop, n: int) -> Tensor:
+    """The input of a linear layer where dropout n keeps it, not scaled up."""
+    tokens = source.of.shape[0]
+    out = source.of.new_empty(tokens, size)
+    kernels.dropped[_grid(tokens, size)](
+        source.of, source.rstd, source.weight, out, tokens, drop.seed, drop.threshold, n,
+        IN=size, KIND=_KINDS[source.kind], **PASS,
+    )  # fmt: skip
+    return out
+
+
+def _grid(tokens: int, size: int) -> tuple[int, int]:
+    return triton.cdiv(size, PASS["BI"]), triton.cdiv(tokens, PASS["BT"])
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor, scale: float) -> Tensor:

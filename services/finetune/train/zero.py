@@ -16,9 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from services.finetune.errors import FailedPrecondition
 from services.finetune.packing import IGNORED, Blocks
+from services.finetune.plan import BUCKET
 from services.finetune.recipes.deepspeed import preset_json
 from services.finetune.train.engine import Unscale, tensors
 from services.finetune.train.images import Images
@@ -59,6 +61,8 @@ class Zero:
         """Deal model and optimizer out; what rates are to be set on from now on."""
         deepspeed = load_deepspeed(self.device)
         causal = causal_of(self.model)
+        if self.stage == 3:
+            reread(causal)
         # DeepSpeed ends an autocast that comes from outside. Copies are not cached: of dealt weights none may stay.
         mixed = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
         causal.forward = mixed(with_images(causal) if self.images else causal.forward)
@@ -208,8 +212,39 @@ class Zero:
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once, if it is not told otherwise."""
+class _Reread(torch.autograd.Function):
+    """x W^T of a 4-bit layer whose weights are read anew for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, _dense(layer))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ _dense(ctx.layer), None
+
+
+def _dense(layer: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weights: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weights.to(layer.compute_dtype)
+
+
+def reread(causal: Any) -> None:
+    """Let 4-bit layers go through _Reread: bitsandbytes' own function holds the weights that it was given until the backward
+    pass, out of reach of checkpointing. So all that ZeRO-3 puts together for a moment would stay, the whole base."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in causal.modules():
+        if isinstance(layer, Linear4bit):
+
+            def forward(x: Tensor, layer: Any = layer) -> Tensor:
+                y: Tensor = _Reread.apply(x.to(layer.compute_dtype), layer)
+                return (y if layer.bias is None else y + layer.bias).to(x.dtype)
+
+            layer.forward = forward  # type: ignore[method-assign]
 
 
 def settings_of(preset: str, clip_norm: float, trainable: int) -> dict[str, Any]:
@@ -251,7 +286,8 @@ def load_deepspeed(device: torch.device) -> Any:
     # Shared memory between ranks on a CPU is a kernel that it would compile first, and fail without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        # One process that offloads is a group as well.
+        # One process that offloads is a group as well, and DeepSpeed asks a launcher's word for which.
+        os.environ.setdefault("LOCAL_RANK", "0")
         alone = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=alone, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)

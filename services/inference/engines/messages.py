@@ -63,18 +63,18 @@ def _check_marks(messages: Sequence[pb.Message]) -> None:
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless a system turn may come first, then user and assistant in
-    turn, each call followed by its results, and a user's or a result comes last."""
+    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless user and assistant take turns, each call followed by its
+    results, and a user's turn or a result comes last. A system turn may stand before a user's, as in training."""
     if not turns:
         raise InvalidArgument("a chat needs a message of the user's", reason="MESSAGES_EMPTY")
     for n, turn in enumerate(turns):
         before = turns[n - 1] if n else None
         if before is None or before.role == "system":
-            expected = ["user"] if before else ["system", "user"]
+            expected = ["user"] if before else ["user", "system"]
         elif before.role in ("user", "tool"):
             expected = ["assistant", "tool"] if before.role == "tool" else ["assistant"]
         else:
-            expected = ["tool"] if before.calls else ["user"]
+            expected = ["tool"] if before.calls else ["user", "system"]
         if turn.role not in expected:
             raise _bad_role(n, f"expected {' or '.join(expected)}, not {turn.role or 'a message without a role'}")
         if turn.calls and turn.role != "assistant":

@@ -61,6 +61,8 @@ class Engine(Protocol):
 
     context_length: int
     """Tokens that a prompt and its answer may have together."""
+    most_answers: int
+    """Requests that it takes at a time; what more it could hold would only cost memory."""
     vocabulary: int
     """Token ids are from 0 to below this."""
 

@@ -29,9 +29,12 @@ from services.inference.engines.forms import check_form
 from services.inference.engines.images import Images
 from services.inference.engines.messages import check_choice, read_tools, read_turns
 from services.inference.engines.port import Engine, Form, Likely, Picture, Sampling
+from services.inference.turns import Turns
 
 COALESCE_S = 0.04
 DEFAULT_TOKENS = 512
+QUEUE = 1024
+"""Answers by one adapter, or by none, that may wait for the engine."""
 FINISH = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -58,6 +61,8 @@ class EngineServicer(InferenceServicer):
         self._tokenizer = tokenizer
         self._adapters = Adapters(engine, served)
         self._store = store
+        # By alias: what waits for one adapter does not hold up the others.
+        self._turns = Turns(engine.most_answers, engine.most_answers, QUEUE)
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
         self._certify = functools.cache(lambda name: certify(tokenizer, self._load_template(name)))
         self._call_form = functools.cache(lambda name: find_form(self._load_template(name), tokenizer.special_texts))
@@ -87,14 +92,16 @@ class EngineServicer(InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
-        with self._adapters.using(request.adapter) as served:
-            async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
-                yield answer
+        async with self._turns.turn(request.adapter):
+            with self._adapters.using(request.adapter) as served:
+                async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+                    yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
-        with self._adapters.using(request.adapter) as served:
-            async for answer in self._chat(served, request):
-                yield answer
+        async with self._turns.turn(request.adapter):
+            with self._adapters.using(request.adapter) as served:
+                async for answer in self._chat(served, request):
+                    yield answer
 
     async def _chat(self, served: Served, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
         template = self._template(served)

@@ -29,6 +29,8 @@ from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Picture, Sampling, Step
 from services.inference.engines.sight import Sight
 
+MOST_ANSWERS = 32
+"""Answers at a time: each has keys and values of its own, and together they are no faster."""
 PREFILL = 1024
 """Tokens of a prompt that are read in one step."""
 
@@ -42,6 +44,7 @@ class TransformersEngine:
         self._sight = Sight(folder) if is_llava(model.config.to_dict()) else None
         self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
         self.vocabulary = int(text.vocab_size)
+        self.most_answers = MOST_ANSWERS
         self._model = model.eval()
         self._device = next(model.parameters()).device
         self._vocabulary = functools.lru_cache(4)(lambda ends: Vocabulary(folder, self.vocabulary, ends))

@@ -42,6 +42,8 @@ BATCHED_ADAPTERS = 4
 """Adapters that share one step; requests of further ones take turns."""
 HELD_ADAPTERS = 64
 """Adapters kept in host memory; those used longest ago leave, and are read from disk when they are asked for again."""
+MOST_ANSWERS = 1024
+"""Answers at a time; vLLM has a queue of its own for those that do not fit into a step."""
 WATCHMAN = """\
 import os, signal, sys, time
 parent = int(sys.argv[1])
@@ -83,6 +85,7 @@ class VllmEngine:
         self._known: dict[str, Any] = {}
         self._numbers = itertools.count(1)
         self.context_length = int(llm.model_config.max_model_len)
+        self.most_answers = MOST_ANSWERS
         self.vocabulary = int(llm.model_config.get_vocab_size())
 
     async def generate(

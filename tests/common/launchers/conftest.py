@@ -18,6 +18,7 @@ from services.common.records import Records
 from services.finetune.store import Store
 from tests.common.jobbing import ROOT, WORKER, work
 from tests.common.launchers.cluster import Cluster, cluster
+from tests.common.launchers.control_plane import ControlPlane, control_plane
 
 Make = Callable[..., Jobs]
 
@@ -69,11 +70,31 @@ class Place:
     pid: Callable[[Handle], int]
 
 
-@pytest.fixture(params=["local", "kubernetes"])
+@pytest.fixture(scope="session")
+def session_control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with control_plane(tmp_path_factory.mktemp("control-plane")) as running:
+        yield running
+
+
+@pytest.fixture()
+def real(session_control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[ControlPlane]:
+    """A real API server without any Jobs, which KUBECONFIG points at."""
+    monkeypatch.setenv("KUBECONFIG", str(session_control_plane.kubeconfig("quartet-training")))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    yield session_control_plane
+    session_control_plane.clear()
+
+
+@pytest.fixture()
+def on_real(real: ControlPlane, sqlite_url: str, file_store: Store) -> Make:
+    return maker(lambda: ScriptCluster("", "quartet-worker"), sqlite_url, file_store)
+
+
+@pytest.fixture(params=["local", "kubernetes", pytest.param("real", marks=pytest.mark.control_plane)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "local":
         return Place(lambda: LocalLauncher(tmp_path), lambda handle: int(handle["pid"]))
-    running: Cluster = request.getfixturevalue("k8s")
+    running: Cluster | ControlPlane = request.getfixturevalue("k8s" if request.param == "kubernetes" else "real")
     return Place(lambda: KubernetesLauncher("", "quartet-worker"), running.pid_of)
 
 

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
 from services.finetune.packing import Blocks
+from services.finetune.plan import needed_bytes
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory
 from services.finetune.train.engine import Autograd
 from services.finetune.train.leader import free_port
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.ranks import Place
-from services.finetune.train.stage import choose_stage, needed_bytes
+from services.finetune.train.stage import choose_stage
+from tests.finetune.train.test_train import start
 from tests.finetune.train.together import checkpoints, go
 from tests.tiny import tiny_model
 
@@ -133,6 +135,14 @@ def together(run: TrainRun, folder: Path, ways: Sequence[str]) -> Told:
     assert not list(folder.glob("compiled/**/*.so"))
     found: Told = json.loads((folder / "told.json").read_text())
     return found
+
+
+def test_one_process_offloads_though_nobody_launched_it(place: tuple[Store, TrainRun, Path]) -> None:
+    """DeepSpeed wants to be told LOCAL_RANK, which launchers set."""
+    store, run, _ = place
+    changes = {"parallel.deepspeed": "deepspeed_zero2_offload", "schedule.max_steps": 2, "report.prompts": []}
+    run = replace(run, config=override(run.config, changes))
+    assert start(store, run, "jobs/alone", 1).wait(600) == 0
 
 
 @pytest.fixture(scope="module")

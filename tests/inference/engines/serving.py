@@ -15,6 +15,7 @@ from services.finetune.store import open_store
 from services.finetune.store.artifacts import load
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.adapters import Served
+from services.inference.engines.port import Engine
 from services.inference.engines.servicer import EngineServicer
 from services.inference.engines.transformers import TransformersEngine
 from tests.common.serving import serve
@@ -26,15 +27,16 @@ NAME = "workspaces/default/endpoints/e"
 
 
 @contextlib.contextmanager
-def engine_server(home: Path, template: str, **changes: Any) -> Iterator[grpc.Channel]:
-    """A channel to it. `template` is one of call_templates, "" for plain ChatML; `changes` are of the artifact's meta."""
+def engine_server(home: Path, template: str, engine: Engine | None = None, **changes: Any) -> Iterator[grpc.Channel]:
+    """A channel to it. `template` is one of call_templates, "" for plain ChatML; `engine` stands for the model's own;
+    `changes` are of the artifact's meta."""
     folder = tiny_model(home / "model", specials=call_templates.SPECIALS.get(template, ()), context_length=2048)
     if template:
         (folder / "chat_template.jinja").write_text(call_templates.jinja(template))
     store = open_store((home / "store").as_uri())
     digest = published.model(store, folder, "tiny", **changes)
     served = [Served("", "workspaces/default/models/tiny", digest, load(store, digest))]
-    engine = TransformersEngine(folder, {}, "float32", 0)
+    engine = engine or TransformersEngine(folder, {}, "float32", 0)
     servicer = EngineServicer(NAME, engine, Tokenizer.from_files(folder), served, store)
     room = Room("quartet.inference.v1.Inference", lambda server: add_InferenceServicer_to_server(servicer, server))
     with serve(room, home) as channel:

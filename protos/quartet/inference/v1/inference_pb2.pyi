@@ -965,8 +965,8 @@ class ChatRequest(_message.Message):
     """A template name the caller expects; when set it must be the served model's own."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """System (optional, first), then user and assistant in turn, ending with user. An assistant's calls are followed by their
-        results, which may also come last.
+        """User and assistant in turn, ending with user. An assistant's calls are followed by their results, which may also come
+        last. A system turn may stand before a user's; most templates take one only, as the first.
         """
 
     @_builtins.property

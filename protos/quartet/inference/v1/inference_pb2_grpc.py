@@ -161,8 +161,9 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-        sent in the metadata).
+        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+        (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+        (ENGINE_LOST, with the number of tokens sent in the metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

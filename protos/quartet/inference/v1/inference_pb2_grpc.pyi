@@ -72,8 +72,9 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-    sent in the metadata).
+    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+    (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
@@ -133,8 +134,9 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-    sent in the metadata).
+    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+    (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
@@ -233,8 +235,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), UNAVAILABLE (ENGINE_LOST, with the number of tokens
-        sent in the metadata).
+        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+        (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+        (ENGINE_LOST, with the number of tokens sent in the metadata).
         """
 
     @_abc_1.abstractmethod
