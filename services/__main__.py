@@ -1,8 +1,9 @@
-"""All four services in one process: python -m services, which is what `quartet up` starts."""
+"""All four services in one process: python -m services. `quartet up` is this, and the gateway beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 from services.common import server
@@ -25,9 +26,10 @@ def _trusting(build: Build) -> Build:
     return built
 
 
-def main() -> None:
-    """Serve until SIGTERM."""
-    server.main("quartet", [_trusting(build) for build in (datasets, training, conversion, inference)])
+def main(settings: Settings | None = None, beside: server.Beside = nullcontext) -> None:
+    """Serve until SIGTERM, by the command line's flags if no settings are given."""
+    builds = [_trusting(build) for build in (datasets, training, conversion, inference)]
+    server.main("quartet", builds, settings, beside)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stores for every test: the file adapter and the S3 adapter on a real server."""
+"""What every test has: the file adapter and the S3 adapter on a real server; no deadlines, which a loaded machine misses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from services.finetune.store import Store, open_store
 from tests.seaweed import seaweed
+
+settings.register_profile("quartet", deadline=None)
+settings.load_profile("quartet")
 
 
 @pytest.fixture(scope="session")

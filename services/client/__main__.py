@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["up"], ["gateway"]):
         # Servers are programs of their own: become one, with its flags.
-        program = "services" if words[0] == "up" else "services.gateway"
+        program = "services.gateway.up" if words[0] == "up" else "services.gateway"
         os.execv(sys.executable, [sys.executable, "-m", program, *words[1:]])
     arguments = parser().parse_args(words)
     try:
@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     """Every verb and option; tests/client/test_surface.py holds the closed list."""
     top = argparse.ArgumentParser(prog="quartet", description="Fine-tuning as four gRPC services.", allow_abbrev=False)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    verbs.add_parser("up", help="serve all four services in one process (see quartet up --help)", add_help=False)
-    told = "answer OpenAI's HTTP API in front of the services (see quartet gateway --help)"
+    verbs.add_parser(
+        "up", help="serve all four services, OpenAI's API and the web pages (see quartet up --help)", add_help=False
+    )
+    told = "OpenAI's HTTP API and the web pages in front of the services (see quartet gateway --help)"
     verbs.add_parser("gateway", help=told, add_help=False)
     _quickstart(verbs)
     _datasets(verbs)
@@ -99,7 +101,9 @@ def _datasets(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="training looks under its schedule.seed")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
     p = _verb(group, "repeat", "commands.datasets:repeat", "repeat the rows of a file, or of a dataset")
-    p.add_argument("input", help="a .json or .jsonl file, or a dataset")
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("input", nargs="?", default="", help="a .json or .jsonl file, or a dataset")
+    given.add_argument("-i", "--input", dest="source", default="", help="the same, as the tutorial's repeat.py has it")
     p.add_argument("-n", type=int, required=True, help="how many times")
     p.add_argument("-o", "--output", required=True, help="the file, or the dataset, to make")
     _verb(verbs, "list-dataset-format", "commands.datasets:formats", "the row formats that can be read")
@@ -194,13 +198,19 @@ def _models(verbs: Any) -> None:
         "--pad-image-to-square", action="store_true", help="with the mean colour; else the middle is cut out"
     )
     p = _verb(group, "merge", "commands.models:convert_merge", "an adapter is added into its base")
-    p.add_argument("base")
+    p.add_argument("base", help="a model; or a folder or file here, as ./internlm-chat-7b, which is brought first")
     p.add_argument("adapter")
     p.add_argument("target", help="the merged model's name")
     p.add_argument("--max-shard-size", default="", help="as 2GB; the base's own files are kept if none is larger")
     p.add_argument("--dtype", default="", choices=["", "bfloat16", "float16", "float32"])
     p.add_argument(
         "--base-dtype", default="", choices=["", "nf4", "nf4-single"], help="nf4: into the base as QLoRA trained on it"
+    )
+    p.add_argument(
+        "--report",
+        default="",
+        choices=["", "always", "never"],
+        help="measure the result; up to 9e9 parameters if left out",
     )
     for verb in ("split", "reshard"):
         p = _verb(group, verb, "commands.models:convert_split", "the same weights in files of another size")
@@ -316,6 +326,14 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--adapter", action="append", default=[], metavar="ALIAS=MODEL")
     p.add_argument("--drop-adapter", action="append", default=[], metavar="ALIAS")
     _verb(group, "delete", "commands.endpoints:delete", "stop serving").add_argument("target", metavar="ENDPOINT")
+    p = _verb(
+        verbs, "publish", "commands.publish:publish", "write a web page on which a model answers, to deploy anywhere"
+    )
+    p.add_argument("target", help="a whole model, whose weights go along; with --url an endpoint, or endpoint:alias")
+    p.add_argument("directory")
+    p.add_argument("--url", default="", help="where it is asked instead, over OpenAI's API: http://host:8000/v1")
+    p.add_argument("--title", default="", help="the page's; the target's name if left out")
+    p.add_argument("--system", default="", help="system text in place of the model's own")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
     p.add_argument(
         "--visual-encoder",

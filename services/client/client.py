@@ -146,14 +146,16 @@ class Client:
         files: Sequence[Path],
         reading: Reading = DETECTED,
         told: Progress = lambda done, total: None,
+        beside: Sequence[tuple[str, Path]] = (),
     ) -> datasets_pb2.Revision:
-        """Make the dataset if need be, send what the store lacks of these files and folders, and commit a revision.
+        """Make the dataset if need be, send what the store lacks of these files and folders, and commit a revision. `beside`
+        are further files, each with its path in the revision.
 
         NotFound (FILE_NOT_FOUND), InvalidArgument (PATH_UNSAFE) before anything is sent.
         """
         from services.client.upload import files_of, upload_all
 
-        listed = files_of(files)
+        listed = [*files_of(files), *beside]
         name = self._ensure_dataset(dataset)
         return self.commit_files(name, upload_all(self, name, listed, told), reading)
 

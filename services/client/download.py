@@ -6,8 +6,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ import google_crc32c
 from quartet.conversion.v1 import conversion_pb2
 from quartet.training.v1 import training_pb2
 
+from services.client import direct
 from services.client.client import Client, Progress
 from services.client.retry import RETRIES, pause_s
 from services.client.show import plain
@@ -24,19 +26,36 @@ from services.finetune.store.artifacts import check_path
 MANIFEST = "quartet_manifest.json"
 IN_FLIGHT = 4
 PIECE_BYTES = 1 << 20
-Pieces = Callable[[Any, int], Iterator[Any]]
-"""The bytes of a file from an offset on, as (data, crc32c)."""
+Pieces = Callable[[Any, int], Iterator[bytes]]
+"""The bytes of a file from an offset on."""
 
 
 def download_model(client: Client, model: Any, folder: Path, told: Progress = lambda done, total: None) -> None:
-    """Fetch what is not there yet, verify every digest, and write the manifest last.
+    """Fetch what is not there yet, verify every digest, and write the manifest last. Large files come from the store itself
+    where the service gives a link and the store answers.
 
     InvalidArgument (PATH_UNSAFE), DataLoss (CHUNK_CORRUPT, BLOB_CORRUPT).
     """
 
-    def pieces(file: Any, offset: int) -> Iterator[Any]:
-        request = conversion_pb2.DownloadModelRequest(name=model.name, path=file.path, offset_bytes=offset)
-        return iter(client.conversion.DownloadModel(request))
+    reached = True
+
+    def pieces(file: Any, offset: int) -> Iterator[bytes]:
+        nonlocal reached
+        request = conversion_pb2.DownloadModelRequest(
+            name=model.name, path=file.path, offset_bytes=offset, direct=reached
+        )
+        answers = iter(client.conversion.DownloadModel(request))
+        first = next(answers, None)
+        if first is not None and first.url:
+            for data in direct.get_ranges(first.url, offset, file.size_bytes):
+                request.offset_bytes += len(data)
+                yield data
+            if request.offset_bytes == file.size_bytes:
+                return
+            reached = request.offset_bytes > offset  # else no other file waits for the store
+            request.direct = False
+            first, answers = None, iter(client.conversion.DownloadModel(request))
+        yield from _checked(file, chain([first] if first is not None else [], answers))
 
     _download(model.files, folder, pieces, told)
     manifest = json.dumps(plain(model), indent=1, ensure_ascii=False, sort_keys=True)
@@ -46,10 +65,10 @@ def download_model(client: Client, model: Any, folder: Path, told: Progress = la
 def download_job_files(client: Client, job: str, files: Sequence[Any], folder: Path, told: Progress) -> None:
     """Fetch the files that a training job listed, as download_model. Aborted (FILE_CHANGED) if it replaced them since."""
 
-    def pieces(file: Any, offset: int) -> Iterator[Any]:
+    def pieces(file: Any, offset: int) -> Iterator[bytes]:
         what = {"name": job, "path": file.path, "digest": file.digest}
         request = training_pb2.DownloadTrainingFileRequest(**what, offset_bytes=offset)
-        return iter(client.training.DownloadTrainingFile(request))
+        return _checked(file, client.training.DownloadTrainingFile(request))
 
     _download(files, folder, pieces, told)
 
@@ -120,12 +139,17 @@ def _complete(file: Any, part: Path, pieces: Pieces, told: Callable[[int], None]
 def _append(file: Any, sink: BinaryIO, sha: Any, pieces: Pieces, told: Callable[[int], None]) -> None:
     if sink.tell() >= file.size_bytes:
         return
-    for piece in pieces(file, sink.tell()):
+    for data in pieces(file, sink.tell()):
+        sink.write(data)
+        sha.update(data)
+        told(sink.tell())
+
+
+def _checked(file: Any, answers: Iterable[Any]) -> Iterator[bytes]:
+    for piece in answers:
         if google_crc32c.value(piece.data) != piece.crc32c:
             raise DataLoss(f"{file.path} was damaged on its way; try again", reason="CHUNK_CORRUPT")
-        sink.write(piece.data)
-        sha.update(piece.data)
-        told(sink.tell())
+        yield piece.data
 
 
 def _passing(error: QuartetError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -18,6 +19,8 @@ from services.finetune.errors import InvalidArgument, QuartetError, Unavailable
 T = TypeVar("T")
 
 RETRIES = 4
+AWAY_S = 60.0
+"""A service that has answered before is waited for so long: it is being replaced, or its store or database is."""
 _NOBODY = ("connection refused", "no such file or directory")
 """How gRPC words an address, or a unix socket, where nobody listens."""
 
@@ -29,6 +32,7 @@ class Room:
         self._stub = stub
         self._metadata = (*metadata, *STATUS_METADATA)
         self._address = address
+        self._met = False
 
     def __getattr__(self, rpc: str) -> Callable[..., Any]:
         call = getattr(self._stub, rpc)
@@ -38,30 +42,40 @@ class Room:
         return lambda request: self._single(call, request, retries)
 
     def _single(self, call: Callable[..., T], request: Any, retries: int) -> T:
-        for attempt in range(retries + 1):
+        asked = time.monotonic()
+        for attempt in itertools.count():
             try:
-                return call(request, metadata=self._metadata)
+                answer = call(request, metadata=self._metadata)
+                self._met = True
+                return answer
             except grpc.RpcError as raised:
-                self._raise_unless_again(raised, attempt, retries)
+                self._raise_unless_again(raised, attempt, retries, asked)
         raise AssertionError("the loop returns or raises")
 
     def _stream(self, call: Callable[..., Any], request: Any) -> Iterator[Any]:
         """Tried again until the first answer came; what then breaks off is its caller's to go on with."""
-        for attempt in range(RETRIES + 1):
+        asked = time.monotonic()
+        for attempt in itertools.count():
             begun = False
             try:
                 for answer in call(request, metadata=self._metadata):
-                    begun = True
+                    begun = self._met = True
                     yield answer
                 return
             except grpc.RpcError as raised:
-                self._raise_unless_again(raised, RETRIES if begun else attempt, RETRIES)
+                if begun:
+                    raise self._explain(raised) from raised
+                self._raise_unless_again(raised, attempt, RETRIES, asked)
 
-    def _raise_unless_again(self, raised: grpc.RpcError, attempt: int, retries: int) -> None:
+    def _raise_unless_again(self, raised: grpc.RpcError, attempt: int, retries: int, asked: float) -> None:
         """Wait before the next try, or raise our error where another is of no use."""
         error = self._explain(raised)
+        if not isinstance(error, Unavailable):
+            raise error from raised
         # Nobody listens: waiting would not help a person who forgot to start the server.
-        if not isinstance(error, Unavailable) or attempt == retries or error.reason == "NOBODY_LISTENS":
+        hopeless = attempt >= retries or error.reason == "NOBODY_LISTENS"
+        patient = retries > 0 and self._met and time.monotonic() - asked < AWAY_S
+        if hopeless and not patient:
             raise error from raised
         time.sleep(pause_s(attempt))
 

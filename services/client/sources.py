@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from services.client.commands.models import import_name, start_import
 from services.common.status import from_status
 from services.finetune.config import DataSource, RunConfig
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError
-from services.finetune.formats import Reading
+from services.finetune.formats import Problem, Reading
+from services.finetune.formats.carried import images
+from services.finetune.formats.containers import raw_rows
 
 Say = Callable[[str], None]
 Rows = tuple[DataSource, list[Path]]
 
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # Words in file names by which Hugging Face's load_dataset tells splits apart.
 _SPLITS = {
@@ -74,7 +77,21 @@ def bring_rows(client: Client, rows: Rows, say: Say, told: Progress) -> str:
     place = source.files[0] if source.files else source.hub_id
     name = short_name(Path(place).resolve().name.partition(".")[0]) or "data"
     say(f"uploading {place} as dataset {name}")
-    return str(client.upload_dataset(name, files, Reading(source.format), told).name)
+    return str(client.upload_dataset(name, files, Reading(source.format), told, images_of(source, files)).name)
+
+
+def images_of(source: DataSource, files: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(path in a row, path here) of the images that rows name, as far as they are in the source's folder of images."""
+    folder, found = Path(source.images).expanduser(), dict[str, Path]()
+    for file in files if source.images else ():
+        for raw in raw_rows(file.name, file):
+            for _, name in () if isinstance(raw, Problem) else images(raw[1]):
+                path = folder / name
+                # A config may be a stranger's, see _files: nothing but images, nothing outside the folder.
+                inside = path.resolve().is_relative_to(folder.resolve())
+                if inside and path.suffix.lower() in IMAGES and path.is_file():
+                    found[name.removeprefix("./")] = path
+    return list(found.items())
 
 
 def _files(source: DataSource) -> list[Path]:

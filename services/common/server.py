@@ -23,7 +23,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from services.common import auth
+from services.common import auth, requests
 from services.common.metrics import Counts, Metrics
 from services.common.settings import Settings
 from services.common.status import DEFAULT_STATUS_BYTES, MAX_STATUS_BYTES, STATUS_BYTES_KEY, fitted
@@ -51,6 +51,8 @@ class Room:
     stop: Callable[[], None] = lambda: None
     counts: Counts = dict
     """Its resources by kind and state, for Prometheus."""
+    collectors: Sequence[Any] = ()
+    """Its own numbers for Prometheus."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -109,6 +111,7 @@ class Guard(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _measured(self, path: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
         begun, code = time.perf_counter(), "CANCELLED"  # unless it comes to an end of its own
+        number = requests.given(context.invocation_metadata())
         try:
             yield
             code = "OK"
@@ -116,7 +119,10 @@ class Guard(grpc.aio.ServerInterceptor):
             code = _code_name(context.code())
             raise
         finally:
-            self._metrics.ended(path, code, time.perf_counter() - begun)
+            took = time.perf_counter() - begun
+            self._metrics.ended(path, code, took)
+            if number:
+                log.info("request %s: %s %s after %.3f s", number, path, code, took)
 
     def _watching(self, method: Callable[..., AsyncIterator[Any]], path: str) -> Callable[..., AsyncIterator[Any]]:
         """A stream that may go on for hours: its caller turns to another replica when this one leaves."""
@@ -151,7 +157,7 @@ class Guard(grpc.aio.ServerInterceptor):
             trailing = error.trailing_metadata() or ()
             await context.abort(error.code(), error.details() or "", tuple(trailing))
         if not isinstance(error, QuartetError):
-            incident = uuid.uuid4().hex[:12]
+            incident = requests.given(context.invocation_metadata()) or uuid.uuid4().hex[:12]
             log.error("incident %s", incident, exc_info=error)
             error = Internal(
                 f"a defect of this server; its log tells more under {incident}",
@@ -187,7 +193,7 @@ class Server:
     async def open(self) -> None:
         """Listen and start the rooms' background work. FailedPrecondition (PORT_IN_USE, ADDRESS_UNUSABLE)."""
         token = auth.read_token(self.settings.token_file) if self.settings.token_file else ""
-        metrics = Metrics()
+        metrics = Metrics([collector for room in self.rooms for collector in room.collectors])
         self._guard = Guard(token, metrics)
         self._server = grpc.aio.server(interceptors=[self._guard], options=_options())
         self._health = health.aio.HealthServicer()
@@ -279,30 +285,43 @@ def _tls(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
 
-def run(settings: Settings, rooms: Sequence[Room]) -> None:
+Beside = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""What goes on beside a server while it serves, by its address."""
+
+
+def run(settings: Settings, rooms: Sequence[Room], beside: Beside = contextlib.nullcontext) -> None:
     """Serve until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    asyncio.run(_serve(Server(settings, rooms)))
+    asyncio.run(_serve(Server(settings, rooms), beside))
 
 
-async def _serve(server: Server) -> None:
+async def _serve(server: Server, beside: Beside) -> None:
     await server.open()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     served = ", ".join(room.service.split(".")[1] for room in server.rooms)
     print(f"quartet: serving {served} on {server.address}", flush=True)
+    held = contextlib.ExitStack()
+    held.enter_context(beside(server.address))
     await ended.wait()
+    # In a thread: what ends may still be calling this server.
+    await asyncio.to_thread(held.close)
     await server.close()
 
 
-def main(prog: str, builders: Iterable[Callable[[Settings], Room]], settings: Settings | None = None) -> None:
+def main(
+    prog: str,
+    builders: Iterable[Callable[[Settings], Room]],
+    settings: Settings | None = None,
+    beside: Beside = contextlib.nullcontext,
+) -> None:
     """The main function of a service: settings, rooms, run; errors as one line and a true exit status."""
     # Thread pools that spin would fight the workers for the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         settings = settings or Settings.from_args(sys.argv[1:], prog)
-        run(settings, [build(settings) for build in builders])
+        run(settings, [build(settings) for build in builders], beside)
     except QuartetError as error:
         print(f"{prog}: {error.message}", file=sys.stderr)
         sys.exit(error.exit_status)

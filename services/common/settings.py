@@ -51,6 +51,8 @@ class Settings:
     """on lets datasets be imported from the Hugging Face hub."""
     direct_uploads: str = "on"
     """off keeps clients from sending large files to an S3 store themselves, as where they cannot reach it."""
+    direct_downloads: str = "on"
+    """off keeps clients from fetching large files from an S3 store themselves."""
     max_workers: int = 1
     """Workers of one service at a time."""
     worker_grace_s: float = 30.0
@@ -99,7 +101,7 @@ class Settings:
             raise InvalidArgument("--tls-cert and --tls-key go together", reason="SETTING_INVALID")
         if self.reflection not in ("on", "off", "auto"):
             raise InvalidArgument("--reflection is on, off or auto", reason="SETTING_INVALID")
-        for name in ("hub_datasets", "direct_uploads"):
+        for name in ("hub_datasets", "direct_uploads", "direct_downloads"):
             if getattr(self, name) not in ("on", "off"):
                 raise InvalidArgument(f"--{name.replace('_', '-')} is on or off", reason="SETTING_INVALID")
         for name in ("workspace_streams", "workspace_queue", "max_streams"):

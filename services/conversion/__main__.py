@@ -20,7 +20,7 @@ def build(settings: Settings) -> Room:
     store = open_store(settings.store_uri)
     roots = [Path(root) for root in settings.import_roots.split(":") if root]
     prefixes = [prefix for prefix in settings.export_prefixes.split(",") if prefix]
-    conversion = Conversion(store, roots, prefixes)
+    conversion = Conversion(store, roots, prefixes, settings.direct_downloads == "on")
     conversion.jobs = Jobs(
         Records(settings.database_url),
         store,

@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 from urllib.parse import SplitResult, urlsplit
 
-from services.finetune.config import ArtifactRef, ExportTask, GgufType, QuantizeTask, ReshardTask
+from services.finetune.config import (
+    ArtifactRef,
+    ExportTask,
+    GgufType,
+    MergeReport,
+    MergeTask,
+    QuantizeTask,
+    ReshardTask,
+)
 from services.finetune.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.finetune.store.artifacts import Manifest
 
 Arguments = Mapping[str, Any]
+BASE_DTYPES = ("", "nf4", "nf4-single")
 WHOLE = ("base", "merged")
 _FORMS = get_args(get_type_hints(ExportTask)["form"])
 _METHODS = get_args(get_type_hints(QuantizeTask)["method"])
@@ -20,6 +29,14 @@ _SHAPES = {
     "s3": re.compile(r"s3://[\w.-]+(/[\w.=+-]+)+"),
     "oci": re.compile(r"oci://[\w.-]+(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+(:[\w][\w.-]{0,127})?"),
 }
+
+
+def merge(arguments: Arguments, adapter: ArtifactRef, base: ArtifactRef, limit: int) -> MergeTask:
+    """InvalidArgument (DTYPE_UNKNOWN, TASK_INVALID)."""
+    _one_of("base_dtype", arguments["base_dtype"], BASE_DTYPES, "DTYPE_UNKNOWN")
+    _one_of("report", arguments["report"], get_args(MergeReport), "TASK_INVALID")
+    more = {name: arguments[name] for name in ("dtype", "base_dtype", "report")}
+    return MergeTask(adapter=adapter, base=base, max_shard_size_bytes=limit, **more)
 
 
 def reshard(arguments: Arguments, model: ArtifactRef, limit: int) -> ReshardTask:

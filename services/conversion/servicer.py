@@ -77,7 +77,11 @@ class Servicer(ConversionServicer):
     async def DownloadModel(
         self, request: pb.DownloadModelRequest, context: Any
     ) -> AsyncIterator[pb.DownloadModelResponse]:
-        pieces = await asyncio.to_thread(self._conversion.download, request.name, request.path, request.offset_bytes)
+        what = (request.name, request.path, request.offset_bytes)
+        if request.direct and (url := await asyncio.to_thread(self._conversion.link, *what)):
+            yield pb.DownloadModelResponse(url=url)
+            return
+        pieces = await asyncio.to_thread(self._conversion.download, *what)
         while data := await asyncio.to_thread(next, pieces, b""):
             yield pb.DownloadModelResponse(data=data, crc32c=google_crc32c.value(data))
 

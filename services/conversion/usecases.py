@@ -53,7 +53,8 @@ STARTS = {
 }
 """What a lineage may begin with besides models."""
 DTYPES = ("", "float32", "bfloat16", "float16")
-BASE_DTYPES = ("", "nf4", "nf4-single")
+DIRECT_FROM_BYTES = 8 << 20
+LINK_VALID_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,11 @@ class Conversion:
 
     jobs: Jobs
 
-    def __init__(self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store: Store, import_roots: Sequence[Path], export_prefixes: Sequence[str] = (), direct: bool = True
+    ) -> None:
         self._store = store
+        self._direct = direct
         self._export_prefixes = export_prefixes
         self._roots = [root.resolve() for root in import_roots]
         self.work = Work("conversionJob", "convert", self.order, self._succeed, _notice)
@@ -220,6 +224,12 @@ class Conversion:
         byte DataLoss (BLOB_CORRUPT): by digest if the whole file was read, else by size."""
         return stream_file(self._store, self.get_model(name).manifest.file(path), offset)
 
+    def link(self, name: str, path: str, offset: int) -> str:
+        """Where a client can GET a file's bytes itself; "" if it may not, or too few are left for it to be worth it."""
+        file = self.get_model(name).manifest.file(path)
+        worth = self._direct and offset >= 0 and file.size - offset > DIRECT_FROM_BYTES
+        return self._store.link_blob(file.digest, LINK_VALID_S) if worth else ""
+
     # ------------------------------------------------------------------------------------------ tasks
 
     def _task(self, task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,18 +305,8 @@ class Conversion:
                 raise FailedPrecondition(
                     f"{arguments['adapter']} was trained on {own.name}, not on {base.name}", reason="BASE_MISMATCH"
                 )
-        if arguments["base_dtype"] not in BASE_DTYPES:
-            raise InvalidArgument(
-                f"unknown base_dtype {arguments['base_dtype']!r}; use {', '.join(BASE_DTYPES[1:])}",
-                reason="DTYPE_UNKNOWN",
-            )
-        return MergeTask(
-            adapter=ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"]),
-            base=base,
-            dtype=arguments["dtype"],
-            max_shard_size_bytes=_shard_size(arguments["max_shard_size_bytes"], 0),
-            base_dtype=arguments["base_dtype"],
-        )
+        named = ArtifactRef(name=arguments["adapter"], digest=adapter.ref.body["digest"])
+        return outgoing.merge(arguments, named, base, _shard_size(arguments["max_shard_size_bytes"], 0))
 
     def _assemble(self, arguments: Mapping[str, Any]) -> AssembleTask:
         if not 0 <= arguments["seed"] < 1 << 60:

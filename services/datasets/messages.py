@@ -10,6 +10,7 @@ from quartet.datasets.v1 import datasets_pb2 as pb
 
 from services.common import wire
 from services.common.records import Record
+from services.finetune.prepare.images import REASONS
 
 
 def validation(record: Record, report: Mapping[str, Any] | None) -> pb.Validation:
@@ -81,6 +82,9 @@ def _counts(meta: Mapping[str, Any]) -> pb.PreparedCounts:
         dropped_row_count=meta["dropped"],
         fill=meta["fill"],
         lengths=[pb.LengthBucket(least=least, row_count=count) for least, count in lengths if count],
+        image_count=meta.get("images", {}).get("count", 0),
+        cut_image_count=meta.get("images", {}).get("cut", 0),
+        skipped_rows={reason: count for reason, count in meta.get("skipped", {}).items() if reason in REASONS},
     )
 
 

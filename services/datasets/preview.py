@@ -11,6 +11,7 @@ from services.finetune.formats import Row
 if TYPE_CHECKING:
     from services.finetune.templates import Template
     from services.finetune.tokenizer import Tokenizer
+    from services.finetune.vision import ImageForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,21 @@ class Shown:
     truncated: int
 
 
-def show(row: Row, template: Template, tokenizer: Tokenizer, system: str, max_length: int) -> Shown:
-    """A row in a template, cut at `max_length` tokens; 0 cuts nothing."""
-    from services.finetune.templates import IMAGE_ID, encode
+def show(
+    row: Row, template: Template, tokenizer: Tokenizer, form: ImageForm | None, system: str, max_length: int
+) -> Shown:
+    """A row in a template, cut at `max_length` tokens; 0 cuts nothing. A model of no form shows an image as IMAGE_ID."""
+    from services.finetune.templates import IMAGE_ID, Encoded, encode
+    from services.finetune.vision import spread
 
     pieces = template.pieces(row.conversation, system)
     encoded = encode(pieces, tokenizer, IMAGE_ID)
-    cut = max(len(encoded.ids) - max_length, 0) if max_length else 0
-    ids, mask = encoded.ids[: len(encoded.ids) - cut], encoded.mask[: len(encoded.ids) - cut]
+    if form is not None:
+        whole, left = spread(encoded, form), spread(encoded, form, max_length)
+    else:
+        whole, end = encoded, max_length or len(encoded.ids)
+        left = Encoded(whole.ids[:end], whole.mask[:end])
+    ids, mask, cut = left.ids, left.mask, len(whole.ids) - len(left.ids)
     texts: list[tuple[str, bool]] = []
     if not cut:
         for trained, run in groupby(pieces, key=lambda p: p.trained):
@@ -39,5 +47,6 @@ def show(row: Row, template: Template, tokenizer: Tokenizer, system: str, max_le
     else:
         # What is left may end within a word or a character: the tokens tell, not the template.
         for trained, tokens in groupby(zip(ids, mask, strict=True), key=lambda t: t[1]):
-            texts.append((tokenizer.decode([i for i, _ in tokens if i != IMAGE_ID], skip_special=False), trained))
+            seen = [i for i, _ in tokens if i not in (IMAGE_ID, form and form.token_id)]
+            texts.append((tokenizer.decode(seen, skip_special=False), trained))
     return Shown(row, texts, ids, mask, cut)

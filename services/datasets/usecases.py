@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from services.finetune.store.delta import Signature
 
 if TYPE_CHECKING:
     from services.finetune.tokenizer import Tokenizer
+    from services.finetune.vision import ImageForm
 
 WORKSPACE = "workspaces/{workspace}"
 DATASET = WORKSPACE + "/datasets/{dataset}"
@@ -209,7 +211,7 @@ class Datasets:
                 reason="ROW_OUT_OF_RANGE",
                 metadata={"row_count": str(rows)},
             )
-        tokenizer, own = self._model(model)
+        tokenizer, own, form = self._model(model)
         chosen = load_template(template or own, tokenizer)
         shown = []
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -219,7 +221,7 @@ class Datasets:
             good = (r for r in rows_of if isinstance(r, Row))
             for n, row in enumerate(good):
                 if n >= start:
-                    shown.append(show(row, chosen, tokenizer, system, max_length))
+                    shown.append(show(row, chosen, tokenizer, form, system, max_length))
                 if len(shown) == min(count or 5, 100):
                     break
         return shown, chosen.name
@@ -309,7 +311,7 @@ class Datasets:
 
     def _read(self, files: Sequence[File], reading: Reading) -> tuple[str, dict[str, Any]]:
         """Read every row: (why this format, the manifest's meta)."""
-        good, bad, problems = 0, 0, list[Problem]()
+        good, bad, problems, tolerated = 0, 0, list[Problem](), Counter[str]()
         rows, carried = arrivals.row_files(files), {f.path for f in files}
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             format, reason = reading.format, "given by the caller"
@@ -318,6 +320,7 @@ class Datasets:
             for row in formats.read_rows(local(self._store, rows, Path(folder)), format, reading.columns, carried):
                 if isinstance(row, Row):
                     good += 1
+                    tolerated.update([row.tolerated] if row.tolerated else [])
                 else:
                     bad += 1
                     problems += [row] if bad <= SHOWN_PROBLEMS else []
@@ -325,6 +328,7 @@ class Datasets:
             raise _rows_invalid(problems, bad, good)
         if not good:
             raise InvalidArgument("the files hold no row", reason="DATASET_EMPTY")
+        reason += "".join(f"; warning: in {count} rows {what}" for what, count in tolerated.items())
         return reason, {
             "format": format,
             "rows": good,
@@ -343,11 +347,13 @@ class Datasets:
             )
         return ref.body["digest"], artifacts.load(self._store, ref.body["digest"])
 
-    def _model(self, name: str) -> tuple[Tokenizer, str]:
+    def _model(self, name: str) -> tuple[Tokenizer, str, ImageForm | None]:
         from services.finetune.tokenizer import Tokenizer
+        from services.finetune.vision import form_of
 
         _, manifest = self.model(name)
-        return Tokenizer.from_artifact(self._store, manifest), str(manifest.meta.get("template", ""))
+        tokenizer = Tokenizer.from_artifact(self._store, manifest)
+        return tokenizer, str(manifest.meta.get("template", "")), form_of(self._store, manifest)
 
 
 def _dataset(ref: Ref) -> Dataset:

@@ -54,6 +54,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """What `model.checkpoint` is assembled with to a vision-language model; a job's base_model takes precedence.
+
+    Its modules are `vision_tower`, `multi_modal_projector` and `language_model`; what is trained of them is said by
+    `method`, `lora` and `model.freeze`, as of any model's."""
+
+    tower: str = ""
+    """Where the vision tower comes from, as a hub id or a folder; empty for a model that sees nothing."""
+    pretrained: str = ""
+    """A projector that was trained before: a model's name, or another trainer's file or folder; empty is a fresh one."""
+    pad_to_square: bool = False
+    """Images are padded with the mean colour; else what is beside the middle square is cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """Low-rank adaptation (Hu et al. 2021): W + alpha/rank * B A.
 
@@ -106,11 +121,13 @@ class DataSource:
     """Files, or one folder of them, on the machine where the config is used."""
     format: str = ""
     """The row format; empty means that it is detected."""
+    images: str = ""
+    """The folder, on the machine where the config is used, that the paths of the rows' images are below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """How rows become blocks of tokens."""
+    """How rows become blocks of tokens. An image counts as the tokens that the model makes of it."""
 
     template: str = ""
     """A prompt template's name; empty means the base model's own."""
@@ -243,6 +260,7 @@ class RunConfig:
 
     method: Literal["full", "lora", "qlora", "int8_lora"] = "qlora"
     model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -348,6 +366,9 @@ class AdapterTask:
     """For a source that was trained whole."""
 
 
+MergeReport = Literal["", "always", "never"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeTask:
     """Add an adapter into its base."""
@@ -359,6 +380,8 @@ class MergeTask:
     """0 keeps the base's own files."""
     base_dtype: str = ""
     """"nf4" or "nf4-single": into the base as QLoRA sees it."""
+    report: MergeReport = ""
+    """"always" and "never" measure the result against base and adapter whatever its size; "" does up to 9e9 parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

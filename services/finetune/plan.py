@@ -326,16 +326,23 @@ def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
     return int(base - linear * ITEM[dtype] + small)
 
 
+def state_bytes(config: RunConfig) -> float:
+    """The optimizer's, of each trained weight. FailedPrecondition (SHAPE_UNKNOWN)."""
+    if config.optim.name == "sgd":
+        return 4 if config.optim.momentum else 0
+    if config.optim.name not in OPTIMIZER_BYTES:
+        raise FailedPrecondition(f"no formula for the state of {config.optim.name}", reason="SHAPE_UNKNOWN")
+    return OPTIMIZER_BYTES[config.optim.name]
+
+
 def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: Device, dtype: str) -> Memory:
     """The peak of a run of so many steps in each process. On a GPU whose memory is known the fused path keeps as many layers
     as fit.
 
     FailedPrecondition (SHAPE_UNKNOWN) for optimizers that have no formula.
     """
-    if config.optim.name not in OPTIMIZER_BYTES:
-        raise FailedPrecondition(f"no formula for the state of {config.optim.name}", reason="SHAPE_UNKNOWN")
     trained, way = trained_parameters(shape, config), engine(shape, config, device, dtype)
-    weights, optimizer = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    weights, optimizer = weight_bytes(shape, config, dtype), int(trained * state_bytes(config))
     # With method full the base's own weights are trained.
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
     beside = trained_of(shape.tower, config)
@@ -377,7 +384,7 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
 def _dealt(stage: str, shape: Shape, config: RunConfig, dtype: str) -> tuple[int, int, int, int]:
     """(weights, adapter, gradients, optimizer) that a process has by a stage of ZeRO, with what DeepSpeed works in."""
     world, trained = processes(config), trained_parameters(shape, config)
-    weights, state = weight_bytes(shape, config, dtype), int(trained * OPTIMIZER_BYTES[config.optim.name])
+    weights, state = weight_bytes(shape, config, dtype), int(trained * state_bytes(config))
     own = 0 if config.method == "full" else 4 * trained
     level, offloads = int(stage.removeprefix("deepspeed_zero")[0]), stage.endswith("_offload")
     # Its part of the weights once more in float32, and buffers that gradients are reduced in.

@@ -21,6 +21,7 @@ from services.finetune.errors import FailedPrecondition
 from services.finetune.formats import IMAGE
 from services.finetune.store.artifacts import Manifest, materialise
 from services.finetune.store.port import Store
+from services.finetune.templates import IMAGE_ID, Encoded
 from services.finetune.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -133,6 +134,21 @@ def check_token(form: ImageForm, tokenizer: Tokenizer) -> None:
         )
 
 
+def spread(encoded: Encoded, form: ImageForm, most: int = 0) -> Encoded:
+    """A row as training sees it: each IMAGE_ID as the ids of a whole image, cut at `most` tokens (0 cuts nothing), and
+    before an image rather than within it."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    end = most
+    for token, learned in zip(encoded.ids, encoded.mask, strict=True):
+        times = form.tokens if token == IMAGE_ID else 1
+        if most and len(ids) < most < len(ids) + times:
+            end = len(ids)
+        ids += [form.token_id if token == IMAGE_ID else token] * times
+        mask += [learned] * times
+    return Encoded(ids[:end], mask[:end]) if most else Encoded(ids, mask)
+
+
 def pixels(source: Path | IO[bytes], form: ImageForm) -> NDArray[np.float32]:
     """What the vision tower sees of an image file, [3, S, S]. The file is one that prepare.images.check_image let pass."""
     import numpy as np
@@ -157,6 +173,9 @@ def picture(source: Path | IO[bytes]) -> Image:
         ImageOps.exif_transpose(opened, in_place=True)
         if opened.mode == "I" or opened.mode.startswith("I;16"):
             return Pillow.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
+        if opened.mode == "RGB":
+            opened.load()
+            return opened
         # Pillow warns of a palette's transparency on any other way to RGB.
         return (opened.convert("RGBA") if opened.mode == "P" else opened).convert("RGB")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
-import uuid
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
@@ -16,15 +17,15 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from services.client.client import Client
-from services.client.live import LiveInference
-from services.common import auth
+from services.common import auth, requests
+from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
 from services.gateway.images import Fetch, fetch_images
+from services.gateway.reach import Reach
 from services.gateway.tools import call_objects
 from services.gateway.wire import Answer, Asked, Choice
 
@@ -41,6 +42,8 @@ T = TypeVar("T")
 class Sends(Protocol):
     """What a route gives back: a Response, or what stands for one."""
 
+    status_code: int
+
     @property
     def headers(self) -> MutableHeaders: ...
 
@@ -50,43 +53,62 @@ class Sends(Protocol):
 Handler = Callable[[Request], Awaitable[Sends]]
 
 
-def application(client: Client, token: str, fetch: Fetch | None = None) -> Starlette:
-    """The gateway in front of the services that `client` knows; a `token`, if set, is the API key that all must show.
-    Images at web addresses are brought by `fetch`, or refused."""
-    gateway = Gateway(client, fetch)
-    routes = [
-        Route("/healthz", gateway.health),
-        Route("/v1/models", _guarded(gateway.models, token)),
-        Route("/v1/models/{model:path}", _guarded(gateway.model, token)),
-        Route("/v1/chat/completions", _guarded(gateway.chat, token), methods=["POST"]),
-        Route("/v1/completions", _guarded(gateway.complete, token), methods=["POST"]),
+def application(
+    reach: Reach,
+    token: str,
+    metrics: Metrics | None = None,
+    pages: bool = False,
+    leaving: Callable[[], bool] = lambda: False,
+    fetch: Fetch | None = None,
+) -> Starlette:
+    """The gateway in front of the services that are in `reach`; a `token`, if set, is the API key that all must show.
+
+    Images at web addresses are brought by `fetch`, or refused. With `pages` the web pages too, which need the extra `web`;
+    open ones let go once the server is `leaving`.
+    """
+    gateway = Gateway(reach, fetch)
+    guarded = functools.partial(_guarded, token=token, metrics=metrics or Metrics())
+    v1 = [
+        Route("/models", guarded(gateway.models)),
+        Route("/models/{model:path}", guarded(gateway.model)),
+        Route("/chat/completions", guarded(gateway.chat), methods=["POST"]),
+        Route("/completions", guarded(gateway.complete), methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=gateway.lifespan, exception_handlers={HTTPException: _no_route})
+    routes: list[BaseRoute] = [Route("/healthz", gateway.health), Mount("/v1", routes=v1)]
+    opening: list[Callable[[], AbstractAsyncContextManager[Any]]] = [reach.open]
+    if pages:
+        from services.gateway.pages.site import site
+
+        seen = site(reach, token, leaving)
+        routes.append(Mount("/", seen))
+        opening.append(lambda: seen.router.lifespan_context(seen))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as held:
+            for opened in opening:
+                await held.enter_async_context(opened())
+            yield
+
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
 
 
 class Gateway:
     """What the routes do."""
 
-    def __init__(self, client: Client, fetch: Fetch | None) -> None:
-        self._client, self._fetch = client, fetch
-        self._live: LiveInference
-
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._live = LiveInference(self._client)
-        yield
-        await self._live.close()
+    def __init__(self, reach: Reach, fetch: Fetch | None) -> None:
+        self._reach, self._fetch = reach, fetch
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
-        served = await self._live.served()
+        served = await self._reach.inference.served()
         return JSONResponse({"object": "list", "data": [wire.model_object(s) for s in served]})
 
     async def model(self, request: Request) -> Response:
         wanted = request.path_params["model"]
-        for served in map(wire.model_object, await self._live.served()):
+        for served in map(wire.model_object, await self._reach.inference.served()):
             if served["id"] == wanted:
                 return JSONResponse(served)
         raise NotFound(f"the model {wanted!r} is not served; /v1/models lists what is", reason="ENDPOINT_NOT_FOUND")
@@ -95,16 +117,16 @@ class Gateway:
         body = await _body(request)
         fetched = await fetch_images(body, self._fetch) if self._fetch is not None else {}
         asked = wire.read_chat(body, fetched)
-        return await self._answer(request, asked, Answer(asked, chat=True), self._live.chat)
+        return await self._answer(request, asked, Answer(asked, chat=True), self._reach.chat)
 
     async def complete(self, request: Request) -> Sends:
         asked = wire.read_completion(await _body(request))
-        return await self._answer(request, asked, Answer(asked, chat=False), self._live.generate)
+        return await self._answer(request, asked, Answer(asked, chat=False), self._reach.generate)
 
     async def _answer(
-        self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any], AsyncIterator[Any]]
+        self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any, str], AsyncIterator[Any]]
     ) -> Sends:
-        choices = [ask(wanted) for wanted in asked.requests(self._live.parent)]
+        choices = [ask(wanted, request.state.number) for wanted in asked.requests(self._reach.inference.parent)]
         if asked.stream:
             pieces = _merged(choices)
             # The first piece is waited for, so that what is wrong with the request still gets a status of its own.
@@ -122,6 +144,7 @@ class _Closing:
     def __init__(self, response: Response, source: AsyncIterator[Any]) -> None:
         self._response = response
         self._source = source
+        self.status_code = response.status_code
 
     @property
     def headers(self) -> MutableHeaders:
@@ -240,11 +263,15 @@ async def _body(request: Request) -> Any:
         raise InvalidArgument(f"the body is no JSON: {str(error)[:200]}", reason="BODY_MALFORMED") from error
 
 
-def _guarded(handler: Handler, token: str) -> Handler:
-    """`handler` behind the API key, with errors in OpenAI's shape and an id for every request."""
+def _guarded(handler: Handler, token: str, metrics: Metrics) -> Handler:
+    """`handler` behind the API key, with errors in OpenAI's shape, and an id for every request that is logged and passed on.
+
+    What is measured ends where an answer's stream begins.
+    """
 
     async def guarded(request: Request) -> Sends:
-        number = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
+        begun = time.perf_counter()
+        number = request.state.number = requests.given_or_made(request.headers.get(requests.KEY, ""))
         try:
             if token:
                 auth.check(token, [("authorization", request.headers.get("authorization", ""))])
@@ -255,7 +282,12 @@ def _guarded(handler: Handler, token: str) -> Handler:
             log.error("request %s", number, exc_info=error)
             body = {"message": f"a defect of this server; its log tells more under {number}", "type": "server_error"}
             response = JSONResponse({"error": {**body, "param": None, "code": "internal"}}, 500)
-        response.headers["x-request-id"] = number
+        response.headers[requests.KEY] = number
+        took = time.perf_counter() - begun
+        metrics.ended(f"/openai/{handler.__name__}", str(response.status_code), took)
+        log.info(
+            "request %s: %s %s %d after %.3f s", number, request.method, request.url.path, response.status_code, took
+        )
         return response
 
     return guarded

@@ -37,6 +37,7 @@ def build(settings: Settings) -> Room:
         keeper.start,
         keeper.stop,
         lambda: records.counts(KIND),
+        servicer.answers.collectors,
     )
 
 

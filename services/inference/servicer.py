@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer, InferenceStub
 
-from services.common import auth, wire
+from services.common import auth, requests, wire
+from services.common.metrics import Answers
 from services.common.records import Record
 from services.common.status import from_rpc_error
 from services.finetune.errors import QuartetError, Unavailable
@@ -40,6 +41,7 @@ class Servicer(InferenceServicer):
         self._turns = turns  # of workspaces
         self._metadata = tuple(auth.bearer(token)) if token else ()
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self.answers = Answers()
 
     def CreateEndpoint(self, request: pb.CreateEndpointRequest, context: Any) -> pb.Endpoint:
         given = request.endpoint
@@ -77,11 +79,11 @@ class Servicer(InferenceServicer):
         return _endpoint(self._inference.unload_adapter(request.endpoint, request.alias, request.etag))
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        async for answer in self._pass_on("Generate", request, context):
+        async for answer in self.answers.counted(self._pass_on("Generate", request, context)):
             yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
-        async for answer in self._pass_on("Chat", request, context):
+        async for answer in self.answers.counted(self._pass_on("Chat", request, context)):
             yield answer
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
@@ -99,8 +101,8 @@ class Servicer(InferenceServicer):
         )
 
     async def _pass_on(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Stream from the engine, once it is the workspace's turn; deadline and cancellation go along, and so does the
-        engine's own error."""
+        """Stream from the engine, once it is the workspace's turn; deadline, cancellation and request id go along, and so
+        does the engine's own error."""
         async with self._turns.turn("/".join(request.endpoint.split("/")[:2])):
             async for answer in self._streamed(method, request, context):
                 yield answer
@@ -108,7 +110,8 @@ class Servicer(InferenceServicer):
     async def _streamed(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
         address = await asyncio.to_thread(self._inference.address, request.endpoint)
         send = getattr(self._engine(address), method)
-        call = send(request, timeout=context.time_remaining(), metadata=self._metadata)
+        metadata = (*self._metadata, *requests.along(requests.given(context.invocation_metadata())))
+        call = send(request, timeout=context.time_remaining(), metadata=metadata)
         sent = 0
         try:
             async for answer in call:

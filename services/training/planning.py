@@ -136,6 +136,10 @@ def _memory(made: Planned, shape: Shape, config: RunConfig) -> None:
         made.assumptions.append(
             "layers that do not fit run forward twice, by themselves and slower; see changes if none does"
         )
+    if made.engine.startswith("deepspeed"):
+        made.assumptions.append(
+            f"dealt out over {plan.processes(config)} processes: set parallel.processes if it is others"
+        )
     if not device.memory:
         made.assumptions.append(
             "the device's memory is not known: name a GPU (--gpu), or its memory (--gpu-memory-gib)"

@@ -373,6 +373,7 @@ def _validated(config: RunConfig, datasets: bool) -> None:
 def _supported(config: RunConfig) -> None:
     """Unimplemented (TRAINER_LACKS) for what the trainer does not act on yet: nothing that is asked for is left out."""
     lacks = {
+        "report.images": (config.report.images, ((),), "set it to []"),
         "report.measures": (config.report.measures, ((),), "set it to []"),
     }
     violations = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -157,7 +158,7 @@ class Metronome:
     """An Engine that gives each of `STREAMS` requests its share of FAST_RATE tokens a second, and computes nothing."""
 
     context_length = 8192
-    most_answers = STREAMS
+    most_adapters, most_answers = 8, STREAMS
     vocabulary = 259
 
     async def generate(
@@ -174,6 +175,9 @@ class Metronome:
 
     def unload(self, key: str) -> None:
         raise NotImplementedError
+
+    def cache_use(self) -> float:
+        return math.nan
 
     def alive(self) -> bool:
         return True

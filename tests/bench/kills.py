@@ -25,8 +25,6 @@ from tests.tiny import tiny_model
 
 STEPS = 300
 SEED = 20
-LONGEST_S = 8.0
-"""Kills outside of writes fall between the start of a process and so long after it."""
 META = {"architecture": "LlamaForCausalLM", "template": "tokenizer", "generation": {"eos_token_id": [2]}}
 
 
@@ -48,7 +46,7 @@ def ours(kills: int, folder: Path) -> tuple[Toll, bool]:
     whole.job = 1_000_000
     whole.start().wait()
     worker = Worker(store, order, folder / "work")
-    toll = kill_often(worker, kills, SEED, LONGEST_S)
+    toll = kill_often(worker, kills, SEED)
 
     def adapter(key: str) -> str:
         ended = read_outcome(store, key)
@@ -115,7 +113,7 @@ def theirs(kills: int, folder: Path) -> tuple[int, int, bool]:
     trainer = HuggingFace(folder / "hf")
     done, failed, seed = 0, 0, SEED
     while done < kills:
-        toll = kill_often(trainer, kills - done, seed, LONGEST_S)
+        toll = kill_often(trainer, kills - done, seed)
         done, seed = done + toll.kills, seed + 1
         if toll.lost:
             failed += 1

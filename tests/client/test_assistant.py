@@ -9,6 +9,7 @@ import pytest
 
 from services.client.assistant import assistant_rows
 from tests.client.conftest import Quartet
+from tests.datasets.conftest import Service
 
 
 def text(rows: list[dict[str, object]]) -> list[str]:
@@ -91,14 +92,33 @@ def test_wrong_arguments(quartet: Quartet, tmp_path: Path, words: list[str]) -> 
     assert quartet("assistant", "create", "--name", "A", "--output", str(tmp_path / "o"), *words).status == 65
 
 
-def test_repeat_as_the_seed_does(quartet: Quartet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", [[], ["-i"]])
+def test_repeat_as_the_seed_does(quartet: Quartet, tmp_path: Path, flag: list[str]) -> None:
     rows = [{"id": str(n // 2), "conversations": [{"from": "human", "value": f"看 {n}"}]} for n in range(6)]
     source, target = tmp_path / "in.json", tmp_path / "out.json"
     source.write_text(json.dumps(rows))
-    done = quartet("dataset", "repeat", str(source), "-n", "200", "-o", str(target), "--json")
+    done = quartet("dataset", "repeat", *flag, str(source), "-n", "200", "-o", str(target), "--json")
     assert done.json == {"rows": 1200, "output": str(target)}
     assert json.loads(target.read_text("utf-8")) == rows * 200
     assert target.read_text("utf-8") == json.dumps(rows * 200, ensure_ascii=False, indent=4)
+
+
+def test_a_repeated_dataset_keeps_its_images_once(
+    quartet: Quartet, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    service, folder = Service(tmp_path_factory.mktemp("c")).start(), tmp_path / "sub"
+    folder.mkdir()
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": str(n), "image": "a.png", "conversations": turns} for n in range(6)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "a.png").write_bytes(b"carried unread")
+    at = ("--endpoint", service.address, "--json")
+    assert quartet("dataset", "create", "unique", str(folder), *at).status == 0
+    done = quartet("dataset", "repeat", "unique", "-n", "200", "-o", "repeated", *at)
+    assert int(done.json["row_count"]) == 1200
+    paths = [f["path"] for f in done.json["files"]]
+    assert paths == [*(f"repeat-{n:03d}/rows.json" for n in range(1, 201)), "a.png"]
+    assert service.stop() == 0
 
 
 def test_repeat_lines(quartet: Quartet, tmp_path: Path) -> None:

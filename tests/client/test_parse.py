@@ -82,7 +82,7 @@ def test_wrong_lines_are_usage_errors(line: str, capsys: pytest.CaptureFixture[s
     assert "usage: quartet" in capsys.readouterr().err
 
 
-def test_up_becomes_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_becomes_a_program_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
     def execv(path: str, argv: list[str]) -> None:
@@ -92,4 +92,4 @@ def test_up_becomes_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.execv", execv)
     with pytest.raises(SystemExit):
         main(["up", "--port", "0", "--home", "x"])
-    assert calls == [[sys.executable, "-m", "services", "--port", "0", "--home", "x"]]
+    assert calls == [[sys.executable, "-m", "services.gateway.up", "--port", "0", "--home", "x"]]

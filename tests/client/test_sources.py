@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.client.configs import flat, read_deepspeed
-from services.client.sources import local_base, local_rows, of_split
+from services.client.sources import images_of, local_base, local_rows, of_split
 from services.finetune.config import RunConfig, override
 from services.finetune.errors import InvalidArgument, NotFound
 
@@ -54,6 +56,18 @@ def test_only_files_of_rows_leave_this_machine(tmp_path: Path) -> None:
         local_rows(config(files=[str(tmp_path / "id_rsa")]))
     with pytest.raises(NotFound, match="is not here; give --data"):
         local_rows(config(files=[str(tmp_path / "none.jsonl")]))
+
+
+def test_only_images_that_rows_name_leave_their_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "images/coco/1.jpg", "images/2.PNG", "images/3.jpg", "images/id_rsa", "secret.jpg", "rows.jsonl")
+    (tmp_path / "images/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    named = ["coco/1.jpg", "./2.PNG", "id_rsa", "../secret.jpg", "link.jpg", "gone.jpg", "https://a/3.jpg"]
+    rows = [{"image": name} for name in named] + [{"images": ["coco/1.jpg"]}, {}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    ((source, files),) = local_rows(config(files=[str(tmp_path / "rows.jsonl")], images=str(tmp_path / "images")))
+    sent = {"coco/1.jpg": tmp_path / "images/coco/1.jpg", "2.PNG": tmp_path / "images/2.PNG"}
+    assert dict(images_of(source, files)) == sent
+    assert images_of(replace(source, images=""), files) == []
 
 
 def test_a_hubs_id_may_be_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

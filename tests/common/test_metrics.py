@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from quartet.inference.v1 import inference_pb2 as pb
 
+from services.common.metrics import Answers, Metrics
 from services.common.records import Record, Records
 from services.common.server import Room
 from services.finetune.errors import InvalidArgument, Unavailable
 from tests.common.test_server import Probe, call, error_of, refused_start
 
-LABELS = ("service", "method", "code", "kind", "state")
+LABELS = ("service", "method", "code", "kind", "state", "of", "end")
 Told = dict[tuple[str, ...], float]
 
 
@@ -65,8 +71,6 @@ def test_calls_are_counted_by_their_code(tmp_path: Path, port: int) -> None:
 
 
 def test_jobs_are_counted_by_their_state(database_url: str, port: int) -> None:
-    from services.common.metrics import Metrics
-
     def away() -> dict[tuple[str, str], int]:
         raise Unavailable("the database does not answer", reason="DATABASE_UNAVAILABLE")
 
@@ -80,3 +84,44 @@ def test_jobs_are_counted_by_their_state(database_url: str, port: int) -> None:
         close()
         records.close()
     assert Room("x", lambda server: None).counts() == {}
+
+
+async def answer(
+    *pieces: list[int], finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED, fails: bool = False
+) -> AsyncIterator[pb.ChatResponse]:
+    for ids in pieces:
+        yield pb.ChatResponse(token_ids=ids)
+    if fails:
+        raise Unavailable("the engine was lost", reason="ENGINE_LOST")
+    usage = pb.Usage(prompt_tokens=7, completion_tokens=sum(map(len, pieces)))
+    yield pb.ChatResponse(finish_reason=finish, usage=usage)
+
+
+def test_answers_are_measured_and_pass_unchanged() -> None:
+    answers = Answers()
+    registry = CollectorRegistry()
+    for collector in answers.collectors:
+        registry.register(collector)
+
+    def told(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"quartet_{name}", labels)
+
+    async def ask() -> None:
+        passed = [p async for p in answers.counted(answer([1], [2, 3], [], finish=pb.FINISH_REASON_LENGTH))]
+        assert [list(p.token_ids) for p in passed] == [[1], [2, 3], [], []]
+        _ = [p async for p in answers.counted(answer([1, 2], finish=pb.FINISH_REASON_STOP))]
+        with pytest.raises(Unavailable):
+            _ = [p async for p in answers.counted(answer([1], fails=True))]
+        with pytest.raises(Unavailable):
+            _ = [p async for p in answers.counted(answer(fails=True))]
+        async with aclosing(answers.counted(answer([1], [2]))) as cut:  # type: ignore[type-var]  # it is a generator
+            assert told("answers_waiting") == told("answers_running") == 0
+            await anext(cut)
+            assert (told("answers_waiting"), told("answers_running")) == (0, 1)
+
+    asyncio.run(ask())
+    assert told("first_token_seconds_count") == 4 and told("token_seconds_count") == 1
+    assert (told("tokens_total", of="answer"), told("tokens_total", of="prompt")) == (7, 14)
+    ends = {end: told("answers_total", end=end) for end in ("stop", "length", "error", "cancelled")}
+    assert ends == {"stop": 1, "length": 1, "error": 2, "cancelled": 1}
+    assert told("answers_waiting") == told("answers_running") == 0

@@ -198,6 +198,7 @@ MERGE = f"{W}/models/adapter"
         ({"merge": pb.MergeTask(adapter=MERGE, base=f"{W}/models/other")}, FailedPrecondition, "BASE_MISMATCH"),
         ({"merge": pb.MergeTask(adapter=MERGE, max_shard_size_bytes=-1)}, InvalidArgument, "SHARD_SIZE_INVALID"),
         ({"merge": pb.MergeTask(adapter=MERGE, base_dtype="fp4")}, InvalidArgument, "DTYPE_UNKNOWN"),
+        ({"merge": pb.MergeTask(adapter=MERGE, report="maybe")}, InvalidArgument, "TASK_INVALID"),
         ({"target": "base", **ADAPTER}, AlreadyExists, "MODEL_EXISTS"),
         ({"target": "Bad Name", **ADAPTER}, InvalidArgument, "NAME_MALFORMED"),
     ],

@@ -66,7 +66,7 @@ def test_delete_wants_the_present_etag_and_forgets_revisions(datasets: DatasetsS
 
 def test_tables(datasets: DatasetsStub) -> None:
     names = {f.name for f in datasets.ListFormats(pb.ListFormatsRequest()).formats}
-    assert names == {*FORMATS, "files"} and len(names) == 28
+    assert names == {*FORMATS, "files"} and len(names) == 30
     templates = {t.name: t.example for t in datasets.ListTemplates(pb.ListTemplatesRequest()).templates}
     assert set(templates) == {*TEMPLATES, "tokenizer"} and len(templates) == 30
     assert "tokenizer" in templates and "<|im_start|>user\nHello<|im_end|>" in templates["internlm2_chat"]

@@ -13,7 +13,7 @@ from services.finetune.store import artifacts, open_store
 from tests.common.serving import refused
 from tests.datasets.conftest import Service
 from tests.datasets.wire import commit, new, row, sha256, upload
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_sight, tiny_tokenizer
 
 SKIP = pb.CommitRevisionRequest.BAD_ROWS_SKIP
 BAD = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
@@ -139,6 +139,22 @@ def test_preview_shows_where_images_stand(datasets: DatasetsStub, service: Servi
     wanted = pb.PreviewRowsRequest(name=made.name, model="workspaces/default/models/seeing", max_length=50)
     (shown,) = datasets.PreviewRows(wanted).rows
     assert list(shown.token_ids).count(-200) == 1 and "".join(p.text for p in shown.pieces).count("q") == 1
+    digest = artifacts.publish_directory(store, "base", tiny_sight(tmp_path / "s"), meta={"template": "tokenizer"})
+    artifacts.put_ref(store, "workspaces/default/models/sighted", {"digest": digest, "kind": "base"})
+    wanted.model = "workspaces/default/models/sighted"
+    (whole,) = datasets.PreviewRows(wanted).rows
+    assert list(whole.token_ids).count(259) == 4 and not whole.truncated_tokens
+    wanted.max_length = list(whole.token_ids).index(259) + 3
+    (torn,) = datasets.PreviewRows(wanted).rows
+    assert 259 not in torn.token_ids and len(torn.token_ids) == wanted.max_length - 3
+
+
+def test_the_tutorials_spelling_of_turns_is_taken_with_a_warning(datasets: DatasetsStub) -> None:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    data = json.dumps({"id": "1", "image": "a.jpg", "conversation": turns}).encode()
+    made = commit(datasets, new(datasets), {"a.jsonl": data, "a.jpg": b"kept as it is"})
+    assert (made.format, made.row_count) == ("llava", 1)
+    assert made.format_reason.endswith("; warning: in 1 rows `conversation` is read as `conversations`")
 
 
 def test_preview_shows_what_training_sees(datasets: DatasetsStub, service: Service, tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ Meanwhile = Callable[[str, set[str]], None]
 
 
 def start(host: Host, name: str, *flags: str) -> None:
-    subprocess.run(host.words(name, PODS[name], "--detach", *flags), env=ENV, check=True, capture_output=True)
+    """As a kubelet would: what ends is started again."""
+    subprocess.run(
+        host.words(name, PODS[name], "--detach", "--restart=always", *flags), env=ENV, check=True, capture_output=True
+    )
 
 
 def serving(address: str, limit_s: float = 120) -> None:
@@ -81,12 +84,16 @@ class Stack:
 
         def step(point: str, *words: str) -> str:
             before = set(self.k8s.processes)
-            return self.quartet(*words, meanwhile=lambda: meanwhile(point, before))
+            told = self.quartet(*words, meanwhile=lambda: meanwhile(point, before))
+            self.up_again()
+            return told
 
         options = ["--cfg-options", "schedule.max_steps=300", "data.max_length=64", "lora.rank=2"]
         job = ["--base", f"{name}-base", "--data", f"{name}-sums", "--name", name, "--save-every", "50"]
         step("import", "model", "import", str(self.host.folder / "tiny"), "--name", f"{name}-base")
         step("upload", "dataset", "create", f"{name}-sums", str(rows))
+        # A plan looks at rows, in the training service itself.
+        self.quartet("train", "smollm2_135m_qlora_assistant_e1", *job, *options, "--dry-run")
         step("train", "train", "smollm2_135m_qlora_assistant_e1", *job, *options)
         self.quartet("convert", "pth_to_hf", name, f"{name}-adapter")
         step("merge", "convert", "merge", f"{name}-base", f"{name}-adapter", f"{name}-merged")
@@ -103,6 +110,16 @@ class Stack:
             podman("kill", name)
             podman("start", name)
         return killed | set(LASTING)
+
+    def up_again(self, limit_s: float = 180) -> None:
+        """Wait until all answer, with their store and database: a new command waits for no service that it has not met."""
+        deadline = time.monotonic() + limit_s
+        for room in ROOMS:
+            serving(self.address(room), limit_s)
+        command = [sys.executable, "-m", "services.client", "model", "list"]
+        while subprocess.run(command, env={**os.environ, **self.addresses}, capture_output=True).returncode:
+            assert time.monotonic() < deadline, errors_of("quartet-conversion")[-1500:]
+        self.answering()
 
     def _killed(self, pod: str) -> bool:
         """False if it ended before."""

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -49,6 +50,26 @@ class Stack:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(timeout=30)
+
+    @contextmanager
+    def gateway(self, folder: Path, key: str) -> Iterator[str]:
+        """The address of a gateway with a key of its own, in front of this stack."""
+        (folder / "key").write_text(key)
+        command = [sys.executable, "-m", "services.client", "gateway", "--port", "0", "--endpoint", self.address]
+        command += ["--token-file", str(folder / "key"), "--address-file", str(folder / "address")]
+        with (folder / "log").open("wb") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said)
+        deadline = time.monotonic() + 120
+        while not (folder / "address").exists():
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        try:
+            yield (folder / "address").read_text()
+        finally:
+            process.terminate()
+            assert process.wait(timeout=60) == 0
+        log = (folder / "log").read_text()
+        assert "Traceback" not in log, log
 
     def quartet(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run the command line against this stack."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,20 +27,8 @@ def base_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A gateway with a key; the services behind it have none, so the key is the gateway's alone."""
     made = stack.quartet("endpoint", "create", "smollm2", "--name", "paris", "--json")
     assert made.returncode == 0, made.stderr
-    folder = tmp_path_factory.mktemp("gateway")
-    (folder / "key").write_text(KEY)
-    command = [sys.executable, "-m", "services.client", "gateway", "--port", "0", "--endpoint", stack.address]
-    command += ["--token-file", str(folder / "key"), "--address-file", str(folder / "address")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
-    while not (folder / "address").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.05)
-    yield (folder / "address").read_text() + "/v1"
-    process.terminate()
-    assert process.wait(timeout=30) == 0
-    assert "Traceback" not in (folder / "log").read_text()
+    with stack.gateway(tmp_path_factory.mktemp("gateway"), KEY) as address:
+        yield address + "/v1"
     assert stack.quartet("endpoint", "delete", "paris").returncode == 0
 
 

@@ -29,9 +29,7 @@ sed -i "s/^accumulative_counts = 16/accumulative_counts = 2/" {NAME}_copy.py
 quartet train ./{NAME}_copy.py --deepspeed deepspeed_zero2 --work-dir ./work_dirs/{NAME}_copy \\
   --cfg-options report.sample_tokens=4
 quartet convert pth_to_hf "$(cat ./work_dirs/{NAME}_copy/last_checkpoint)" hf
-# The folder became a model when it was brought; the job says which.
-base=$(quartet job get "$(cat ./work_dirs/{NAME}_copy/job)" | sed 's/.*"base_model": "\\([^"]*\\)".*/\\1/')
-quartet convert merge "$base" hf merged --max-shard-size 2GB
+quartet convert merge ./internlm-chat-7b hf merged --max-shard-size 2GB
 quartet chat merged --prompt-template internlm_chat -m 'What is 2 plus 2?' --max-new-tokens 4
 """
 

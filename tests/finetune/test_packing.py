@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.finetune.packing import IGNORED, Blocks, Flat, lay_out, offsets_of, order, pack
+from services.finetune.packing import IGNORED, Blocks, Flat, Pictures, lay_out, offsets_of, order, pack
 from services.finetune.templates import Encoded
 
 masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=40), max_size=60)
@@ -92,6 +93,22 @@ def test_a_sample_may_stand_in_several_blocks() -> None:
     )
     assert blocks.ids[np.array([0, 1])].tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], [1000, 1001, 1002, 0, 1, 2, 3, 4]]
     assert blocks.segments[1].tolist() == [1, 1, 1, 2, 2, 2, 2, 2]
+
+
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=20), files=st.integers(1, 5), room=st.integers(4, 40))
+def test_a_blocks_images_are_those_of_its_samples(counts: list[int], files: int, room: int) -> None:
+    digests = tuple(f"sha256:{n}" for n in range(files))
+    numbers = np.array([n % files for n in range(sum(counts))], np.int32)
+    pictures = Pictures(digests, numbers, offsets_of(np.array(counts, np.int64)))
+    made = pack(encoded([[True] * (n % 4 + 2) for n in range(len(counts))]), room, True).flat
+    with tempfile.TemporaryDirectory() as folder:
+        Blocks.of(replace(made, pictures=pictures), 0, 0, 0).save(Path(folder))
+        blocks = Blocks.open(Path(folder))
+    own = np.split(numbers, np.cumsum(counts)[:-1])
+    assert blocks.image_files == digests
+    for block in range(len(blocks)):
+        members = made.members[made.starts[block] : made.starts[block + 1]]
+        assert blocks.images_of(block).tolist() == [int(n) for m in members for n in own[m]]
 
 
 def test_one_row_is_one_block_and_none_is_none(tmp_path: Path) -> None:

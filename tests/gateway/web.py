@@ -11,6 +11,7 @@ import uvicorn
 
 from services.client.client import Client
 from services.gateway.__main__ import listen
+from services.gateway.reach import Reach
 from services.gateway.routes import application
 
 
@@ -18,7 +19,7 @@ from services.gateway.routes import application
 def gateway(address: str, token: str = "") -> Iterator[int]:
     """The port of one in front of the server at `address`; with a `token`, its API key."""
     with listen("127.0.0.1", 0) as made, Client(address) as client:
-        web = uvicorn.Server(uvicorn.Config(application(client, token), log_level="warning"))
+        web = uvicorn.Server(uvicorn.Config(application(Reach(client), token), log_level="warning"))
         thread = threading.Thread(target=web.run, kwargs={"sockets": [made]})
         thread.start()
         while not web.started:

@@ -122,6 +122,17 @@ CUSTOM = {
             ),
         }
     ),
+    "monitoring.coreos.com/v1/PodMonitor": _strict(
+        {
+            **_META,
+            "spec": _strict(
+                {
+                    "selector": _strict({"matchExpressions": {"type": "array"}}),
+                    "podMetricsEndpoints": _list(_strict({"port": _TEXT, "interval": {"pattern": "^[0-9]+s$"}})),
+                }
+            ),
+        }
+    ),
     "monitoring.coreos.com/v1/ServiceMonitor": _strict(
         {
             **_META,

@@ -107,6 +107,17 @@ def test_prometheus_finds_and_reaches_what_it_is_to_read() -> None:
     assert all(endpoint["port"] in [p["name"] for p in m["spec"]["ports"]] for m in found)
     [policy] = [m for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "monitoring"]
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": "metrics"}]
+    [answers] = of_kind(manifests, "PodMonitor")
+    [blueprint] = [m for m in of_kind(manifests, "CronJob") if m["metadata"]["name"] == "quartet-engine"]
+    [gateway] = [m for m in of_kind(manifests, "Deployment") if m["metadata"]["name"] == "quartet-gateway"]
+    pods = [blueprint["spec"]["jobTemplate"]["spec"]["template"], gateway["spec"]["template"]]
+    for pod in pods:
+        assert selects(answers["spec"]["selector"], pod["metadata"]["labels"])
+        assert selects(policy["spec"]["podSelector"], pod["metadata"]["labels"])
+        [container] = pod["spec"]["containers"]
+        assert {"name": "metrics", "containerPort": 9090} in container["ports"]
+        told = [e.get("value") for e in container["env"] if e["name"] == "QUARTET_ENGINE_METRICS_PORT"]
+        assert told == ["9090"] or "--metrics-port=9090" in container["args"]
     # Without the component nobody reaches that port.
     for policy in of_kind(overlay("gpu"), "NetworkPolicy"):
         for rule in policy["spec"].get("ingress", ()):

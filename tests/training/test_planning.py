@@ -17,7 +17,7 @@ from services.common import names, wire
 from services.common.jobs import Jobs
 from services.common.records import Record, Records
 from services.common.server import Room
-from services.finetune.config import PrepareRun, TrainRun, from_json
+from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun, from_json
 from services.finetune.errors import InvalidArgument, ResourceExhausted
 from services.finetune.plan import GIB, Device
 from services.finetune.prepare import prepare
@@ -25,11 +25,12 @@ from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory, put_ref
 from services.training.planning import Planner
+from services.training.sampling import figures
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 from tests.common.jobbing import ScriptLauncher
 from tests.common.serving import W, put_dataset, put_model, refused, serve
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_sight
 
 ROWS = 3000
 OVERRIDES: dict[str, Any] = {"method": "lora", "data.max_length": 256, "schedule.accumulate": 4, "schedule.epochs": 2}
@@ -115,6 +116,24 @@ def test_rows_are_estimated_then_known(room: TrainingStub, training: Training, s
     assert m.peak == sum(getattr(m, part) for part in plans.PARTS)
 
 
+def test_images_count_as_their_tokens(store: Store, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a"}]
+    blob = store.put_blob(
+        "".join(json.dumps({"image": "a.png", "conversations": turns}) + "\n" for _ in range(9)).encode()
+    )
+    picture = store.put_blob(b"not looked at")
+    files = (File("a.jsonl", blob.digest, blob.size), File("a.png", picture.digest, picture.size))
+    rows = ArtifactRef(name="d", digest=publish(store, Manifest("dataset", files, (), {"format": "llava", "rows": 9})))
+    tokens = []
+    for side in (28, 56):
+        base = publish_directory(
+            store, "base", tiny_sight(tmp_path / str(side), side=side), meta={"template": "tokenizer"}
+        )
+        run = TrainRun(job="j", config=RunConfig(), base=ArtifactRef(name="m", digest=base), datasets=(rows,))
+        tokens.append(figures(store, run).tokens)
+    assert tokens[1] - tokens[0] == 9 * (16 - 4)
+
+
 def _spec() -> dict[str, Any]:
     return {
         "display_name": "",
@@ -143,6 +162,14 @@ def test_what_does_not_fit_is_told_with_what_does(room: TrainingStub) -> None:
     assert "fits    no: " in told and "--cfg-options schedule.accumulate=8 schedule.batch_size=4" in told
     with pytest.raises(ResourceExhausted, match="does not fit"):
         plans.check_fits(job)
+
+
+def test_a_stage_of_zero_says_for_how_many(room: TrainingStub) -> None:
+    more = {"method": "full", "quant.bits": 0, "parallel.deepspeed": "deepspeed_zero3", "parallel.processes": 4}
+    dealt, alone = plan(room, more=more).plan, plan(room, more={**more, "parallel.processes": 1}).plan
+    assert (dealt.engine, alone.engine) == ("deepspeed_zero3", "autograd")
+    assert any("over 4 processes" in told for told in dealt.assumptions)
+    assert dealt.memory.optimizer < alone.memory.optimizer
 
 
 def test_devices(room: TrainingStub) -> None:

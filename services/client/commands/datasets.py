@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quartet.datasets.v1 import datasets_pb2
@@ -18,6 +18,7 @@ from services.client.retry import pages
 from services.client.show import bar, out, plain, table
 from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Reading
+from services.finetune.formats.containers import is_row_file
 
 
 def create(a: Namespace) -> None:
@@ -132,12 +133,13 @@ def repeat(a: Namespace) -> None:
     """A .json or .jsonl file into another; a dataset into a revision of `--output`, without moving bytes."""
     if a.n < 1:
         raise InvalidArgument("-n must be at least 1", reason="ARGUMENT_INVALID")
-    if Path(a.input).suffix in (".json", ".jsonl") or Path(a.input).is_file():
-        count = repeat_file(readable(a.input), Path(a.output), a.n)
+    given = a.input or a.source
+    if Path(given).suffix in (".json", ".jsonl") or Path(given).is_file():
+        count = repeat_file(readable(given), Path(a.output), a.n)
         out({"rows": count, "output": a.output}) if a.json else print(f"{count} rows in {a.output}")
         return
     with connect(a) as client:
-        revision = _repeat_revision(client, client.revision(a.input), a.output, a.n)
+        revision = _repeat_revision(client, client.revision(given), a.output, a.n)
     _show_revision(revision, a.json)
 
 
@@ -166,11 +168,14 @@ def repeat_file(source: Path, target: Path, times: int) -> int:
 def _repeat_revision(client: Client, name: str, target: str, times: int) -> datasets_pb2.Revision:
     source = client.datasets.GetRevision(datasets_pb2.GetRevisionRequest(name=name))
     digits = len(str(times))
+    # A folder below that of the rows: what they name beside them, as images, need not be listed again to be found.
     files = [
-        datasets_pb2.RevisionFile(path=f"repeat-{n:0{digits}d}/{file.path}", digest=file.digest)
+        datasets_pb2.RevisionFile(path=str(path.parent / f"repeat-{n:0{digits}d}" / path.name), digest=file.digest)
         for n in range(1, times + 1)
         for file in source.files
+        if is_row_file(file.path) and (path := PurePosixPath(file.path))
     ]
+    files += [file for file in source.files if not is_row_file(file.path)]
     # Rows that the source left out are left out of each repetition.
     reading = Reading(source.format, dict(source.columns), skip_bad_rows=source.skipped_row_count > 0)
     return client.commit_files(target, files, reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,12 +203,26 @@ def convert_merge(a: Namespace) -> int:
     with connect(a) as client:
         task = conversion_pb2.MergeTask(
             adapter=client.name("models", a.adapter),
-            base=client.name("models", a.base),
+            base=_base_named(client, a.base, a.json),
             dtype=a.dtype,
             max_shard_size_bytes=size,
             base_dtype=a.base_dtype,
+            report=a.report,
         )
         return follow(client, client.convert(a.target, merge=task).name, a.json)
+
+
+def _base_named(client: Client, text: str, quiet: bool) -> str:
+    """A base by its name, or by a path here, written so that it can be no name: what `train` makes of the same folder."""
+    if not text.startswith((".", "/", "~")):
+        return client.name("models", text)
+    from services.client.sources import bring_base  # which stands on this module
+
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise NotFound(f"{text} is no file or folder here", reason="FILE_NOT_FOUND")
+    with bar("uploading", quiet) as told:
+        return bring_base(client, path, lambda said: print(said, file=sys.stderr), told)
 
 
 def convert_split(a: Namespace) -> int:

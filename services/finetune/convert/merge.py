@@ -20,7 +20,7 @@ from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
 from services.finetune.convert.modules import as_modules, in_files, in_memory, text_config
 from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
-from services.finetune.convert.shards import Stored, progress
+from services.finetune.convert.shards import Stored, check_stop, progress
 from services.finetune.convert.stream import (
     BLOCK_NUMBERS,
     Piece,
@@ -66,7 +66,7 @@ def merge(task: MergeTask, attempt: Attempt, stop: threading.Event) -> str:
         Parent("adapter", task.adapter.digest, task.adapter.name),
     )
     meta = meta_of_tuned(base.meta, adapter.meta, task.dtype)
-    meta["report"] = _report(attempt, made, base, adapter.meta, weights)
+    meta["report"] = _report(attempt, stop, made, base, adapter.meta, weights)
     return publish(store, Manifest("merged", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
 
 
@@ -88,7 +88,7 @@ class Merge:
     """A base and an adapter in the store, and the bytes that they become."""
 
     def __init__(self, store: Store, base: Manifest, adapter: Manifest, task: MergeTask) -> None:
-        self._store, self._task = store, task
+        self._store, self.task = store, task
         self.config: dict[str, Any] = json.loads(read_file(store, base, "config.json"))
         self.adapter_config: dict[str, Any] = json.loads(read_file(store, adapter, CONFIG))
         self.adapter = [t for t in read_model(store, adapter) if t.file.name == WEIGHTS]
@@ -110,13 +110,13 @@ class Merge:
 
     def _rounded_names(self) -> set[str]:
         """The weights that are to be rounded to 4 bits first; those that the adapter replaces are its own."""
-        if not self._task.base_dtype:
+        if not self.task.base_dtype:
             return set()
         from services.finetune.convert.nf4 import KINDS, quantised_names
 
-        if self._task.base_dtype not in KINDS:
+        if self.task.base_dtype not in KINDS:
             raise InvalidArgument(
-                f"unknown base_dtype {self._task.base_dtype!r}; use {', '.join(KINDS)}", reason="DTYPE_UNKNOWN"
+                f"unknown base_dtype {self.task.base_dtype!r}; use {', '.join(KINDS)}", reason="DTYPE_UNKNOWN"
             )
         names = map(in_files(self.base, self.config), quantised_names(self.config, as_modules(self.base, self.config)))
         return {n for n in names if self.changes.by_name.get(n, Change()).replaced is None}
@@ -140,7 +140,7 @@ class Merge:
             return functools.partial(borrow_rows, self._store, source)
         from services.finetune.convert.nf4 import KINDS, Rounded
 
-        rounded = functools.cache(lambda: Rounded(self._store, source, KINDS[self._task.base_dtype]))
+        rounded = functools.cache(lambda: Rounded(self._store, source, KINDS[self.task.base_dtype]))
         lock = threading.Lock()
 
         def rows(start: int, stop: int) -> Tensor:
@@ -212,20 +212,21 @@ class Summed:
 
 
 def _report(
-    attempt: Attempt, made: Merge, base: Manifest, meta: Mapping[str, Any], weights: Manifest
+    attempt: Attempt, stop: threading.Event, made: Merge, base: Manifest, meta: Mapping[str, Any], weights: Manifest
 ) -> Mapping[str, Any]:
     """The merge report, which is told as an event too; a warning if the model answers otherwise than it should."""
     store = attempt.store
     read = functools.partial(read_rows, store)
-    config = untie(made.config) if made.changes.untied else made.config
     found = merge_report.report(
-        (made.config, config),
+        made.task.report,
+        (made.config, untie(made.config) if made.changes.untied else made.config),
         made.adapter_config,
         functools.partial(Tokenizer.from_artifact, store, base),
         meta,
         (made.base, made.before),
         (made.adapter, read),
         (lambda: read_model(store, weights), read),
+        lambda count: check_stop(stop),
     )
     text = "merge report: " + ", ".join(f"{k} {v}" for k, v in found.items())
     level = "warning" if merge_report.is_worrying(found) else "info"

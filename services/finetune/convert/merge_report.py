@@ -5,58 +5,70 @@ Both are computed in float32, so that what is seen is the rounding of the merged
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from services.finetune.convert.modules import auto_class, is_llava
+from services.finetune.convert.layered import Layered, Read, Source
+from services.finetune.convert.modules import is_llava
 from services.finetune.convert.shards import Stored
-from services.finetune.errors import QuartetError
+from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
 from services.finetune.prepare.certificate import META, certify
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer
 
-LIMIT_BYTES = 1 << 30
-"""Larger models, in float32, are not measured: loading them twice takes far longer, and more memory, than merging them."""
+LIMIT_PARAMETERS = 9_000_000_000
+"""Larger models are measured on demand only: it is as much work as answering MOST_TOKENS tokens twice, on the worker's
+processors and in float32, and reads both models once."""
 FREE_PART = 0.4
-"""Nor those that need more of the memory that is free: a model and its tensors are there side by side."""
+"""Nor those of which a part, as float32, would take more of the memory that is free."""
+_M_MMAP_THRESHOLD = -3
+"""As malloc.h has it."""
 MOST_TOKENS = 512
 MOST_KL_NATS, LEAST_AGREEMENT = 0.01, 0.98
 
-Read = Callable[[Stored], Tensor]
 Report = Mapping[str, Any]
 
 
 def report(
+    wish: str,
     configs: tuple[Mapping[str, Any], Mapping[str, Any]],
     adapter_config: Mapping[str, Any],
     tokenizer: Callable[[], Tokenizer],
     meta: Mapping[str, Any],
-    base: tuple[Iterable[Stored], Read],
-    adapter: tuple[Iterable[Stored], Read],
+    base: Source,
+    adapter: Source,
     merged: tuple[Callable[[], Iterable[Stored]], Read],
+    tell: Callable[[int], None],
 ) -> Report:
-    """{"kl_nats", "kl_nats_max", "top1_agreement", "tokens"}, or {"not_measured": why}. `configs` are the
-    base's and the merged model's config.json; each pair is a model's tensors and what reads one.
+    """{"kl_nats", "kl_nats_max", "top1_agreement", "tokens"}, or {"not_measured": why}. `wish` is a MergeTask's `report`;
+    `configs` are the base's and the merged model's config.json; each pair is a model's tensors and what reads one; `tell`
+    is called before each part of a model is read, and may end it all.
 
     KL(on || merged) is the divergence of the merged model's next-token distribution from that with the adapter on.
     """
-    size = 4 * sum(t.count for t in base[0])
-    if why := _too_large(size):
+    if why := _unwanted(wish, sum(t.count for t in base[0])):
         return {"not_measured": why}
+    _give_back()
     try:
         with warnings.catch_warnings(action="ignore"):
             ids = _probes(tokenizer(), meta)
             seen = _picture(configs[0])
-            on = _logits(_model(configs[0], *base), ids, seen, (adapter_config, *adapter))
-            off = _logits(_model(configs[1], merged[0](), merged[1]), ids, seen)
+            on = _logits(Layered(configs[0], base, (adapter_config, *adapter), tell), ids, seen)
+            off = _logits(Layered(configs[1], (merged[0](), merged[1]), tell=tell), ids, seen)
+    except ResourceExhausted as error:
+        return {"not_measured": error.message}
+    except Cancelled:
+        raise
     # Whatever a library says of a model: it is merged all the same.
     except (QuartetError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        return {"not_measured": f"transformers or PEFT cannot load it: {said[:300]}"}
+        return {"not_measured": f"transformers or PEFT cannot compute it: {said[:300]}"}
     return _compare(on, off)
 
 
@@ -65,12 +77,18 @@ def is_worrying(found: Report) -> bool:
     return bool(found.get("kl_nats", 0.0) > MOST_KL_NATS or found.get("top1_agreement", 1.0) < LEAST_AGREEMENT)
 
 
-def _too_large(size: int) -> str:
-    if size > LIMIT_BYTES:
-        return f"{size / 1e9:.1f} GB in float32 are more than the limit of {LIMIT_BYTES / 1e9:.1f} GB"
-    if size > FREE_PART * _free_bytes():
-        return f"{size / 1e9:.1f} GB in float32 are more than {FREE_PART:.0%} of the worker's free memory"
+def _unwanted(wish: str, parameters: int) -> str:
+    if wish == "never":
+        return "not asked for"
+    if wish != "always" and parameters > LIMIT_PARAMETERS:
+        return f"{parameters / 1e9:.1f} billion parameters are more than {LIMIT_PARAMETERS / 1e9:.0f}; `always` asks for it"
     return ""
+
+
+def _give_back() -> None:
+    """Let what a part of a model took leave memory with it: else the C library keeps it, and in the end the whole model."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _free_bytes() -> int:
@@ -92,24 +110,6 @@ def _probes(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[list[int]]:
     return ids
 
 
-def _model(config: Mapping[str, Any], tensors: Iterable[Stored], read: Read) -> Any:
-    """A model in float32, of tensors that come one after another."""
-    from transformers import AutoConfig
-
-    known = AutoConfig.for_model(**config)
-    state = {t.name: read(t).float() for t in tensors}
-    with torch.device("meta"):
-        kind: Any = type(auto_class(config).from_config(known, trust_remote_code=False))
-    # Without a folder, which only the class itself takes and not its finder.
-    loaded: Any = kind.from_pretrained(
-        None, config=known, state_dict=state, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
-    model, told = loaded
-    if told["missing_keys"]:
-        raise ValueError(f"{sorted(told['missing_keys'])[0]} is missing")
-    return model.eval()
-
-
 def _picture(config: Mapping[str, Any]) -> tuple[list[int], Tensor] | None:
     """Of a model that sees: the ids of an image, and its pixels [1, 3, S, S], which are noise."""
     if not is_llava(config):
@@ -119,39 +119,25 @@ def _picture(config: Mapping[str, Any]) -> tuple[list[int], Tensor] | None:
     return [config["image_token_index"]] * config["image_seq_length"], pixels
 
 
-@torch.inference_mode()
-def _logits(
-    model: Any,
-    ids: list[list[int]],
-    seen: tuple[list[int], Tensor] | None = None,
-    adapter: tuple[Mapping[str, Any], Iterable[Stored], Read] | None = None,
-) -> Tensor:
-    """float32 log-probabilities [tokens, vocabulary] of the next token, after each token of each row; before the first row
-    stands what is `seen`."""
-    if adapter is not None:
-        import peft
-
-        config, tensors, read = adapter
-        known = {k: v for k, v in config.items() if k in peft.LoraConfig.__dataclass_fields__}
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(**{**known, "inference_mode": True, "init_lora_weights": True})
+def _logits(model: Layered, ids: Sequence[Sequence[int]], seen: tuple[list[int], Tensor] | None) -> Tensor:
+    """float32 logits [tokens, vocabulary] of the next token, after each token of each row; before the first row stands what
+    is `seen`."""
+    if model.largest_bytes > FREE_PART * _free_bytes():
+        raise ResourceExhausted(
+            f"a part of it takes {model.largest_bytes / 1e9:.1f} GB, more than {FREE_PART:.0%} of the worker's free memory",
+            reason="OUT_OF_MEMORY",
         )
-        told: Any = peft.set_peft_model_state_dict(model, {t.name: read(t).float() for t in tensors})
-        if told.unexpected_keys:
-            raise ValueError(f"{told.unexpected_keys[0]} has no place")
-        model.eval()
-    found = []
-    for n, row in enumerate(ids):
-        image, pixels = seen if seen is not None and n == 0 else ([], None)
-        more = {} if pixels is None else {"pixel_values": pixels}
-        logits = model(input_ids=torch.tensor([[*image, *row]]), **more).logits[0]
-        found.append(logits[len(image) :].float().log_softmax(-1))
-    return torch.cat(found)
+    if seen is None:
+        return model.logits(ids)
+    # By itself: beside a row that is as long as an image all others would be filled up to that.
+    image, pixels = seen
+    first = model.logits([[*image, *ids[0]]], pixel_values=pixels)[len(image) :]
+    return torch.cat([first, model.logits(ids[1:])]) if len(ids) > 1 else first
 
 
 def _compare(on: Tensor, off: Tensor) -> Report:
-    """Rounded to three digits: the last ones depend on how many threads add them up."""
-    apart = (on.exp() * (on - off)).sum(-1).clamp_min(0)
+    """Of logits. Rounded to three digits: the last ones depend on how many threads add them up."""
+    apart = torch.cat([_apart(*pair) for pair in zip(on.split(64), off.split(64), strict=True)])
     agreed = (on.argmax(-1) == off.argmax(-1)).float().mean()
     return {
         "kl_nats": float(f"{float(apart.mean()):.3g}"),
@@ -159,3 +145,8 @@ def _compare(on: Tensor, off: Tensor) -> Report:
         "top1_agreement": round(float(agreed), 4),
         "tokens": len(on),
     }
+
+
+def _apart(on: Tensor, off: Tensor) -> Tensor:
+    on, off = on.log_softmax(-1), off.log_softmax(-1)
+    return (on.exp() * (on - off)).sum(-1).clamp_min(0)

@@ -66,14 +66,19 @@ class Stored:
         return replace(self, name=name)
 
 
+def check_stop(stop: threading.Event) -> None:
+    """Cancelled (STOPPED)."""
+    if stop.is_set():
+        raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+
+
 def progress(attempt: Attempt, stop: threading.Event) -> Callable[[int, int], None]:
     """A callback of (bytes done, bytes in all) that reports each hundredth part and obeys `stop`."""
     told = -1
 
     def tell(done: int, total: int) -> None:
         nonlocal told
-        if stop.is_set():
-            raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+        check_stop(stop)
         if (part := done * 100 // max(total, 1)) != told:
             told = part
             attempt.emit("progress", done_bytes=done, total_bytes=total)

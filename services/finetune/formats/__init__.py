@@ -67,11 +67,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A good row and where it stands: `row` counts from 1, lines in .jsonl and .csv, else rows."""
+    """A good row and where it stands: `row` counts from 1, lines in .jsonl and .csv, else rows. `tolerated` names what was
+    read though it is spelled otherwise."""
 
     file: str
     row: int
     conversation: Conversation
+    tolerated: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ ALIASES: Mapping[str, str] = {"crime_kg_assitan": "crime_kg_assitant"}
 """Names that XTuner uses beside those of FORMATS."""
 
 SNIFFED_ROWS = 100
+CONVERSATION = "`conversation` is read as `conversations`"
 
 
 def format_named(name: str) -> Format:
@@ -212,11 +215,17 @@ def read_rows(
             conversation = chosen.convert(fields)
             if carried is not None and (lost := lost_image(file, fields, carried)) is not None:
                 raise lost
-            yield Row(file, number, conversation)
+            yield Row(file, number, conversation, CONVERSATION if _misspelled(chosen, fields) else "")
         except RowError as error:
             yield _blamed(file, number, error, columns)
         except RecursionError:
             yield Problem(file, number, "", "JSON_TOO_DEEP", "the row is nested too deep; flatten it")
+
+
+def _misspelled(format: Format, fields: Mapping[str, Any]) -> bool:
+    """The tutorial's schema of LLaVA's rows says conversation, and its rows say conversations."""
+    turns = "conversations" in format.fields and fields.get("conversations") is None
+    return turns and fields.get("conversation") is not None
 
 
 def _check_columns(format: Format, columns: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from services.finetune.formats import Format, detection, pairs, react, rows
+from services.finetune.formats import Format, detection, pairs, react, refcoco, rows
 from services.finetune.formats.detection import has
 from services.finetune.formats.pairs import PAIRS, PROMPTS, Pair, converter
 
@@ -80,6 +80,10 @@ ALL = [
            ("conversation", "system", "image", "images")),
     Format("llava_image_only", "as llava; of each question only <image> is kept", ("conversations",),
            rows.llava_image_only, ("conversation", "image", "images", "system")),
+    Format("refcoco", "image, sents, bbox, width, height: where is it? <image> and box are put in",
+           ("sents", "bbox", "width", "height", "image"), refcoco.refcoco),
+    Format("refcoco_inverse", "as refcoco; what is in the box?", ("sents", "bbox", "width", "height", "image"),
+           refcoco.refcoco_inverse),
     _pair("code_alpaca", "prompt, completion; asked as XTuner's programmer"),
     _pair("tiny_codes", "prompt, response; asked as XTuner's programmer"),
     _pair("crime_kg_assitant", "input, output; asked as XTuner's lawyer, in Chinese"),

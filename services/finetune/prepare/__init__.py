@@ -20,6 +20,7 @@ from services.finetune.errors import Cancelled, InvalidArgument
 from services.finetune.formats.containers import is_row_file
 from services.finetune.prepare import shelf
 from services.finetune.prepare.certificate import META, Certificate, certify
+from services.finetune.prepare.images import REASONS
 from services.finetune.progress import Attempt
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MADE = "prepared"
 """The folder below a worker's own in which blocks that it made itself lie."""
 MAX_WEIGHT = 100.0
+TOLD_PROBLEMS = 5
 TOLD_S = 1.0
 """Seconds between two progress events."""
 
@@ -81,10 +83,11 @@ def told(manifest: Manifest, made: bool) -> str:
     """What a prepared artifact holds, for people."""
     m = manifest.meta
     held = f", {m['held_out']['samples']} held out" if "held_out" in m else ""
+    images = f", {m['images']['count']} images, {m['images']['cut']} of them cut off" if m.get("images") else ""
     drawn = f", {m['drawn']} of them drawn," if m.get("drawn") else ""
     return (
         f"{m['rows']} rows{drawn} in {m['blocks']} blocks{'' if made else ' prepared before'}: {m['tokens']} tokens, "
-        f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped{held}"
+        f"{m['learned']} learned, {m['truncated']} rows cut, {m['dropped']} dropped{images}{held}"
     )
 
 
@@ -156,9 +159,22 @@ def _make(
             raise
     if stop.is_set():
         raise Cancelled("stopped; nothing half-made was kept", reason="STOPPED")
+    if told := _left_out(built):
+        attempt.emit("log", level="warning", text=told)
     (out / "certificate.json").write_text(json.dumps(certificate, sort_keys=True, indent=1, ensure_ascii=False))
     parents = [Parent("dataset", d.digest, d.name) for d in run.datasets]
     return publish_directory(store, "prepared", out, parents, {**_counts(built), META: certificate})
+
+
+def _left_out(built: Built) -> str:
+    """The rows that were left out for their images: no other bad row is news since its revision was committed."""
+    causes = {reason: count for reason, count in built.index["skipped"].items() if reason in REASONS}
+    if not causes:
+        return ""
+    some = [p for p in built.problems if p.reason in REASONS][:TOLD_PROBLEMS]
+    count = ", ".join(f"{count} {reason}" for reason, count in causes.items())
+    rows = "; ".join(f"files[{p.file}].rows[{p.row}].{p.field}: {p.message}" for p in some)
+    return f"rows are left out for their images: {count}; {rows}"
 
 
 def _counts(built: Built) -> dict[str, Any]:
@@ -166,6 +182,8 @@ def _counts(built: Built) -> dict[str, Any]:
     good = built.index["rows"] - sum(built.index["skipped"].values())
     counts = {"rows": good, **{name: built.index[name] for name in names}}
     counts |= {"samples": built.index["laid_out"], "skipped": built.index["skipped"]}
+    if "images" in built.index:
+        counts["images"] = built.index["images"]
     if "held_out" in built.index:
         held = built.index["held_out"]
         counts["held_out"] = {"samples": held["laid_out"]} | {

@@ -20,6 +20,7 @@ MAX_SIDE = 20_000
 _DRAFT = (224, 224)
 """A JPEG is decoded at the eighth of its size that is still as large: all its bytes are read, few pixels are made."""
 
+REASONS = ("IMAGE_MARKS", "IMAGE_MISSING", "IMAGE_TOO_LARGE", "IMAGE_TOO_THIN", "IMAGE_INVALID")
 Fault = tuple[str, str]
 """(UPPER_SNAKE reason, message)."""
 
@@ -38,8 +39,7 @@ class Images:
         return sum(fault is None for fault in self._faults.values())
 
     def check(self, row: Row) -> list[Problem]:
-        """What is wrong with the images of a row: IMAGE_MARKS, IMAGE_MISSING, IMAGE_TOO_LARGE, IMAGE_TOO_THIN,
-        IMAGE_INVALID."""
+        """What is wrong with the images of a row, by REASONS."""
         images = row.conversation.images
         marks = sum(m.content.count(IMAGE) for m in row.conversation.messages if m.role == "user") if images else 0
         if not images:
@@ -72,17 +72,20 @@ class Images:
 
 def check_image(path: Path | IO[bytes]) -> Fault | None:
     """What is wrong with an image file, on disk or in memory, None if it decodes. Memory stays below a few bytes a pixel of
-    MAX_PIXELS."""
-    from PIL import Image
+    MAX_PIXELS. Not for several threads at a time: Python has one set of warnings' filters."""
+    from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        # Damaged EXIF data, and the like, cost no pixel.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path, formats=FORMATS) as image:
                 fault = _size_fault(*image.size)
                 if fault is None:
                     image.draft("RGB", _DRAFT)
                     image.load()
+                    ImageOps.exif_transpose(image, in_place=True)
                 return fault
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return "IMAGE_TOO_LARGE", f"it declares more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down"

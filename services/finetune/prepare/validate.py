@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.finetune import vision
 from services.finetune.config import ValidateRun
 from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Conversation, Problem, Row, read_rows
@@ -24,6 +25,7 @@ from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import load, materialise, put_json_blob
 from services.finetune.templates import IMAGE_ID, Template, encode, load_template
 from services.finetune.tokenizer import FILES, Tokenizer
+from services.finetune.vision import ImageForm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,15 +40,15 @@ def validate(run: ValidateRun, attempt: Attempt, stop: threading.Event, workdir:
     """Do an order; {"report": digest of the report's blob}. Bad rows are in the report, no failure.
 
     Raises Cancelled (STOPPED) when `stop` is set, InvalidArgument (DATASET_EMPTY, TEMPLATE_UNKNOWN),
-    FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING).
+    FailedPrecondition (TOKENIZER_MISSING, TEMPLATE_MISSING, VISION_UNSUPPORTED, IMAGE_TOKEN_MISSING).
     """
     store, manifest = attempt.store, load(attempt.store, run.dataset.digest)
     if not holds_rows(manifest):
         raise InvalidArgument(f"{run.dataset.name} holds no rows", reason="DATASET_EMPTY")
     tokens = None
     if run.model is not None:
-        folder = materialise(store, load(store, run.model.digest), workdir / "model", FILES)
-        tokens = Tokens(Tokenizer.from_files(folder), run)
+        folder = materialise(store, load(store, run.model.digest), workdir / "model", (*FILES, *vision.FILES))
+        tokens = Tokens(Tokenizer.from_files(folder), vision.read_form(folder), run)
     files = local_files(store, manifest, workdir / "dataset")
     tell = progress(attempt, stop, int(manifest.meta["rows"]) + int(manifest.meta.get("skipped_rows", 0)))
     look, done = Look(tokens, Images(dict(files))), 0
@@ -94,8 +96,9 @@ class Look:
     def _inside(self, row: Row) -> list[Problem]:
         self._twins.add(row)
         found = self._images.check(row)
-        problem = self._tokens.add(row) if self._tokens is not None else None
-        return [*found, problem] if problem is not None else found
+        # Training leaves a row with a bad image out.
+        problem = self._tokens.add(row) if self._tokens is not None and not found else None
+        return found if problem is None else [problem]
 
     def report(self) -> dict[str, Any]:
         """As the message ValidationReport."""
@@ -111,30 +114,41 @@ class Look:
         if self._images.rows:
             images = self._images
             report["images"] = {"row_count": images.rows, "image_count": images.named, "good_count": images.good}
+            if self._tokens is not None:
+                report["images"]["token_count"] = self._tokens.of_images
         return report
 
 
 class Tokens:
-    """Rows in tokens, by the code that preview, training and chat go through."""
+    """Rows in tokens, by the code that preview, training and chat go through; images as the model of `form` takes them."""
 
-    def __init__(self, tokenizer: Tokenizer, run: ValidateRun) -> None:
-        self._tokenizer, self._run = tokenizer, run
+    def __init__(self, tokenizer: Tokenizer, form: ImageForm | None, run: ValidateRun) -> None:
+        if form is not None:
+            vision.check_token(form, tokenizer)
+        self._tokenizer, self._form, self._run = tokenizer, form, run
+        self.of_images = 0
         self._template: Template = load_template(run.template, tokenizer)
         self._lengths = array("Q")
         self._learned = self._dropped = self._special = 0
         self._examples: list[Problem] = []
 
     def add(self, row: Row) -> Problem | None:
-        """Count a row; a Problem if the template refuses it, as training would."""
+        """Count a row; a Problem if the template or the model has no place for it, as training would tell."""
         self._note_special(row)
         try:
-            encoded = encode(self._template.pieces(row.conversation, self._run.system), self._tokenizer, IMAGE_ID)
+            pieces = self._template.pieces(row.conversation, self._run.system)
+            encoded = encode(pieces, self._tokenizer, IMAGE_ID if self._form is not None else None)
         except QuartetError as error:
             return Problem(row.file, row.row, "", error.reason, error.message)
-        self._lengths.append(len(encoded.ids))
+        length, left = len(encoded.ids), encoded.mask[: self._run.max_length or None]
+        if self._form is not None and (images := encoded.ids.count(IMAGE_ID)):
+            self.of_images += images * self._form.tokens
+            length += images * (self._form.tokens - 1)
+            left = vision.spread(encoded, self._form, self._run.max_length).mask
+        self._lengths.append(length)
         self._learned += sum(encoded.mask)
         # A row's first token is predicted by nothing of its own.
-        self._dropped += not any(encoded.mask[1 : self._run.max_length or None])
+        self._dropped += not any(left[1:])
         return None
 
     def _note_special(self, row: Row) -> None:

@@ -1,6 +1,7 @@
 """Recipes: a name such as ``internlm_chat_7b_qlora_oasst1_e3`` is model x method x dataset and epochs, each a table row.
 
-`resolve` lays the rows over the defaults of RunConfig: method, model, dataset, the end of the name, overrides.
+`resolve` lays the rows over the defaults of RunConfig: method, model, dataset, the end of the name, overrides. The names of
+models that see are llava.toml's.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 from services.finetune.config import ParallelConfig, RunConfig, override
 from services.finetune.errors import NotFound, nearest
 from services.finetune.recipes.deepspeed import presets
+from services.finetune.recipes.llava import sights
 from services.finetune.recipes.tables import filled, steps, systems, table
 
-SEED = "seed"
+SEED, LLAVA = "seed", "llava"
 # XTuner's own intervals between log lines and between checkpoints, in its iterations.
 LOG_ITERATIONS, SAVE_ITERATIONS = 10, 500
 
@@ -26,8 +28,9 @@ LOG_ITERATIONS, SAVE_ITERATIONS = 10, 500
 class Recipe:
     """A resolved recipe. `checkpoint` is where its base model comes from; `tested` tells that it was trained here.
 
-    `since` is "seed" for XTuner 0.1.9's names, "quartet" for ours, "" for a crossing that is not on offer. A DeepSpeed
-    preset has the method "deepspeed" and no model: it is one part of a config.
+    `since` is "seed" for XTuner 0.1.9's names, "llava" for those of XTuner 0.2.0 for models that see, whose dataset is a
+    stage, "quartet" for ours, "" for a crossing that is not on offer. A DeepSpeed preset has the method "deepspeed" and no
+    model: it is one part of a config.
     """
 
     name: str
@@ -54,6 +57,7 @@ class _Offer:
 def names(pattern: str = "", since: str = "") -> list[str]:
     """The names on offer that contain `pattern`, whatever its case, in order; with `since`, only those."""
     known = {**dict.fromkeys(presets(), SEED), **{name: offer.since for name, offer in _offers().items()}}
+    known |= dict.fromkeys(sights(), LLAVA)
     return sorted(n for n, s in known.items() if pattern.lower() in n.lower() and since in ("", s))
 
 
@@ -63,6 +67,10 @@ def resolve(name: str) -> Recipe:
     if name in presets():
         config = RunConfig(parallel=ParallelConfig(deepspeed=name))  # type: ignore[arg-type]  # a preset's name
         return Recipe(name, "", name.removeprefix("deepspeed_"), "deepspeed", "", False, SEED, config)
+    if name in sights():
+        sight = sights()[name]
+        config = override(RunConfig(), sight.changes)
+        return Recipe(name, sight.model, sight.stage, config.method, config.model.checkpoint, False, LLAVA, config)
     offer = _offers().get(name) or _split(name)
     if offer is None:
         raise NotFound(

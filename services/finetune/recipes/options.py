@@ -11,6 +11,9 @@ from services.finetune.recipes.tables import steps
 
 _SAME = {
     "model.checkpoint": "pretrained_model_name_or_path model.llm.pretrained_model_name_or_path",
+    "vision.tower": "visual_encoder_name_or_path model.visual_encoder.pretrained_model_name_or_path",
+    "vision.pretrained": "pretrained_pth model.pretrained_pth",
+    "vision.pad_to_square": "pad_image_to_square train_dataloader.dataset.pad_image_to_square",
     "data.max_length": "max_length train_dataset.max_length train_dataloader.dataset.max_length",
     "data.pack": "pack_to_max_length train_dataset.pack_to_max_length train_dataloader.dataset.pack_to_max_length",
     "data.max_rows": "max_dataset_length train_dataset.max_dataset_length",

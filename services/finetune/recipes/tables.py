@@ -35,6 +35,8 @@ FORMATS: Mapping[str, str] = {f"{name}_map_fn": name for name in _PLAIN} | {
     "crime_kg_assitant_map_fn": "crime_kg_assitan",
 }
 """XTuner's mapping functions for text, and the row formats that they are."""
+IMAGE_FORMATS: Mapping[str, str] = {"llava_map_fn": "llava", "llava_image_only_map_fn": "llava_image_only"}
+"""Those of its datasets with images."""
 
 
 @cache

@@ -17,6 +17,7 @@ from services.finetune.recipes.python_text import Neighbour, Table, read_python
 from services.finetune.recipes.xtuner_model import read_dataset, read_tokenizer, read_weights
 from services.finetune.recipes.xtuner_parts import Part, Reading
 from services.finetune.recipes.xtuner_run import read_hooks, read_optimizer, read_pace, read_runtime
+from services.finetune.recipes.xtuner_vision import read_sight
 
 # What mmengine's runner takes beside that; none of it is kept apart from None.
 RUNNER_KEYS = [
@@ -81,18 +82,16 @@ def _mmengine(top: Part) -> None:
     if model is None or loader is None or optim is None:
         top.blame("model", "a config needs model, train_dataloader and optim_wrapper, or framework = 'huggingface'")
         return
-    model.one_of("SupervisedFinetune")
+    sees = model.one_of("SupervisedFinetune", "LLaVAModel") == "LLaVAModel"
     model.idle("use_varlen_attn")
     if not model.flag("use_activation_checkpointing", True):
         model.set("model.gradient_checkpointing", "none")
     for key in ("peft_model", "max_position_embeddings"):
         model.only(key, None)
-    llm, lora = model.part("llm"), model.part("lora")
-    if llm is None:
-        model.blame("llm", "is missing")
-        return
-    read_weights(llm, lora)
+    llm = read_sight(model) if sees else _language_model(model)
     model.close()
+    if llm is None:
+        return
     accumulate = read_optimizer(optim)
     read_tokenizer(top, llm)
     loader.idle("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
@@ -106,11 +105,24 @@ def _mmengine(top: Part) -> None:
     top.reading.taken |= top.seen
 
 
+def _language_model(model: Part) -> Part | None:
+    llm, lora = model.part("llm"), model.part("lora")
+    if llm is None:
+        model.blame("llm", "is missing")
+    else:
+        read_weights(llm, lora)
+    return llm
+
+
 def _sampler(loader: Part) -> None:
     sampler, collate = loader.part("sampler"), loader.part("collate_fn")
     if sampler is not None:
-        sampler.one_of("DefaultSampler")
-        sampler.only("shuffle", True)
+        if sampler.one_of("DefaultSampler", "LengthGroupedSampler") == "LengthGroupedSampler":
+            # It spares padding, of which there is none here (docs/decisions/0066).
+            sampler.idle("length_property", "per_device_batch_size")
+            sampler.note("type", "rows are shuffled, whatever their lengths: no padding is computed")
+        else:
+            sampler.only("shuffle", True)
         sampler.close()
     if collate is not None:
         collate.one_of("default_collate_fn")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from services.finetune.recipes.python_text import Symbol, Table
-from services.finetune.recipes.tables import FORMATS
+from services.finetune.recipes.tables import FORMATS, IMAGE_FORMATS
 from services.finetune.recipes.xtuner_parts import Part
 
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+LoraPart = dict[str, Any]
+"""A LoraConfig by our keys of the section lora; no targets means all linear layers."""
 
 
-def read_weights(llm: Part, lora: Part | None) -> None:
+def read_weights(llm: Part, lora: Part | None, frozen: bool = False) -> None:
+    """The base and the method. `frozen`: of this model itself nothing is trained, whatever `lora` is."""
     if not llm.kind().endswith("ForCausalLM"):
         llm.blame("type", "must be AutoModelForCausalLM.from_pretrained, or a model's own ...ForCausalLM")
     llm.set("model.checkpoint", llm.text("pretrained_model_name_or_path"))
@@ -20,13 +24,12 @@ def read_weights(llm: Part, lora: Part | None) -> None:
     llm.idle("attn_implementation", "use_cache", "low_cpu_mem_usage", "device_map")
     dtype = read_dtype(llm, "torch_dtype")
     bits = _bits(llm, dtype)
-    if lora is None:
-        if bits:
-            llm.blame("quantization_config", "a quantised model cannot be trained without lora")
-        llm.set("method", "full")
-    else:
-        llm.set("method", {0: "lora", 4: "qlora", 8: "int8_lora"}[bits])
-        _lora(lora)
+    if lora is None and not frozen and bits:
+        llm.blame("quantization_config", "a quantised model cannot be trained without lora")
+    llm.set("method", "full" if lora is None and not frozen else {0: "lora", 4: "qlora", 8: "int8_lora"}[bits])
+    for key, value in (read_lora(lora) if lora is not None else {}).items():
+        if key != "targets" or value:
+            llm.set(f"lora.{key}", value)
     llm.set("quant.bits", bits)
     llm.close()
 
@@ -65,26 +68,27 @@ def _bits(llm: Part, dtype: str) -> int:
     return 8 if eight else 4 if four else 0
 
 
-def _lora(lora: Part) -> None:
+def read_lora(lora: Part) -> LoraPart:
     lora.one_of("LoraConfig")
-    lora.set("lora.rank", lora.whole("r", 8))
-    lora.set("lora.alpha", lora.number("lora_alpha", 8))
-    lora.set("lora.dropout", lora.number("lora_dropout", 0.0))
-    lora.set("lora.use_rslora", lora.flag("use_rslora", False))
-    lora.set("lora.use_dora", lora.flag("use_dora", False))
-    saved = lora.take("modules_to_save") or ()
-    if isinstance(saved, list | tuple) and all(isinstance(name, str) for name in saved):
-        lora.set("lora.modules_to_save", list(saved))
-    else:
-        lora.blame("modules_to_save", "must be a list of names")
+    found: LoraPart = {
+        "rank": lora.whole("r", 8),
+        "alpha": lora.number("lora_alpha", 8),
+        "dropout": lora.number("lora_dropout", 0.0),
+        "use_rslora": lora.flag("use_rslora", False),
+        "use_dora": lora.flag("use_dora", False),
+    }
+    for key, theirs in (("modules_to_save", "modules_to_save"), ("targets", "target_modules")):
+        names = lora.take(theirs) or ()
+        if key == "targets" and names == "all-linear":
+            names = ()
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            lora.blame(theirs, "must be a list of names")
+            names = ()
+        found[key] = list(names)
     lora.only("bias", "none")
     lora.only("task_type", "CAUSAL_LM", None)
-    targets = lora.take("target_modules")
-    if isinstance(targets, list | tuple) and all(isinstance(t, str) for t in targets):
-        lora.set("lora.targets", list(targets))
-    elif targets not in (None, "all-linear"):
-        lora.blame("target_modules", "must be a list of names")
     lora.close()
+    return found
 
 
 def read_tokenizer(top: Part, llm: Part) -> None:
@@ -112,8 +116,8 @@ def read_dataset(owner: Part, key: str = "dataset") -> None:
         inner = whole.parts("datasets")
         whole.close()
     asked = [_one_dataset(part) for part in inner]
-    for name in ("data.max_length", "data.pack", "data.template", "data.max_rows"):
-        values = {a[name] for a in asked}
+    for name in ("data.max_length", "data.pack", "data.template", "data.max_rows", "vision.pad_to_square"):
+        values = {a[name] for a in asked if name in a}
         if len(values) > 1:
             whole.blame("datasets", f"must agree in {name.partition('.')[2]}")
         elif values:
@@ -122,9 +126,11 @@ def read_dataset(owner: Part, key: str = "dataset") -> None:
 
 
 def _one_dataset(part: Part) -> dict[str, Any]:
-    kind = part.one_of("process_hf_dataset", "process_ms_dataset", "MOSSSFTDataset")
+    kind = part.one_of("process_hf_dataset", "process_ms_dataset", "MOSSSFTDataset", *IMAGE_DATASETS)
     found: dict[str, Any] = {"data.max_length": part.whole("max_length", 2048), "data.max_rows": 0}
     part.idle("tokenizer", "use_varlen_attn", "map_num_proc", "bot_name")
+    if kind in IMAGE_DATASETS:
+        return found | _with_images(part, kind)
     if kind == "MOSSSFTDataset":
         files = [part.text("data_file")]
         found |= {"data.pack": False, "data.template": "moss_sft"}
@@ -147,6 +153,48 @@ def _one_dataset(part: Part) -> dict[str, Any]:
     found["source"] = source
     part.close()
     return found
+
+
+IMAGE_DATASETS = {"LLaVADataset": "", "RefCOCOJsonDataset": "refcoco", "InvRefCOCOJsonDataset": "refcoco_inverse"}
+"""XTuner's datasets with images, and the formats of rows that a dataset's class decides."""
+
+
+def _with_images(part: Part, kind: str) -> dict[str, Any]:
+    source = {"files": [part.text("data_path")], "format": _format(part)}
+    source["format"] = IMAGE_DATASETS[kind] or source["format"]
+    if folder := part.text("image_folder"):
+        source["images"] = folder
+    part.only("offline_processed_text_folder", None)
+    if part.take("max_dataset_length") is not None:
+        part.note("max_dataset_length", "all rows are taken; data.weights takes a part of a dataset's")
+    if (processor := part.part("image_processor")) is not None:
+        read_processor(processor)
+    found = {
+        # XTuner counts an image as one token while it cuts a text, and then lets it grow.
+        "data.max_length": part.whole("max_length", 2048) + _image_tokens(part),
+        "data.pack": False,
+        "data.template": _map_template(part),
+        "vision.pad_to_square": part.flag("pad_image_to_square", False),
+        "source": source,
+    }
+    part.close()
+    return found
+
+
+def read_processor(part: Part) -> None:
+    """What makes images ready comes with the vision tower."""
+    part.idle("type", "trust_remote_code")
+    if part.text("pretrained_model_name_or_path") != part.reading.changes.get("vision.tower"):
+        part.blame("pretrained_model_name_or_path", "must be the visual_encoder's")
+    part.close()
+
+
+def _image_tokens(part: Part) -> int:
+    """The tokens of an image, as the name of the vision tower tells: clip-vit-large-patch14-336."""
+    found = re.search(r"patch-?(\d+)(?:-(\d+))?", str(part.reading.changes.get("vision.tower", "")))
+    if found is None:
+        part.note("max_length", "576 tokens are added for an image; set data.max_length if the tower makes others")
+    return (int(found[2] or 224) // int(found[1])) ** 2 if found else 576
 
 
 def _map_template(part: Part) -> str:
@@ -177,6 +225,8 @@ def _format(part: Part) -> str:
     name = value.name if isinstance(value, Symbol) else "" if value is None else str(value)
     if value is None:
         return ""  # XTuner takes such rows as they are: their fields tell what they are
+    if name in IMAGE_FORMATS and part.kind() in IMAGE_DATASETS:
+        return IMAGE_FORMATS[name]
     if name not in FORMATS:
         part.blame("dataset_map_fn", f"{name or 'this'} is no format here; known are {', '.join(FORMATS)}")
         return ""

@@ -6,6 +6,7 @@ from services.finetune.recipes.python_text import Symbol
 from services.finetune.recipes.tables import filled, steps, systems
 from services.finetune.recipes.xtuner_model import read_dtype, read_template
 from services.finetune.recipes.xtuner_parts import Part, Reading
+from services.finetune.recipes.xtuner_vision import read_shown
 
 
 def read_optimizer(optim: Part) -> int:
@@ -25,6 +26,7 @@ def read_optimizer(optim: Part) -> int:
     if kind == "AmpOptimWrapper" and read_dtype(optim, "dtype") == "float16":
         text = "float16 with loss scaling becomes model.dtype auto: bfloat16 where the processor has it, else float32"
         optim.note("dtype", text)
+        optim.set("model.dtype", "auto")  # whatever the weights were loaded in
     optim.close()
     return max(1, accumulate)
 
@@ -148,7 +150,7 @@ def _samples(hook: Part, accumulate: int) -> None:
     hook.set("report.system", _system(hook))
     if hook.take("max_new_tokens") is not None:
         hook.set("report.sample_tokens", hook.whole("max_new_tokens", 64))
-    hook.only("evaluation_images", None)
+    read_shown(hook)
     for key in ("stop_word", "stop_words", "generation_kwargs"):
         if hook.take(key):
             hook.note(key, "an answer ends where the template ends it; it is drawn greedily")

@@ -28,20 +28,23 @@ _ABOUT = {
     "model": "The base: a hub's id, or a folder on the machine where `quartet train` runs. dtype: auto, bfloat16, float16, "
     "float32. freeze: modules that the method full leaves alone. gradient_checkpointing: auto, none, full, or selective: "
     "every gradient_checkpointing_every-th layer.",
+    "vision": "Of a model that sees: model.checkpoint is assembled with the tower, a hub's id or a folder, and a pretrained "
+    "projector, if there is one. Its modules are language_model, vision_tower, multi_modal_projector.",
     "lora": "Unused by the method full. targets: linear layers, or all-linear; modules_to_save: trained whole. Both by last "
     "name, or by whole name with * in it, as rank_pattern and alpha_pattern: {'model.layers.0.*': 8}.",
     "quant": "How the frozen base is stored. bits: 4 for qlora, 8 for int8_lora, else 0. kind: nf4 or fp4.",
     "data": "template: a prompt template's name, tokenizer for the model's own. sources: where the rows come from, unless "
-    "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; and split and format.",
+    "`quartet train --data` names datasets; each has files, or hub_id, hub, subset and folder; split and format; images is "
+    "the folder in which rows name images.",
     "optim": f"name: {', '.join(get_args(Optimizer))}. clip_norm: largest norm of the gradient; 0 does not clip. "
     "lr_pattern: another rate for modules: {multi_modal_projector: 0.001}.",
     "schedule": "One optimizer step reads batch_size * accumulate * ranks blocks, however many processes run. The rate "
     f"climbs for warmup_ratio of all steps, or warmup_steps, then falls to min_lr_ratio by kind: "
     f"{', '.join(get_args(Schedule))}. power is polynomial's, decay_ratio the part of all steps in which wsd falls. "
     "deterministic: on a GPU, slower and bit-identical.",
-    "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end, about "
-    "images: files of the datasets. keep_last: how many checkpoints stay, 0 for all; keep_best: the best stays too and is "
-    "the result. trackers: wandb, mlflow.",
+    "report": "Intervals are optimizer steps. prompts are asked every sample_every steps and at the end, about images: "
+    "files of the data. keep_last: how many checkpoints stay, 0 for all; keep_best: the best stays too and is the result. "
+    "trackers: wandb, mlflow.",
     "validation": "ratio: part of the rows that is held out. every: optimizer steps between looks, 0 for epochs. patience: "
     "end after so many looks without a loss that is lower by min_delta, 0 for never.",
     "parallel": "deepspeed: a preset's name, or empty for the cheapest way that fits. processes: on each machine, 0 for one "

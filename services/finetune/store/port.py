@@ -125,6 +125,10 @@ class Store(Protocol):
     def read_blob(self, digest: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """Stream a blob's bytes in pieces of at most 1 MiB. NotFound (BLOB_NOT_FOUND)."""
 
+    def link_blob(self, digest: str, valid_s: int) -> str:
+        """Where whoever has this URL can GET the blob, by ranges too, for so many seconds; "" where the store has no such
+        thing. Whether the blob is there is not looked up."""
+
     def fetch_blob(self, digest: str, path: Path) -> None:
         """Make `path` a verified copy of the blob (a hard link where the store is on the same disk); parent folders
         are made. `path` must never be written to. NotFound (BLOB_NOT_FOUND), DataLoss (BLOB_CORRUPT)."""

@@ -17,6 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -126,6 +127,9 @@ class S3Store:
             raise no_blob(digest)
         left = max(blob.size - offset, 0)
         return self.read(self.blob_key(digest), offset, left if length is None else min(length, left))
+
+    def link_blob(self, digest: str, valid_s: int) -> str:
+        return self.quick.get_presigned_url("GET", self.bucket, self.blob_key(digest), timedelta(seconds=valid_s))
 
     def fetch_blob(self, digest: str, path: Path) -> None:
         with disk_errors(path.parent):

@@ -31,6 +31,8 @@ log = logging.getLogger("quartet.engine")
 
 HOST_VARIABLE, PORT_VARIABLE = "QUARTET_ENGINE_HOST", "QUARTET_ENGINE_PORT"
 """Where to listen; a free port of loopback if they are not set. Not a service's variables, which an engine inherits."""
+METRICS_VARIABLE = "QUARTET_ENGINE_METRICS_PORT"
+"""Where Prometheus finds /metrics, on the same host and without a token; nowhere if it is not set."""
 FENCE_S = 3.0
 """Seconds between looks at the fence: an engine that lost its endpoint lives on so long at most."""
 
@@ -61,7 +63,11 @@ async def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room
     if form is not None:
         check_token(form, tokenizer)
     servicer = EngineServicer(order["endpoint"], engine, tokenizer, served, store, form)
-    room = Room("quartet.inference.v1.Inference", lambda server: add_InferenceServicer_to_server(servicer, server))
+    room = Room(
+        "quartet.inference.v1.Inference",
+        lambda server: add_InferenceServicer_to_server(servicer, server),
+        collectors=servicer.collectors,
+    )
     return room, engine
 
 
@@ -69,7 +75,7 @@ async def _open(name: str, base: Path, adapters: Mapping[str, Path], dtype: str,
     if name == "vllm":
         from services.inference.engines.vllm import VllmEngine
 
-        return await VllmEngine.open(base, adapters, dtype, bits)
+        return await VllmEngine.open(base, adapters, dtype, bits, measured=METRICS_VARIABLE in os.environ)
     from services.inference.engines.transformers import TransformersEngine
 
     return TransformersEngine(base, adapters, dtype, bits)
@@ -88,7 +94,8 @@ async def start(store: Store, order: dict[str, Any], attempt: Attempt) -> int:
 async def serve(room: Room, engine: Engine, token_file: str, attempt: Attempt) -> None:
     """Answer until SIGTERM, or until another attempt or nobody owns the endpoint."""
     host, port = os.environ.get(HOST_VARIABLE, "127.0.0.1"), int(os.environ.get(PORT_VARIABLE, "0"))
-    settings = Settings(host=host, port=port, token_file=token_file)
+    metrics_port = int(os.environ.get(METRICS_VARIABLE, "0"))
+    settings = Settings(host=host, port=port, token_file=token_file, metrics_port=metrics_port)
     settings.check_exposure()
     server = Server(settings, [room])
     await server.open()
@@ -154,7 +161,7 @@ def main() -> int:
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    log.setLevel(logging.INFO)
+    logging.getLogger("quartet").setLevel(logging.INFO)
     # It advises faster kernels at each start, from a place that this server does not fetch code from.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # While a model loads nothing handles SIGTERM yet: leave by an exception, so that the folder is tidied up.

@@ -61,6 +61,8 @@ class Engine(Protocol):
 
     context_length: int
     """Tokens that a prompt and its answer may have together."""
+    most_adapters: int
+    """Adapters that it holds at a time, more than `most_answers`; beyond them those used longest ago are unloaded."""
     most_answers: int
     """Requests that it takes at a time; what more it could hold would only cost memory."""
     vocabulary: int
@@ -80,6 +82,9 @@ class Engine(Protocol):
 
     def unload(self, key: str) -> None:
         """Forget a loaded adapter, which no answer uses."""
+
+    def cache_use(self) -> float:
+        """The part, 0 to 1, in use of the memory set aside for keys and values; NaN where none is set aside."""
 
     def alive(self) -> bool:
         """Whether it can still answer; if not, nothing brings it back."""

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from prometheus_client import Gauge
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
+from services.common.metrics import Answers
 from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
 from services.finetune.formats import Tool
 from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
-from services.finetune.store.artifacts import load, materialise
+from services.finetune.store.artifacts import load
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.vision import ImageForm
@@ -59,8 +59,14 @@ class EngineServicer(InferenceServicer):
         self._images = Images(form, store, endpoint)
         self._engine = engine
         self._tokenizer = tokenizer
-        self._adapters = Adapters(engine, served)
+        self._adapters = Adapters(engine, served, store)
         self._store = store
+        self._numbers = Answers()
+        loaded = Gauge("quartet_adapters", "Adapters that the engine has loaded.", registry=None)
+        loaded.set_function(self._adapters.loaded)
+        cache = Gauge("quartet_cache_use", "Part of the memory for keys and values in use.", registry=None)
+        cache.set_function(engine.cache_use)
+        self.collectors = (*self._numbers.collectors, loaded, cache)
         # By alias: what waits for one adapter does not hold up the others.
         self._turns = Turns(engine.most_answers, engine.most_answers, QUEUE)
         self._load_template = functools.cache(lambda name: load_template(name, tokenizer))
@@ -82,8 +88,7 @@ class EngineServicer(InferenceServicer):
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.Endpoint:
         adapter = request.adapter
         served = Served(adapter.alias, adapter.model, adapter.digest, load(self._store, adapter.digest))
-        with tempfile.TemporaryDirectory(prefix="quartet-") as folder:
-            self._adapters.put(served, materialise(self._store, served.manifest, Path(folder)))
+        self._adapters.put(served)
         return self._described()
 
     def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.Endpoint:
@@ -91,17 +96,23 @@ class EngineServicer(InferenceServicer):
         return self._described()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        async for answer in self._numbers.counted(self._generate(request)):
+            yield answer
+
+    async def _generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
         ids = self._plain(request)
-        async with self._turns.turn(request.adapter):
-            with self._adapters.using(request.adapter) as served:
-                async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
-                    yield answer
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
+            async for answer in self._answer(ids, served, request.sampling, (), pb.GenerateResponse):
+                yield answer
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.ChatResponse]:
-        async with self._turns.turn(request.adapter):
-            with self._adapters.using(request.adapter) as served:
-                async for answer in self._chat(served, request):
-                    yield answer
+        async for answer in self._numbers.counted(self._in_turn(request)):
+            yield answer
+
+    async def _in_turn(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
+        async with self._turns.turn(request.adapter), self._adapters.using(request.adapter) as served:
+            async for answer in self._chat(served, request):
+                yield answer
 
     async def _chat(self, served: Served, request: pb.ChatRequest) -> AsyncIterator[pb.ChatResponse]:
         template = self._template(served)

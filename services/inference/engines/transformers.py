@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Picture, Sampling, Step
 from services.inference.engines.sight import Sight
 
+MOST_ADAPTERS = 64
 MOST_ANSWERS = 32
 """Answers at a time: each has keys and values of its own, and together they are no faster."""
 PREFILL = 1024
@@ -44,14 +46,14 @@ class TransformersEngine:
         self._sight = Sight(folder) if is_llava(model.config.to_dict()) else None
         self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
         self.vocabulary = int(text.vocab_size)
-        self.most_answers = MOST_ANSWERS
+        self.most_adapters, self.most_answers = MOST_ADAPTERS, MOST_ANSWERS
         self._model = model.eval()
         self._device = next(model.parameters()).device
         self._vocabulary = functools.lru_cache(4)(lambda ends: Vocabulary(folder, self.vocabulary, ends))
         self._turns = FairLock()
         self._adapted = False
         self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
-        for key, path in adapters.items():
+        for key, path in list(adapters.items())[:MOST_ADAPTERS]:
             self.load(key, path)
 
     def load(self, key: str, folder: Path) -> None:
@@ -69,6 +71,9 @@ class TransformersEngine:
                 self._model.set_adapter(other, inference_mode=True)  # PEFT warns of deleting the active one
                 self._model.delete_adapter(_inner(key))
             self._adapter = None
+
+    def cache_use(self) -> float:
+        return math.nan  # each answer's cache grows as it needs
 
     def alive(self) -> bool:
         return True  # it has no life beside this process

@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -61,22 +62,29 @@ class VllmEngine:
     """
 
     @classmethod
-    async def open(cls, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> VllmEngine:
-        """Start vLLM and load the adapters. FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING)."""
+    async def open(
+        cls, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int, measured: bool = False
+    ) -> VllmEngine:
+        """Start vLLM and load the adapters; `measured` has it tell of its cache, which takes time at each step.
+
+        FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING).
+        """
         ranks = [int(_read(key, path).get("r", 0)) for key, path in adapters.items()]
         rank = next((r for r in RANKS if r >= max([LEAST_RANK, *ranks])), RANKS[-1])
         with contextlib.ExitStack() as held:
             _guard_children(held)
-            llm = _start(folder, dtype, bits, rank)
+            cache = CacheUse()
+            llm = _start(folder, dtype, bits, rank, [cache.tell] if measured else None)
             held.callback(llm.shutdown)
-            engine = cls(folder, llm, rank, held)
+            engine = cls(folder, llm, rank, held, cache)
             for key, path in adapters.items():
                 await engine.load_soon(key, path)
             engine._held = held.pop_all()
         return engine
 
-    def __init__(self, folder: Path, llm: Any, rank: int, held: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, llm: Any, rank: int, held: contextlib.ExitStack, cache: CacheUse) -> None:
         self._llm = llm
+        self._cache = cache
         self._held = held
         self._rank = rank
         self._form = read_form(folder)
@@ -85,7 +93,8 @@ class VllmEngine:
         self._known: dict[str, Any] = {}
         self._numbers = itertools.count(1)
         self.context_length = int(llm.model_config.max_model_len)
-        self.most_answers = MOST_ANSWERS
+        # It lets go of adapters by itself, and keeps their files.
+        self.most_adapters, self.most_answers = sys.maxsize, MOST_ANSWERS
         self.vocabulary = int(llm.model_config.get_vocab_size())
 
     async def generate(
@@ -151,6 +160,9 @@ class VllmEngine:
             ) from error
         self._known[key] = request
 
+    def cache_use(self) -> float:
+        return self._cache.part
+
     def alive(self) -> bool:
         return not self._llm.errored
 
@@ -158,7 +170,26 @@ class VllmEngine:
         self._held.close()
 
 
-def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
+class CacheUse:
+    """A StatLogger of vLLM that keeps what it says at each step of its memory for keys and values."""
+
+    part = math.nan
+
+    def tell(self, config: Any, engine_index: int = 0) -> CacheUse:
+        return self
+
+    def record(self, scheduler_stats: Any, *more: Any, **named: Any) -> None:
+        if scheduler_stats is not None:
+            self.part = float(scheduler_stats.kv_cache_usage)
+
+    def log(self) -> None: ...
+
+    def log_engine_initialized(self) -> None: ...
+
+    def record_sleep_state(self, *state: Any) -> None: ...
+
+
+def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | None) -> Any:
     """vLLM over the model in `folder`. FailedPrecondition (MODEL_NOT_SERVABLE, ENGINE_MISSING)."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -191,7 +222,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int) -> Any:
             trust_remote_code=False,
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
-        return AsyncLLM.from_engine_args(args)
+        return AsyncLLM.from_engine_args(args, stat_loggers=loggers)
     except (ValueError, KeyError, OSError) as error:
         raise FailedPrecondition(
             f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"

@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import yaml
 
 from tests.common.launchers.node import Node
 from tests.common.launchers.pods import Json
-from tests.k8s.rendered import K8S
+from tests.k8s.rendered import overlay
 
 CONTROLLERS = "job-controller,garbage-collector-controller,ttl-after-finished-controller,resourcequota-controller"
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
@@ -39,6 +39,7 @@ class ControlPlane:
     def __init__(self, programs: Path, folder: Path) -> None:
         self.folder = folder
         self._programs = programs
+        self._certificate = folder / "certificates" / "apiserver.crt"  # the server makes it
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self.tokens = {name: secrets.token_hex(16) for name in ("admin", *ACCOUNTS)}
         etcd, peer, self._port = _free_ports(3)
@@ -70,9 +71,8 @@ class ControlPlane:
             "--leader-elect=false",
             "--secure-port=0",
         )
-        self.apply("overlays/local")
-        certificate = self.folder / "certificates" / "apiserver.crt"
-        self.node = Node(self.call, self.folder, certificate).start()
+        self.apply(overlay("local"))
+        self.node = Node(self.call, self.folder, self._certificate).start()
         return self
 
     def serve(self) -> None:
@@ -95,7 +95,7 @@ class ControlPlane:
         deadline = time.monotonic() + LIMIT_S
         while True:
             with contextlib.suppress(OSError):
-                if self.call("GET", "readyz") == "ok":
+                if self.call("GET", "readyz")["text"] == "ok":
                     return
             assert self._running["kube-apiserver"].poll() is None, self._log("kube-apiserver")
             assert time.monotonic() < deadline, self._log("kube-apiserver")
@@ -112,22 +112,26 @@ class ControlPlane:
             process.kill()
             process.wait()
 
-    def apply(self, path: str) -> str:
-        """What kubectl said of a kustomization of k8s/; a warning of the server is no success."""
-        words = ["--kubeconfig", str(self.kubeconfig("admin")), "apply", "--server-side", "--warnings-as-errors"]
+    def apply(self, manifests: Sequence[Json]) -> str:
+        """What kubectl said; a warning of the server is no success."""
+        for name in ("postgres", "store"):  # the sizes of their disks cannot be changed
+            with contextlib.suppress(urllib.error.HTTPError):
+                self.call("DELETE", f"apis/apps/v1/namespaces/quartet/statefulsets/quartet-{name}")
+        words = ["apply", "--server-side", "--force-conflicts", "--warnings-as-errors", "-f", "-"]
         done = subprocess.run(
-            [KUBECTL, *words, "--force-conflicts", "-k", str(K8S / path)],
+            [KUBECTL, "--kubeconfig", str(self.kubeconfig("admin")), *words],
+            input=yaml.safe_dump_all(manifests),
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
         )
-        assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
+        assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout
 
     def kubeconfig(self, account: str) -> Path:
         """A file that lets an account in."""
         path = self.folder / f"kubeconfig-{account}"
-        cluster = {"server": f"https://127.0.0.1:{self._port}", "insecure-skip-tls-verify": True}
+        cluster = {"server": f"https://127.0.0.1:{self._port}", "certificate-authority": str(self._certificate)}
         content = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -139,17 +143,16 @@ class ControlPlane:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def call(self, method: str, path: str, body: Json | None = None, kind: str = "application/json") -> Json | str:
+    def call(self, method: str, path: str, body: Json | None = None, kind: str = "application/json") -> Json:
         """A call of the administrator's. HTTPError."""
         headers = {"Authorization": f"Bearer {self.tokens['admin']}", "Content-Type": kind}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"https://127.0.0.1:{self._port}/{path}", data, headers, method=method)
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = ssl.create_default_context(cafile=self._certificate)
         with urllib.request.urlopen(request, timeout=30, context=context) as answer:
             text = answer.read().decode()
-        found: Json = json.loads(text) if text.startswith("{") else {}
-        return found or text
+        found: Json = json.loads(text) if text.startswith("{") else {"text": text}
+        return found
 
     def clear(self) -> None:
         """Remove all Jobs and their pods."""
@@ -163,9 +166,7 @@ class ControlPlane:
             time.sleep(0.1)
 
     def _items(self, path: str) -> list[Json]:
-        found = self.call("GET", path)
-        assert isinstance(found, dict)
-        items: list[Json] = found["items"]
+        items: list[Json] = self.call("GET", path)["items"]
         return items
 
     def pods(self, job: str = "") -> list[Json]:

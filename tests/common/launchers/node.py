@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ class Node:
         self._call = call
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._asked: set[str] = set()
+        self._asked: dict[str, float] = {}
         self._told: set[str] = set()
         self._ended = threading.Event()
         node = self
@@ -117,7 +116,7 @@ class Node:
             if deleted:
                 self._call("DELETE", f"{PODS}/{name}", {"gracePeriodSeconds": 0})
         elif deleted:
-            self._stop(name, process, datetime.fromisoformat(deleted).timestamp())
+            self._stop(name, process, pod["metadata"]["deletionGracePeriodSeconds"])
 
     def _begin(self, pod: Json) -> None:
         name = pod["metadata"]["name"]
@@ -144,10 +143,11 @@ class Node:
         status = {"phase": phase, "containerStatuses": [{**told, "ready": ready, "state": state}]}
         self._call("PATCH", f"{PODS}/{pod['metadata']['name']}/status", {"status": status}, MERGE)
 
-    def _stop(self, name: str, process: subprocess.Popen[bytes], due: float) -> None:
+    def _stop(self, name: str, process: subprocess.Popen[bytes], grace_s: float) -> None:
+        """Ask first. The grace is counted from when the node heard of it, and may be cut short later."""
         with contextlib.suppress(ProcessLookupError):
-            if time.time() > due:
-                os.killpg(process.pid, signal.SIGKILL)
-            elif name not in self._asked:
-                self._asked.add(name)
+            if name not in self._asked:
+                self._asked[name] = time.monotonic()
                 os.killpg(process.pid, signal.SIGTERM)
+            elif time.monotonic() > self._asked[name] + grace_s:
+                os.killpg(process.pid, signal.SIGKILL)

@@ -234,3 +234,23 @@ def test_bytes_are_reported(do: Convert, store: Store, llama: Path, tmp_path: Pa
     assert isinstance(made.merged, Manifest)
     total = sum(v.nbytes for v in tensors(llama).values())
     assert events[0]["done_bytes"] == 0 and events[-1]["done_bytes"] == total == events[-1]["total_bytes"]
+
+
+def test_the_report_is_made_as_asked_for(
+    do: Convert, store: Store, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(do, store, llama, tmp_path)
+    monkeypatch.setattr("services.finetune.convert.merge_report.LIMIT_PARAMETERS", 1)
+    for wish, why in (("", "more than 0"), ("never", "not asked for"), ("always", None)):
+        task = MergeTask(adapter=ref(made.adapter), base=ref(made.base), report=wish)  # type: ignore[arg-type]
+        report = load(store, do(merge=task)).meta["report"]
+        assert (why in report["not_measured"]) if why else report["tokens"] > 100, report
+
+
+def test_a_job_can_be_stopped_while_it_is_measured(
+    do: Convert, store: Store, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, stop = Made(do, store, llama, tmp_path), threading.Event()
+    monkeypatch.setattr("services.finetune.convert.merge_report._give_back", stop.set)  # as the report begins
+    with pytest.raises(Cancelled):
+        do(stop, merge=MergeTask(adapter=ref(made.adapter), base=ref(made.base)))

@@ -55,6 +55,7 @@ SHAREGPT_TOOLS = {
     "system": "s",
 }
 TALK = "user assistant"
+BOXED: Fields = {"image": "a.jpg", "sents": "a dog", "bbox": [10, 20, 30, 40], "width": 200, "height": 100}
 PREFERRED: Fields = {
     "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
     "preferred_output": [SAY],
@@ -130,6 +131,8 @@ NAMED = [
     ("pretrain", {"text": " q "}),
     ("wizardlm", {"conversations": [HUMAN, GPT]}),
     ("llava_image_only", {"image": "a.jpg", "conversations": [{**HUMAN, "value": "<image> q"}, GPT]}),
+    ("refcoco", BOXED),
+    ("refcoco_inverse", BOXED),
     ("code_alpaca", {"prompt": "q", "completion": "a"}),
     ("tiny_codes", {"prompt": "q", "response": "a"}),
     ("crime_kg_assitant", {"input": "q", "output": "a"}),
@@ -137,6 +140,38 @@ NAMED = [
     ("medical", {"instruction": "q", "input": "", "output": "a"}),
     ("stack_exchange", {"question": "q", "response": "a"}),
 ]
+
+
+def test_refcoco_asks_where_and_what(tmp_path: Path) -> None:
+    said = {}
+    for name in ("refcoco", "refcoco_inverse"):
+        (row,) = read_rows(written(tmp_path, BOXED), name)
+        assert isinstance(row, Row) and row.conversation.images == ("a.jpg",)
+        said[name] = [m.content for m in row.conversation.messages]
+    assert said["refcoco"][0].startswith("<image>\n[refer] ") and "a dog" in said["refcoco"][0]
+    assert said["refcoco"][1] == "{<5><20><20><60>}" and said["refcoco_inverse"][1] == "a dog"
+    assert (
+        said["refcoco_inverse"][0].startswith("<image>\n[identify] ")
+        and said["refcoco"][1] in said["refcoco_inverse"][0]
+    )
+    rows = [{**BOXED, "image": f"{n}.jpg"} for n in range(50)]
+    asked = {
+        r.conversation.messages[0].content for r in read_rows(written(tmp_path, *rows), "refcoco") if isinstance(r, Row)
+    }
+    assert len(asked) == 7
+    for bad in ({"bbox": [1, 2]}, {"bbox": [1, 2, 500, 4]}, {"width": 0}, {"height": "9"}):
+        (problem,) = read_rows(written(tmp_path, {**BOXED, **bad}), "refcoco")
+        assert isinstance(problem, Problem) and (problem.field, problem.reason) == ("bbox", "FIELD_TYPE")
+
+
+def test_the_tutorials_spelling_is_tolerated_and_told(tmp_path: Path) -> None:
+    turns = [{**HUMAN, "value": "what?\n<image>"}, GPT]
+    rows = [{"id": 1, "image": "a.jpg", name: turns} for name in ("conversation", "conversations")]
+    files = written(tmp_path, *rows)
+    assert sniff(files)[0] == "llava"
+    wrong, right = (row for row in read_rows(files, "llava") if isinstance(row, Row))
+    assert wrong.conversation == right.conversation and "`conversations`" in wrong.tolerated and not right.tolerated
+    assert wrong.conversation.messages[0].content == "<image>\nwhat?"
 
 
 def test_the_table_is_whole() -> None:

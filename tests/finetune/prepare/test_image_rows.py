@@ -15,16 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from services.finetune.config import DataConfig
+from services.finetune.config import ArtifactRef, DataConfig, PrepareRun, ValidateRun
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.formats import Row, read_rows
 from services.finetune.packing import HELD_OUT, IGNORED, Blocks
-from services.finetune.prepare import shards
+from services.finetune.prepare import prepare, shards
 from services.finetune.prepare.pipeline import Built, build
 from services.finetune.prepare.shards import Source
-from services.finetune.templates import IMAGE_ID, encode, load_template
+from services.finetune.prepare.validate import validate
+from services.finetune.store import Store
+from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory
+from services.finetune.templates import IMAGE_ID, Encoded, encode, load_template
 from services.finetune.tokenizer import HUGGING_FACE, Proof, Tokenizer
-from services.finetune.vision import read_form
+from services.finetune.vision import read_form, spread
+from tests.finetune.prepare.conftest import do
 from tests.finetune.test_vision import processor
 from tests.tiny import tiny_sight, tiny_tokenizer
 
@@ -143,12 +147,17 @@ def test_no_image_is_cut(
     folder, rows = tmp_path_factory.mktemp("rows"), rows_of(count, seed)
     made = source(folder, rows, pictures)
     expected, cut, lost = [], 0, 0
+    form = read_form(model)
+    assert form is not None
     for ids, mask, seen in one_by_one(model, made):
         end = most
         if len(ids) > most:
             cut += 1
             starts = [n for n in range(len(ids)) if ids[n] == 259 and ids[:n].count(259) % TOKENS == 0]
             end = next((s for s in starts if s < most < s + TOKENS), most)
+        marks = [IMAGE_ID if i == 259 else i for n, i in enumerate(ids) if i != 259 or ids[:n].count(259) % TOKENS == 0]
+        shown = spread(Encoded(marks, [False] * len(marks)), form, most)
+        assert shown.ids == ids[:end] and spread(Encoded(marks, [False] * len(marks)), form).ids == ids
         mask = [False, *mask[1:end]]
         if any(mask):
             kept = ids[:end].count(259) // TOKENS
@@ -277,3 +286,38 @@ def test_a_model_whose_token_is_not_there_is_refused(tmp_path: Path, pictures: d
     with pytest.raises(FailedPrecondition) as caught:
         build([source(tmp_path, [row(random.Random(0), 1)], pictures)], "", base, DataConfig(), 0, tmp_path / "out")
     assert caught.value.reason == "IMAGE_TOKEN_MISSING"
+
+
+def test_jobs_count_images_and_tell_bad_ones(
+    file_store: Store, model: Path, tmp_path: Path, pictures: dict[str, tuple[str, Path]]
+) -> None:
+    said = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a"}]
+    rows: list[dict[str, Any]] = [{"conversations": said, "image": f"images/{n}.png"} for n in (0, 1, 0, 2)]
+    rows.append({"conversations": [{**said[0], "value": "?"}, said[1]]})
+    lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    files = {"rows.jsonl": lines, "images/2.png": b"%PDF-1.7"}
+    files |= {name: pictures[name][1].read_bytes() for name in ("images/0.png", "images/1.png")}
+    blobs = {name: file_store.put_blob(data) for name, data in files.items()}
+    meta = {"format": "sharegpt", "rows": 5, "skipped_rows": 0}
+    manifest = Manifest("dataset", tuple(File(n, b.digest, b.size) for n, b in blobs.items()), (), meta)
+    revision = ArtifactRef(name="workspaces/w/datasets/d/revisions/r", digest=publish(file_store, manifest))
+    base = ArtifactRef(name="m", digest=publish_directory(file_store, "base", model, meta={"template": "tokenizer"}))
+    data = DataConfig(template="tokenizer")
+    order = PrepareRun(job="p", model=base, datasets=(revision,), data=data)
+    result, events = do(prepare, order, file_store, tmp_path / "p")
+    made = load(file_store, result["prepared"])
+    assert made.meta["images"] == {"count": 3, "cut": 0} and made.meta["skipped"] == {"IMAGE_INVALID": 1}
+    assert [p.digest for p in made.parents] == [revision.digest]
+    warning = next(e["text"] for e in events if e["type"] == "log" and e["level"] == "warning")
+    assert "1 IMAGE_INVALID" in warning and "files[rows.jsonl].rows[4].images[0]" in warning
+    assert "3 images, 0 of them cut off" in events[-1]["text"]
+    blocks = Blocks.open(materialise(file_store, made, tmp_path / "blocks"))
+    assert set(blocks.image_files) == {blobs["images/0.png"].digest, blobs["images/1.png"].digest}
+    asked = ValidateRun(job="v", dataset=revision, model=base, template="tokenizer", max_length=2048)
+    found = json.loads(b"".join(file_store.read_blob(do(validate, asked, file_store, tmp_path / "v")[0]["report"])))
+    assert found["images"] == {"row_count": 4, "image_count": 4, "good_count": 2, "token_count": 3 * TOKENS}
+    assert found["tokens"]["token_count"] == made.meta["tokens"] and found["causes"] == {"IMAGE_INVALID": 1}
+    blind = publish_directory(file_store, "base", tiny_tokenizer(tmp_path / "blind"), meta={"template": "tokenizer"})
+    asked = ValidateRun(job="v", dataset=revision, model=ArtifactRef(name="b", digest=blind), template="tokenizer")
+    found = json.loads(b"".join(file_store.read_blob(do(validate, asked, file_store, tmp_path / "w")[0]["report"])))
+    assert found["causes"] == {"IMAGES_UNSUPPORTED": 3, "IMAGE_INVALID": 1}

@@ -53,6 +53,26 @@ def animated(path: Path) -> Path:
     return path
 
 
+def chunked(kind: bytes, data: bytes) -> Callable[[Path], Path]:
+    """A small good PNG with one more chunk behind its header."""
+
+    def write(path: Path) -> Path:
+        whole = picture(path, "PNG").read_bytes()
+        chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        path.write_bytes(whole[:33] + chunk + whole[33:])
+        return path
+
+    return write
+
+
+def turned(path: Path, exif: bytes = b"") -> Path:
+    """A JPEG whose EXIF data, which may be damaged, say that it lies on its side."""
+    data = Image.Exif()
+    data[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(path, "JPEG", exif=exif or data)
+    return path
+
+
 GOOD: list[tuple[str, Callable[[Path], Path]]] = [
     ("jpeg", lambda p: picture(p, "JPEG")),
     ("cmyk", lambda p: picture(p, "JPEG", "CMYK")),
@@ -60,6 +80,10 @@ GOOD: list[tuple[str, Callable[[Path], Path]]] = [
     ("16-bit", lambda p: picture(p, "PNG", "I;16")),
     ("webp", lambda p: picture(p, "WEBP")),
     ("animated", animated),
+    ("transparent", lambda p: picture(p, "PNG", "RGBA")),
+    ("turned", turned),
+    ("damaged EXIF data", lambda p: turned(p, b"Exif\0\0MM\0*\xff\xff\xff\xff")),
+    ("junk behind it", lambda p: written(picture(p, "PNG").read_bytes() + b"x" * 999)(p)),
     ("another ending", lambda p: picture(p, "PNG")),
     ("25 million pixels", lambda p: picture(p, "JPEG", "L", (5000, 5000))),
 ]
@@ -69,11 +93,20 @@ BAD: list[tuple[str, Callable[[Path], Path], str]] = [
     ("svg", written(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "IMAGE_INVALID"),
     ("pdf", written(b"%PDF-1.7\n"), "IMAGE_INVALID"),
     ("text", written("不是图片".encode()), "IMAGE_INVALID"),
+    ("PDF that calls itself JPEG", written(b"%PDF-1.7\n\xff\xd8\xff"), "IMAGE_INVALID"),
     ("81 million pixels", lambda p: bomb(p, 9000, 9000), "IMAGE_TOO_LARGE"),
     ("100 million pixels", lambda p: bomb(p, 10_000, 10_000), "IMAGE_TOO_LARGE"),
     ("400 million pixels", lambda p: bomb(p, 20_000, 20_000), "IMAGE_TOO_LARGE"),
     ("0 x 0", lambda p: bomb(p, 0, 0), "IMAGE_INVALID"),
     ("1 x 65535", lambda p: bomb(p, 1, 65_535), "IMAGE_TOO_THIN"),
+    ("colour profile of 99 MB", chunked(b"iCCP", b"x\0\0" + zlib.compress(bytes(99_000_000))), "IMAGE_INVALID"),
+    ("text of 99 MB", chunked(b"zTXt", b"x\0\0" + zlib.compress(bytes(99_000_000))), "IMAGE_INVALID"),
+    (
+        "BMP of 75 MB in 54 bytes",
+        written(b"BM" + struct.pack("<3I3I2H6I", 54, 0, 54, 40, 5000, 5000, 1, 24, *[0] * 6)),
+        "IMAGE_INVALID",
+    ),
+    ("21000 x 999", lambda p: bomb(p, 21_000, 999), "IMAGE_TOO_LARGE"),
     ("too little data", lambda p: bomb(p, 640, 480), "IMAGE_INVALID"),
 ]
 

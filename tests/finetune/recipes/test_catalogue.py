@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,31 @@ def test_every_name_on_offer_is_a_whole_config(name: str) -> None:
     if recipe.method != "deepspeed":
         known = {"tokenizer", "none", *TEMPLATES, *XTUNER_TEMPLATES}
         assert recipe.checkpoint and recipe.config.data.template in known and recipe.config.method == recipe.method
+
+
+def test_the_names_of_llava_are_xtuners_and_the_tutorials() -> None:
+    found = names(since="llava")
+    grammar = r"llava_\w+?(_full|_qlora|_quant)?_clip_vit_large_p14_336(_lora|_full)?_e[12]_gpu[18](_\w+)?"
+    grammar += "_(pretrain|finetune)"
+    assert len([n for n in found if re.fullmatch(grammar + "(_refcoco)?", n)]) == 27
+    assert len([n for n in found if re.fullmatch(r"llava_v15_(7|13)b_(pretrain|finetune|finetune_lora)", n)]) == 6
+    assert len(found) == 34 and "internlm2_chat_1_8b_llava_tutorial_fool_config" in found
+
+
+@pytest.mark.parametrize("name", names(since="llava"))
+def test_each_llava_recipe_says_what_is_trained(name: str) -> None:
+    made = resolve(name).config
+    whole, saved = made.method == "full", made.lora.modules_to_save
+    assert made.vision.tower == "openai/clip-vit-large-patch14-336" and made.data.max_length in (2048, 4096)
+    assert whole or saved[-1] == "multi_modal_projector"
+    assert ("pretrain" in name.rpartition("_e1")[2] or name.endswith("_pretrain")) == (not made.vision.pretrained)
+    if name.endswith("pretrain"):
+        assert not made.lora.targets and not made.vision.pad_to_square and made.optim.lr in (1e-3, 5e-4)
+    else:
+        assert made.vision.pad_to_square and made.optim.lr == (
+            2e-4 if "*language_model.*" in made.lora.targets else 2e-5
+        )
+    assert made.schedule.blocks_per_step == (1 if "fool" in name else 256 if name.endswith("pretrain") else 128)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -130,7 +130,28 @@ def put_url(url: str, data: bytes) -> int:
             return error.code
 
 
+def get_url(url: str, wanted: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": wanted}), timeout=60) as answer:
+            return int(answer.status), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, b""
+
+
+def test_links_to_a_blob_are_for_it_alone_and_end(s3_store: Store) -> None:
+    blob, other = s3_store.put_blob(b"0123456789"), s3_store.put_blob(b"secret")
+    url, soon = s3_store.link_blob(blob.digest, 600), s3_store.link_blob(blob.digest, 1)
+    assert get_url(url, "bytes=2-4") == (206, b"234")
+    (mine, theirs) = (d.removeprefix("sha256:") for d in (blob.digest, other.digest))
+    assert get_url(url.replace(mine, theirs).replace(f"/{mine[:2]}/", f"/{theirs[:2]}/"), "bytes=0-1")[0] == 403
+    assert put_url(url, b"x") == 403
+    time.sleep(2.5)
+    assert get_url(soon, "bytes=2-4")[0] == 403
+
+
 def test_a_file_store_has_no_links(file_store: Store) -> None:
+    assert file_store.link_blob(file_store.put_blob(b"x").digest, 60) == ""
     assert not file_store.begin_upload("u", digest_of(b"x"), 100 * MIB).links(10, 60)
 
 

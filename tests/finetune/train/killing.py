@@ -42,11 +42,12 @@ def kill_often(trainer: Trainer, kills: int, seed: int, longest_s: float = 4.0) 
                 toll.lost.append(f"the last start after kill {toll.kills}: status {process.returncode}")
                 return toll
             continue
-        in_write = draw.random() < 0.5
-        delay_s = draw.uniform(0, 0.03) if in_write else draw.uniform(0, longest_s)
-        if in_write:
+        # Most of them once it steps, however long a start takes here: the next start is to have something to go on from.
+        kind = draw.choices(("write", "between", "start"), (5, 4, 1))[0]
+        for _ in range({"write": draw.randint(1, 4), "between": 1, "start": 0}[kind]):
             wait_for_write(process, trainer.folder)
-        wait_for_end(process, delay_s)
+        in_write = kind == "write"
+        wait_for_end(process, draw.uniform(0, 0.03 if in_write else longest_s))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()

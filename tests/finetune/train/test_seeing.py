@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
 
-from services.finetune import packing
+from services.finetune import packing, plan
 from services.finetune.config import RunConfig, override
+from services.finetune.errors import InvalidArgument
 from services.finetune.store import Store
-from services.finetune.train import ops_torch
+from services.finetune.towers import trained_of
+from services.finetune.train import memory, ops_torch
 from services.finetune.train.engine import Autograd, Handmade
 from services.finetune.train.images import Images, Look
 from services.finetune.train.model import load_model, trainable
+from services.finetune.train.optim import group
+from services.finetune.train.seeing import Seen, features, look_at
 from services.finetune.vision import read_form
 from tests.finetune.train.llava import blocks_with_images, tiny_llava
 
@@ -113,3 +121,95 @@ def test_the_loss_is_transformers_own(folder: Path, file_store: Store, tmp_path:
 
 def images_digests(blocks: packing.Blocks, block: int) -> list[str]:
     return [blocks.image_files[n] for n in blocks.images_of(block)]
+
+
+def test_only_the_language_model_is_quantised_and_adapted_by_all_linear(folder: Path) -> None:
+    model = load_model(folder, config_of(**{"method": "qlora", "quant.bits": 4}), torch.float32)
+    causal = model.get_base_model()
+    four = {n for n, m in causal.named_modules() if type(getattr(m, "base_layer", m)).__name__ == "Linear4bit"}
+    assert len({n for n in four if "base_layer" not in n}) == 2 * 7
+    assert all(n.startswith("model.language_model.layers.") for n in four)
+    assert all(".language_model.layers." in name for name in trainable(model))
+    assert len(trainable(model)) == 2 * 2 * 7
+
+
+def test_parts_have_ranks_and_rates_of_their_own(folder: Path) -> None:
+    rates = {"vision_tower": 1e-3, "*projector": 5e-3}
+    chosen = config_of(**TOWER_LORA, **{"optim.lr": 1e-4, "optim.lr_pattern": rates, "lora.loraplus_lr_ratio": 4.0})
+    model = load_model(folder, chosen, torch.float32)
+    found = {id(p): g["peak_lr"] for g in group(chosen, model, trainable(model)) for p in g["params"]}
+    for name, parameter in trainable(model).items():
+        rate = 1e-3 if "vision_tower" in name else 5e-3 if "projector" in name else 1e-4
+        assert found[id(parameter)] == pytest.approx(rate * (4 if ".lora_B." in name else 1)), name
+        if ".lora_A." in name:
+            assert parameter.shape[0] == (2 if "vision_tower" in name else 4), name
+    unknown = override(chosen, {"optim.lr_pattern": {"vision_twoer": 1e-3}})
+    with pytest.raises(InvalidArgument, match=r"optim.lr_pattern.*'vision_twoer'.*'vision_tower'"):
+        group(unknown, model, trainable(model))
+    with pytest.raises(InvalidArgument, match="nothing is left to train"):
+        load_model(folder, config_of(**{"lora.targets": []}), torch.float32)
+
+
+def test_trained_whole_it_could_be_written_back(folder: Path) -> None:
+    changes = {"method": "full", "model.freeze": ["vision_tower", "model.language_model.layers.0"]}
+    model = load_model(folder, config_of(**changes), torch.float32)
+    names = set(trainable(model))
+    assert any(n.startswith("model.multi_modal_projector") for n in names) and "lm_head.weight" in names
+    assert not any("vision_tower" in n or "layers.0." in n for n in names)
+
+
+def test_what_the_tower_gives_is_what_transformers_projects(folder: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        theirs = model.get_image_features(pixels, return_dict=True).pooler_output
+        ours = model.model.multi_modal_projector(look_at(model, pixels))
+    assert torch.equal(torch.stack(list(theirs)), ours)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_plan_counts_what_is_trained(folder: Path, parts: str) -> None:
+    chosen = config_of(**PARTS[parts])
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+    shape = plan.read_shape(json.loads((folder / "config.json").read_text()), shapes)
+    model = load_model(folder, chosen, torch.float32)
+    assert plan.trained_parameters(shape, chosen) == sum(p.numel() for p in trainable(model).values())
+    assert shape.tower == memory.tower_of(model.get_base_model())
+    assert trained_of(shape.tower, chosen) == memory.trained_beside(model.get_base_model())
+    assert plan.engine(shape, chosen, plan.Device("h100", 80 * plan.GIB), "bfloat16") == "fused"
+    batch = plan.Batch(1, 256, 100)
+    with_images, without = (
+        plan.memory(shape, chosen, b, 10, plan.Device("cpu"), "float32").activations
+        for b in (replace(batch, images=8), batch)
+    )
+    assert (with_images > without) == any("vision" in n or "projector" in n for n in trainable(model))
+
+
+def test_a_trained_tower_keeps_about_what_is_planned(folder: Path) -> None:
+    """Storages that autograd saves, weights left out. A CPU's autocast and dropout keep other widths than a GPU's."""
+    model = loaded(folder, **TOWER_LORA, **{"lora.dropout": 0.1}).bfloat16().train()
+    causal, images = model.get_base_model(), 8
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = Seen(torch.arange(16 * images), pixels_N3SS=torch.randn(images, 3, 16, 16))
+    found = {}
+    for kind in ("none", "full"):
+        planned, told = memory.plan_tower(
+            causal, images, 1 << 40, config_of(**{"model.gradient_checkpointing": kind}).model
+        )
+        assert ("once" if kind == "none" else "twice") in told
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and tensor.numel() > 4096:  # not copies of weights
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            features(causal, seen)
+        found[kind] = planned, sum(kept.values())
+    assert found["none"][1] == pytest.approx(found["none"][0], rel=0.35)
+    assert found["full"][1] < found["none"][1] / 10 and found["full"][0] < found["none"][0] / 2

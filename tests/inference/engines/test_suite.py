@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import shutil
 import threading
@@ -34,7 +35,7 @@ async def transformers(folder: Path, adapters: Mapping[str, Path]) -> Engine:
 async def vllm(folder: Path, adapters: Mapping[str, Path]) -> Engine:
     from services.inference.engines.vllm import VllmEngine
 
-    return await VllmEngine.open(folder, adapters, "float32", 0)
+    return await VllmEngine.open(folder, adapters, "float32", 0, measured=True)
 
 
 class Running:
@@ -184,6 +185,16 @@ def test_how_likely_tokens_were(running: Running, folders: tuple[Path, Path, Pat
         top = logprobs_V.topk(3)
         assert [i for i, _ in said.top] == top.indices.tolist()
         assert [value for _, value in said.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_the_use_of_a_cache_is_told_while_an_answer_is_under_way(running: Running) -> None:
+    async def ask() -> list[float]:
+        steps = running.engine.generate(PROMPT, replace(GREEDY, max_tokens=200, eos_ids=()), "")
+        return [running.engine.cache_use() async for _ in steps]
+
+    told = running.do(ask())
+    # None is set aside by transformers, so no part of one is told.
+    assert all(map(math.isnan, told)) if running.open is transformers else 0 < max(told) < 1
 
 
 def test_a_closed_iterator_leaves_the_engine_free(running: Running) -> None:

@@ -179,7 +179,9 @@ class ConversionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadModel(self, request, context):
-        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+        settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+        and check the digest; if the store is out of reach, ask again without `direct`.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -78,7 +78,9 @@ class ConversionStub:
     Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]
-    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+    settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+    and check the digest; if the store is out of reach, ask again without `direct`.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
     """
     GetLineage: _grpc.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]
@@ -145,7 +147,9 @@ class ConversionAsyncStub(ConversionStub):
     Errors: NOT_FOUND (MODEL_NOT_FOUND), ABORTED (ETAG_MISMATCH), FAILED_PRECONDITION (MODEL_IN_USE).
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_conversion_pb2.DownloadModelRequest, _conversion_pb2.DownloadModelResponse]  # type: ignore[assignment]
-    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+    """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+    settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+    and check the digest; if the store is out of reach, ask again without `direct`.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
     """
     GetLineage: _aio.UnaryUnaryMultiCallable[_conversion_pb2.GetLineageRequest, _conversion_pb2.Lineage]  # type: ignore[assignment]
@@ -263,7 +267,9 @@ class ConversionServicer(metaclass=_abc_1.ABCMeta):
         request: _conversion_pb2.DownloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_conversion_pb2.DownloadModelResponse], _abc.AsyncIterator[_conversion_pb2.DownloadModelResponse]]:
-        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on.
+        """Streams one file of a model in chunks of 1 MiB from `offset_bytes` on. With `direct`, where the store can and the
+        settings allow it, an answer for more than 8 MiB is a link alone: GET the rest there, by ranges, for an hour at most,
+        and check the digest; if the store is out of reach, ask again without `direct`.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, FILE_NOT_FOUND), OUT_OF_RANGE (OFFSET_WRONG), DATA_LOSS (BLOB_CORRUPT).
         """
 

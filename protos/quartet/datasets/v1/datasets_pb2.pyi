@@ -173,7 +173,9 @@ class Revision(_message.Message):
     format: _builtins.str
     """A key of ListFormats, given or detected."""
     format_reason: _builtins.str
-    """Why this format: what the caller said, or which fields gave it away."""
+    """Why this format: what the caller said, or which fields gave it away; and a warning where a field's name was taken for
+    another.
+    """
     row_count: _builtins.int
     """Rows that training will see."""
     size_bytes: _builtins.int
@@ -1665,22 +1667,28 @@ class ImageReport(_message.Message):
     ROW_COUNT_FIELD_NUMBER: _builtins.int
     IMAGE_COUNT_FIELD_NUMBER: _builtins.int
     GOOD_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     row_count: _builtins.int
     """Rows that name images, or hold `<image>` marks."""
     image_count: _builtins.int
     """Images named, as often as they are."""
     good_count: _builtins.int
     """Different images opened and decoded without a problem."""
+    token_count: _builtins.int
+    """Tokens that the model makes of the images of rows without a problem; they are in TokenReport too. 0 without a model that
+    sees.
+    """
     def __init__(
         self,
         *,
         row_count: _builtins.int = ...,
         image_count: _builtins.int = ...,
         good_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["good_count", b"good_count", "image_count", b"image_count", "row_count", b"row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["good_count", b"good_count", "image_count", b"image_count", "row_count", b"row_count", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1828,6 +1836,26 @@ class PreparedCounts(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SkippedRowsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROW_COUNT_FIELD_NUMBER: _builtins.int
     BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
@@ -1836,6 +1864,9 @@ class PreparedCounts(_message.Message):
     DROPPED_ROW_COUNT_FIELD_NUMBER: _builtins.int
     FILL_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
+    IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    CUT_IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    SKIPPED_ROWS_FIELD_NUMBER: _builtins.int
     row_count: _builtins.int
     """Good rows, before weights."""
     block_count: _builtins.int
@@ -1849,9 +1880,17 @@ class PreparedCounts(_message.Message):
     """Rows left out, as nothing of them would be learned."""
     fill: _builtins.float
     """The part of the blocks that is not padding, from 0 to 1."""
+    image_count: _builtins.int
+    """Images of the good rows, as often as they are shown; their tokens are in token_count."""
+    cut_image_count: _builtins.int
+    """Images that lay behind the cut of their rows, or would have been cut themselves."""
     @_builtins.property
     def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthBucket]:
         """Rows by their length in tokens before cutting."""
+
+    @_builtins.property
+    def skipped_rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows left out for their images, by cause, as IMAGE_INVALID; a log line names the first."""
 
     def __init__(
         self,
@@ -1864,10 +1903,13 @@ class PreparedCounts(_message.Message):
         dropped_row_count: _builtins.int = ...,
         fill: _builtins.float = ...,
         lengths: _abc.Iterable[Global___LengthBucket] | None = ...,
+        image_count: _builtins.int = ...,
+        cut_image_count: _builtins.int = ...,
+        skipped_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "dropped_row_count", b"dropped_row_count", "fill", b"fill", "learned_count", b"learned_count", "lengths", b"lengths", "row_count", b"row_count", "token_count", b"token_count", "truncated_row_count", b"truncated_row_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "cut_image_count", b"cut_image_count", "dropped_row_count", b"dropped_row_count", "fill", b"fill", "image_count", b"image_count", "learned_count", b"learned_count", "lengths", b"lengths", "row_count", b"row_count", "skipped_rows", b"skipped_rows", "token_count", b"token_count", "truncated_row_count", b"truncated_row_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,7 +49,9 @@ class Recipe(_message.Message):
     tested: _builtins.bool
     """Whether this combination was trained here; others resolve as well."""
     since: _builtins.str
-    """"seed" for the names of XTuner 0.1.9, "quartet" for ours; empty for a combination that is not on offer."""
+    """"seed" for the names of XTuner 0.1.9, "llava" for those of XTuner 0.2.0 for models that see, "quartet" for ours; empty
+    for a combination that is not on offer.
+    """
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
         """Every value of the run, nested by section; the keys that `overrides` accepts, joined by dots."""
@@ -306,7 +308,7 @@ class Plan(_message.Message):
     """Seconds of training, from and to; both 0 if nothing tells the device's speed."""
     most_s: _builtins.float
     engine: _builtins.str
-    """"fused" (kernels of ours, on a GPU) or "autograd" (torch's)."""
+    """"fused" (kernels of ours, on a GPU), "autograd" (torch's), or the preset of ZeRO that deals the run out."""
     dtype: _builtins.str
     """"bfloat16", "float16", "float32": what is computed in."""
     @_builtins.property
@@ -415,7 +417,9 @@ class MemoryPlan(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     PEAK_FIELD_NUMBER: _builtins.int
     weights: _builtins.int
+    """The base, as it lies on one process; with ZeRO-3 also what is put together at a time, or the whole while it is loaded."""
     adapter: _builtins.int
+    """What is trained beside it; nothing where the base itself is."""
     gradients: _builtins.int
     optimizer: _builtins.int
     activations: _builtins.int

@@ -1,0 +1,1 @@
+"""The web pages: a page a file, put together by `site`. They need the extra `web`."""
