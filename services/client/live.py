@@ -45,7 +45,7 @@ class Live:
 
 
 class LiveInference(Live):
-    """Chat, Generate and ListServedModels."""
+    """Chat, Generate, Embed and ListServedModels."""
 
     def __init__(self, client: Client) -> None:
         super().__init__(client, "inference")
@@ -65,6 +65,16 @@ class LiveInference(Live):
         """Stream an answer; closing the iterator ends it at the engine too. `told` is further metadata of the call."""
         async for piece in self._stream(self._stub.Chat(request, metadata=(*self._metadata, *told))):
             yield piece
+
+    async def embed(
+        self, request: inference_pb2.EmbedRequest, told: Sequence[tuple[str, str]] = ()
+    ) -> inference_pb2.EmbedResponse:
+        """Vectors of texts."""
+        try:
+            answer: inference_pb2.EmbedResponse = await self._stub.Embed(request, metadata=(*self._metadata, *told))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return answer
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, told: Sequence[tuple[str, str]] = ()

@@ -24,6 +24,7 @@ from services.common import auth, requests
 from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
+from services.gateway.embeddings import read_embeddings
 from services.gateway.images import Fetch, fetch_images
 from services.gateway.reach import Reach
 from services.gateway.tools import call_objects
@@ -73,6 +74,7 @@ def application(
         Route("/models/{model:path}", guarded(gateway.model)),
         Route("/chat/completions", guarded(gateway.chat), methods=["POST"]),
         Route("/completions", guarded(gateway.complete), methods=["POST"]),
+        Route("/embeddings", guarded(gateway.embed), methods=["POST"]),
     ]
     routes: list[BaseRoute] = [Route("/healthz", gateway.health), Mount("/v1", routes=v1)]
     opening: list[Callable[[], AbstractAsyncContextManager[Any]]] = [reach.open]
@@ -122,6 +124,13 @@ class Gateway:
     async def complete(self, request: Request) -> Sends:
         asked = wire.read_completion(await _body(request))
         return await self._answer(request, asked, Answer(asked, chat=False), self._reach.generate)
+
+    async def embed(self, request: Request) -> Sends:
+        asked = read_embeddings(await _body(request))
+        inference, told = self._reach.inference, requests.along(request.state.number)
+        parts = [inference.embed(part, told) for part in asked.requests(inference.parent)]
+        done = await _unless_gone(request, asyncio.gather(*parts))
+        return JSONResponse(asked.whole(done))
 
     async def _answer(
         self, request: Request, asked: Asked, answer: Answer, ask: Callable[[Any, str], AsyncIterator[Any]]

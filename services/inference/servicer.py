@@ -86,14 +86,23 @@ class Servicer(InferenceServicer):
         async for answer in self.answers.counted(self._pass_on("Chat", request, context)):
             yield answer
 
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        async with self._turns.turn(_workspace(request)):
+            answer: pb.EmbedResponse = await self._passed_on("Embed", request, context)
+        return answer
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        answer: pb.TokenizeResponse = await self._passed_on("Tokenize", request, context)
+        return answer
+
+    async def _passed_on(self, method: str, request: Any, context: Any) -> Any:
+        """The engine's one answer."""
         address = await asyncio.to_thread(self._inference.address, request.endpoint)
-        call = self._engine(address).Tokenize(request, timeout=context.time_remaining(), metadata=self._metadata)
+        send = getattr(self._engine(address), method)
         try:
-            answer: pb.TokenizeResponse = await call
+            return await send(request, timeout=context.time_remaining(), metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._understood(error, address, 0) from error
-        return answer
 
     def ListServedModels(self, request: pb.ListServedModelsRequest, context: Any) -> pb.ListServedModelsResponse:
         return pb.ListServedModelsResponse(
@@ -103,7 +112,7 @@ class Servicer(InferenceServicer):
     async def _pass_on(self, method: str, request: Any, context: Any) -> AsyncIterator[Any]:
         """Stream from the engine, once it is the workspace's turn; deadline, cancellation and request id go along, and so
         does the engine's own error."""
-        async with self._turns.turn("/".join(request.endpoint.split("/")[:2])):
+        async with self._turns.turn(_workspace(request)):
             async for answer in self._streamed(method, request, context):
                 yield answer
 
@@ -168,6 +177,10 @@ class EngineCalls:
                 getattr(InferenceStub(channel), method)(request, timeout=LOAD_S, metadata=self._metadata)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from error
+
+
+def _workspace(request: Any) -> str:
+    return "/".join(request.endpoint.split("/")[:2])
 
 
 def _has_details(error: grpc.aio.AioRpcError) -> bool:

@@ -210,7 +210,12 @@ class Inference:
             raise FailedPrecondition(
                 f"{spec['model']} is quantised already: leave bits out", reason="MODEL_NOT_SERVABLE"
             )
-        if kind not in ("base", "merged", "quantized"):
+        if kind == "encoder" and (spec["engine"] != "transformers" or spec["bits"]):
+            raise FailedPrecondition(
+                f"{spec['model']} is an encoder: serve it with the engine transformers, and leave bits out",
+                reason="MODEL_NOT_SERVABLE",
+            )
+        if kind not in ("base", "merged", "quantized", "encoder"):
             raise FailedPrecondition(
                 f"{spec['model']} is of kind {kind.upper()}: serve its base model with it under adapters, or merge it "
                 "into its base first (CreateConversionJob with merge)",

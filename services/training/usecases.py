@@ -269,6 +269,10 @@ class Training:
                 f"{name} is a vision tower; tune a LLaVA model that it is in (CreateConversionJob with assemble)",
                 reason="MODEL_NOT_TRAINABLE",
             )
+        if ref.body["kind"] == "encoder":
+            raise FailedPrecondition(
+                f"{name} is an encoder, which answers nothing; tune a language model", reason="MODEL_NOT_TRAINABLE"
+            )
         if ref.body["kind"] in ("quantized", "exported"):
             raise FailedPrecondition(
                 f"{name} is of kind {ref.body['kind'].upper()}; tune the model that it was made from, with the method qlora "

@@ -48,10 +48,11 @@ def prompts(round_number: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------- ours
 
 
-async def ask(stub: Any, endpoint: str, ids: Sequence[int], tokens: int) -> tuple[int, float]:
+async def ask(stub: Any, endpoint: str, ids: Sequence[int], tokens: int, adapter: str = "") -> tuple[int, float]:
     """(tokens, seconds to the first)."""
     request = pb.GenerateRequest(
         endpoint=endpoint,
+        adapter=adapter,
         token_ids=pb.TokenIds(ids=ids),
         sampling=pb.Sampling(temperature=0, max_tokens=tokens),
     )
@@ -169,6 +170,9 @@ class Metronome:
             wait = began + n * STREAMS / FAST_RATE - time.monotonic()
             await asyncio.sleep(max(wait, 0))
             yield Step([n % 200 + 10], "length" if n + 1 == sampling.max_tokens else "")
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise NotImplementedError
 
     def load(self, key: str, folder: Path) -> None:
         raise NotImplementedError

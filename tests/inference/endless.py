@@ -32,6 +32,9 @@ class Endless:
         finally:
             self.going -= 1
 
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise NotImplementedError
+
     def load(self, key: str, folder: Path) -> None:
         raise NotImplementedError
 

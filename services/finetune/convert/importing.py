@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.config import ImportTask
+from services.finetune.convert.encoders import is_encoder, write_encoder
 from services.finetune.convert.families import Family, family_of, is_derived, native_config
 from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
 from services.finetune.convert.hub import download
@@ -57,7 +58,7 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
-    """Do an ImportTask; the digest of a "base" artifact, or of a "vision_tower".
+    """Do an ImportTask; the digest of a "base" artifact, or of a "vision_tower" or "encoder".
 
     InvalidArgument (TEMPLATE_UNKNOWN, DTYPE_UNKNOWN, MODEL_UNSUPPORTED, PICKLE_REFUSED, CONFIG_MALFORMED,
     WEIGHTS_MALFORMED, WEIGHTS_INCOMPLETE, GGUF_MALFORMED), NotFound (MODEL_UNKNOWN, FILE_NOT_FOUND), Unavailable
@@ -72,6 +73,7 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
     out = workdir / "model"
     out.mkdir()
     gguf, family = _find_gguf(source, task.file), None
+    encodes = gguf is None and is_encoder(source)
     if gguf is None and is_tower(config := read_json(source / "config.json")):
         meta = _import_tower(task, config, source, out, attempt, stop)
         return publish_directory(attempt.store, "vision_tower", out, parents, meta, _storing(out, attempt, stop))
@@ -88,6 +90,9 @@ def import_model(task: ImportTask, attempt: Attempt, stop: threading.Event, work
         attempt.emit("progress", done_bytes=total, total_bytes=total)
     else:
         family = _convert_folder(source, out, task.dtype, attempt, stop)
+    if encodes:
+        meta = write_encoder(source, out)
+        return publish_directory(attempt.store, "encoder", out, parents, meta, _storing(out, attempt, stop))
     meta = describe(out, task.template, _family_template(family, source) if family else "")
     return publish_directory(attempt.store, "base", out, parents, meta, _storing(out, attempt, stop))
 
@@ -268,7 +273,8 @@ def _convert_folder(source: Path, out: Path, dtype: str, attempt: Attempt, stop:
         attempt.emit("log", level="info", text=f"a model of {family.name}, made native; its own code is left out")
         _write_native_configs(family, configs, out)
     config = read_json(out / "config.json")
-    check_architecture(config)
+    if not is_encoder(source):
+        check_architecture(config)
     safe = bool(weight_files(source))
     tensors = read_folder(source) if safe else _pickled(source, attempt, stop)
     if family is not None:

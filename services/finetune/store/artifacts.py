@@ -22,8 +22,8 @@ from typing import Any, Literal
 from services.finetune.errors import DataLoss, InvalidArgument, NotFound, OutOfRange
 from services.finetune.store.port import Blob, Store
 
-Kind = Literal["dataset", "prepared", "base", "vision_tower", "adapter", "merged", "quantized", "exported", "checkpoint",
-               "report"]  # fmt: skip
+Kind = Literal["dataset", "prepared", "base", "vision_tower", "encoder", "adapter", "merged", "quantized", "exported",
+               "checkpoint", "report"]  # fmt: skip
 NEEDS_BASE: tuple[Kind, ...] = ("adapter", "checkpoint")
 """Kinds that are of no use without the parent in the role "base"; all others are whole."""
 

@@ -22,7 +22,7 @@ from services.finetune.__main__ import who_am_i
 from services.finetune.errors import NotFound, QuartetError
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, dump, split_run_uri
 from services.finetune.store import Store, open_store
-from services.finetune.store.artifacts import load, materialise
+from services.finetune.store.artifacts import Manifest, load, materialise
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.vision import check_token, read_form
 from services.inference.engines.port import Engine
@@ -55,7 +55,7 @@ async def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room
         served.append(Served(adapter["alias"], adapter["name"], adapter["digest"], load(store, adapter["digest"])))
         adapters[served[-1].key] = materialise(store, served[-1].manifest, folder / f"adapter-{n}")
     dtype = order["dtype"] or str(choose_dtype("auto")[0]).removeprefix("torch.")
-    engine = await _open(order["engine"], base, adapters, dtype, order["bits"])
+    engine = await _open(order, served[0].manifest, base, adapters, dtype)
     for weights in base.glob("*.safetensors"):
         weights.unlink()
     tokenizer = Tokenizer.from_files(base)
@@ -71,8 +71,16 @@ async def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room
     return room, engine
 
 
-async def _open(name: str, base: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> Engine:
-    if name == "vllm":
+async def _open(
+    order: Mapping[str, Any], manifest: Manifest, base: Path, adapters: Mapping[str, Path], dtype: str
+) -> Engine:
+    bits = order["bits"]
+    if manifest.kind == "encoder":
+        from services.inference.engines.encoder import EncoderEngine
+
+        meta = manifest.meta
+        return EncoderEngine(base, dtype, meta["context_length"], meta["pooling"], meta["normalize"])
+    if order["engine"] == "vllm":
         from services.inference.engines.vllm import VllmEngine
 
         return await VllmEngine.open(base, adapters, dtype, bits, measured=METRICS_VARIABLE in os.environ)

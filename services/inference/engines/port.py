@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from services.finetune.errors import FailedPrecondition
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -74,6 +76,9 @@ class Engine(Protocol):
         """Continue `ids`, among which each of `images` has all its tokens, in order. Closing the iterator frees what the
         request holds. `adapter` is a loaded key, or "" for none."""
 
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """A vector for each text. FailedPrecondition (EMBEDDINGS_UNSUPPORTED) of what is no encoder."""
+
     def load(self, key: str, folder: Path) -> None:
         """Make an adapter in PEFT layout known as `key`, while others answer. Nothing in `folder` is needed afterwards.
 
@@ -91,3 +96,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what it holds beside this process's own memory. Nothing is asked of it afterwards."""
+
+
+def no_embeddings() -> FailedPrecondition:
+    """Of every other engine: states of a model that was made to go on with texts tell little of what they mean."""
+    return FailedPrecondition(
+        "this model was made to answer, not to embed: serve an encoder (a sentence-transformers model) for embeddings",
+        reason="EMBEDDINGS_UNSUPPORTED",
+    )

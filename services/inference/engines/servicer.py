@@ -33,6 +33,8 @@ from services.inference.turns import Turns
 
 COALESCE_S = 0.04
 DEFAULT_TOKENS = 512
+MOST_TEXTS = 256
+"""To embed at a time: their vectors fit into one message."""
 QUEUE = 1024
 """Answers by one adapter, or by none, that may wait for the engine."""
 FINISH = {
@@ -133,6 +135,33 @@ class EngineServicer(InferenceServicer):
         stops = template.stop
         async for answer in self._answer(ids, served, request.sampling, stops, pb.ChatResponse, calling, pictures):
             yield answer
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        if not 1 <= len(request.inputs) <= MOST_TEXTS:
+            raise InvalidArgument(
+                f"inputs: {len(request.inputs)} are given; give 1 to {MOST_TEXTS}", reason="TEXTS_TOO_MANY"
+            )
+        ids = [self._embedded(n, given) for n, given in enumerate(request.inputs)]
+        async with self._turns.turn(""):
+            vectors = await self._engine.embed(ids)
+        return pb.EmbedResponse(
+            embeddings=[pb.Embedding(values=v) for v in vectors], usage=pb.Usage(prompt_tokens=sum(map(len, ids)))
+        )
+
+    def _embedded(self, n: int, given: pb.EmbedInput) -> list[int]:
+        """The tokens of a text with those that its tokenizer puts around it."""
+        ids = list(given.token_ids.ids)
+        if given.text:
+            ids = self._tokenizer.backend.encode(given.text, add_special_tokens=True).ids
+        field, why, reason = f"inputs[{n}]", "", "PROMPT_EMPTY"
+        if not ids or not all(0 <= i < self._engine.vocabulary for i in ids):
+            why = "is empty, or holds what is no token"
+        elif len(ids) > self._engine.context_length:
+            reason = "PROMPT_TOO_LONG"
+            why = f"has {len(ids)} tokens, but the model reads {self._engine.context_length}; shorten it"
+        if why:
+            raise InvalidArgument(f"{field} {why}", reason=reason, violations=[Violation(field, why, reason)])
+        return ids
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         served = self._adapters.find(request.adapter)

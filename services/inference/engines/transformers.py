@@ -27,7 +27,7 @@ from services.finetune.convert.modules import auto_class, is_llava
 from services.finetune.errors import FailedPrecondition
 from services.finetune.train.model import keep_layout
 from services.inference.engines.forms import Follower, Vocabulary
-from services.inference.engines.port import Likely, Picture, Sampling, Step
+from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
 from services.inference.engines.sight import Sight
 
 MOST_ADAPTERS = 64
@@ -74,6 +74,9 @@ class TransformersEngine:
 
     def cache_use(self) -> float:
         return math.nan  # each answer's cache grows as it needs
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise no_embeddings()
 
     def alive(self) -> bool:
         return True  # it has no life beside this process

@@ -25,7 +25,7 @@ from services.finetune.convert.modules import parts_of
 from services.finetune.errors import FailedPrecondition, Unavailable
 from services.finetune.vision import ImageForm, picture, read_form
 from services.inference.engines.images import MAX_IMAGES
-from services.inference.engines.port import Likely, Picture, Sampling, Step
+from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
 from services.inference.servable import check_hot, check_weights
 
 ENVIRONMENT = {
@@ -43,6 +43,8 @@ BATCHED_ADAPTERS = 4
 """Adapters that share one step; requests of further ones take turns."""
 HELD_ADAPTERS = 64
 """Adapters kept in host memory; those used longest ago leave, and are read from disk when they are asked for again."""
+GPU_VARIABLE, GPU_PART = "QUARTET_ENGINE_GPU_MEMORY", 0.9
+"""The part of a GPU's memory that an engine takes for model, cache and all; less where several share one."""
 MOST_ANSWERS = 1024
 """Answers at a time; vLLM has a queue of its own for those that do not fit into a step."""
 WATCHMAN = """\
@@ -163,6 +165,9 @@ class VllmEngine:
     def cache_use(self) -> float:
         return self._cache.part
 
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise no_embeddings()
+
     def alive(self) -> bool:
         return not self._llm.errored
 
@@ -215,6 +220,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
             max_lora_rank=rank,
             max_loras=BATCHED_ADAPTERS,
             max_cpu_loras=HELD_ADAPTERS,
+            gpu_memory_utilization=_gpu_part(),
             # On a processor compiling takes longer than it saves until thousands of tokens later.
             enforce_eager=current_platform.is_cpu(),
             enable_log_requests=False,
@@ -227,6 +233,19 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
         raise FailedPrecondition(
             f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
         ) from error
+
+
+def _gpu_part() -> float:
+    said = os.environ.get(GPU_VARIABLE, "")
+    try:
+        part = float(said or GPU_PART)
+    except ValueError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise FailedPrecondition(
+            f"{GPU_VARIABLE} is {said!r}; give a part of the GPU's memory, as 0.45", reason="SETTING_INVALID"
+        )
+    return part
 
 
 def _check_weights(folder: Path, dtype: str, bits: int) -> None:

@@ -48,6 +48,8 @@ class Model(_message.Message):
         """Files for use elsewhere: they are downloaded, and neither served nor trained."""
         VISION_TOWER: Model._Kind.ValueType  # 6
         """A vision model that was brought in: LLaVA models are assembled with it, and it is neither served nor trained alone."""
+        ENCODER: Model._Kind.ValueType  # 7
+        """An encoder of sentences that was brought in: it is served for embeddings, and neither trained nor converted."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What the weights are."""
@@ -65,6 +67,8 @@ class Model(_message.Message):
     """Files for use elsewhere: they are downloaded, and neither served nor trained."""
     VISION_TOWER: Model.Kind.ValueType  # 6
     """A vision model that was brought in: LLaVA models are assembled with it, and it is neither served nor trained alone."""
+    ENCODER: Model.Kind.ValueType  # 7
+    """An encoder of sentences that was brought in: it is served for embeddings, and neither trained nor converted."""
 
     @_typing.final
     class LabelsEntry(_message.Message):

@@ -82,6 +82,11 @@ class InferenceStub:
                 request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/quartet.inference.v1.Inference/Embed',
+                request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/quartet.inference.v1.Inference/Tokenize',
                 request_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -183,6 +188,16 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG, TEXTS_TOO_MANY),
+        FAILED_PRECONDITION (ENDPOINT_NOT_READY, EMBEDDINGS_UNSUPPORTED), RESOURCE_EXHAUSTED and UNAVAILABLE as Generate. Chat
+        and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH.
         """
@@ -239,6 +254,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -474,6 +494,33 @@ class Inference:
             '/quartet.inference.v1.Inference/Chat',
             quartet_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             quartet_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.inference.v1.Inference/Embed',
+            quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            quartet_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

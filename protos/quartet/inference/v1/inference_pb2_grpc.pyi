@@ -86,6 +86,12 @@ class InferenceStub:
     those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
     `own_token`).
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG, TEXTS_TOO_MANY),
+    FAILED_PRECONDITION (ENDPOINT_NOT_READY, EMBEDDINGS_UNSUPPORTED), RESOURCE_EXHAUSTED and UNAVAILABLE as Generate. Chat
+    and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH."""
     ListServedModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListServedModelsRequest, _inference_pb2.ListServedModelsResponse]
@@ -147,6 +153,12 @@ class InferenceAsyncStub(InferenceStub):
     FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
     those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
     `own_token`).
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
+    Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG, TEXTS_TOO_MANY),
+    FAILED_PRECONDITION (ENDPOINT_NOT_READY, EMBEDDINGS_UNSUPPORTED), RESOURCE_EXHAUSTED and UNAVAILABLE as Generate. Chat
+    and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH."""
@@ -254,6 +266,18 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
         those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
         `own_token`).
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
+        Errors: NOT_FOUND (ENDPOINT_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG, TEXTS_TOO_MANY),
+        FAILED_PRECONDITION (ENDPOINT_NOT_READY, EMBEDDINGS_UNSUPPORTED), RESOURCE_EXHAUSTED and UNAVAILABLE as Generate. Chat
+        and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
         """
 
     @_abc_1.abstractmethod
