@@ -62,7 +62,7 @@ def _quickstart(verbs: Any) -> None:
     p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
     p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")
     p = _verb(verbs, "quickstart-llava", "quickstart_llava:quickstart_llava", "a real language model learns to see")
-    p.add_argument("--images", type=int, default=400, help="how many drawings to learn from")
+    p.add_argument("--images", type=int, default=160, help="how many drawings to learn from")
     p.add_argument("--questions", type=int, default=200, help="how many to ask, about drawings that it has not seen")
     p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
     p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -255,6 +256,12 @@ def _check_weights(folder: Path, dtype: str, bits: int) -> None:
     groups = said.get("config_groups", {}).values()
     four = bool(said.get("load_in_4bit")) or any((g.get("weights") or {}).get("num_bits") == 4 for g in groups)
     check_weights("vllm", dtype, bits, four)
+    if read_form(folder) is not None and importlib.util.find_spec("torchvision") is None:
+        raise FailedPrecondition(
+            "vLLM reads no images without torchvision: install the one of its torch, or choose the transformers engine",
+            reason="ENGINE_MISSING",
+            metadata={"library": "torchvision"},
+        )
     if not (bits or said.get("quant_method") == "bitsandbytes"):
         return
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS

@@ -40,7 +40,16 @@ async def answers(engine: Engine, seeing: Seeing, adapter: str) -> list[list[int
     return await asyncio.gather(*map(one, range(PROBES)))
 
 
+def test_without_torchvision_vllm_says_so(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.inference.engines.vllm import VllmEngine
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FailedPrecondition, match="torchvision"):
+        asyncio.run(VllmEngine.open(seeing.folder, {}, "float32", 0))
+
+
 def test_both_engines_see_the_same(seeing: Seeing) -> None:
+    pytest.importorskip("torchvision", reason="vLLM for processors comes without it")
     from services.inference.engines.transformers import TransformersEngine
     from services.inference.engines.vllm import VllmEngine
 
