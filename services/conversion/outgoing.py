@@ -44,15 +44,20 @@ def reshard(arguments: Arguments, model: ArtifactRef, limit: int) -> ReshardTask
 
 
 def export(arguments: Arguments, model: ArtifactRef, kind: str, allowed: Sequence[str]) -> ExportTask:
-    """InvalidArgument (FORM_UNKNOWN, TASK_INVALID, DESTINATION_MALFORMED), FailedPrecondition (MODEL_NOT_WHOLE),
-    PermissionDenied (DESTINATION_FORBIDDEN)."""
+    """InvalidArgument (FORM_UNKNOWN, TASK_INVALID, DESTINATION_MALFORMED), FailedPrecondition (MODEL_NOT_WHOLE,
+    MODEL_NOT_ADAPTER), PermissionDenied (DESTINATION_FORBIDDEN)."""
     form: Any = arguments["form"] or "hf"
     gguf_type = arguments["gguf_type"].lower()
     _one_of("form", form, _FORMS, "FORM_UNKNOWN")
     _one_of("gguf_type", gguf_type, get_args(GgufType), "FORM_UNKNOWN")
     if gguf_type and form != "gguf":
         raise InvalidArgument(f"gguf_type goes with the form gguf, not {form}", reason="TASK_INVALID")
-    if form != "hf" and kind not in WHOLE:
+    if form == "xtuner" and kind != "adapter":
+        raise FailedPrecondition(
+            f"{model.name} is of kind {kind.upper()}; XTuner's folders are made of adapters of LLaVA models",
+            reason="MODEL_NOT_ADAPTER",
+        )
+    if form not in ("hf", "xtuner") and kind not in WHOLE:
         raise FailedPrecondition(
             f"{model.name} is of kind {kind.upper()}; only BASE and MERGED models become {form}: merge an adapter "
             "first, and of a quantised model export what it was made from",

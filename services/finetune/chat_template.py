@@ -67,8 +67,10 @@ class ChatTemplate:
         messages = with_system(conversation.messages, system)
         return self._cut(_Talk(messages, conversation.tools, bool(conversation.images)))
 
-    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
-        return self._cut(_Talk(with_system(messages, system), tools))
+    def prompt(
+        self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = (), images: bool = False
+    ) -> list[Piece]:
+        return self._cut(_Talk(with_system(messages, system), tools, images))
 
     def whole(self, conversation: Conversation, system: str = "") -> str:
         """A whole conversation in one rendering, as the template writes it."""

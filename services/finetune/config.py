@@ -401,7 +401,7 @@ class ExportTask:
     """Make files for use elsewhere. `destination` is a URI that the service's settings allow, completed by them."""
 
     model: ArtifactRef
-    form: Literal["hf", "safetensors", "gguf"] = "hf"
+    form: Literal["hf", "safetensors", "gguf", "xtuner", "llava"] = "hf"
     gguf_type: GgufType = ""
     destination: str = ""
     public: bool = False

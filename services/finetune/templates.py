@@ -86,8 +86,11 @@ class Template(Protocol):
         Raises InvalidArgument: TEMPLATE_REFUSED, TOOLS_UNSUPPORTED, TEXT_INVALID.
         """
 
-    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
-        """A conversation that ends with a user's or a tool's turn, up to where the answer begins. Raises as `pieces`."""
+    def prompt(
+        self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = (), images: bool = False
+    ) -> list[Piece]:
+        """A conversation that ends with a user's or a tool's turn, up to where the answer begins. With `images` the user's
+        <image> marks are images. Raises as `pieces`."""
 
     def jinja(self) -> str:
         """An equal chat template, for exported models."""
@@ -180,9 +183,11 @@ def to_prompt_ids(
     messages: Sequence[Message],
     system: str = "",
     tools: Sequence[Tool] = (),
+    images: bool = False,
 ) -> list[int]:
-    """What to feed for an answer to `messages`."""
-    return encode(template.prompt(messages, system, tools), tokenizer).ids
+    """What to feed for an answer to `messages`; with `images` an IMAGE_ID stands for each <image> mark of the user's."""
+    pieces = template.prompt(messages, system, tools, images)
+    return encode(pieces, tokenizer, IMAGE_ID if images else None).ids
 
 
 def guard(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:
@@ -243,8 +248,10 @@ class _Named:
     def pieces(self, conversation: Conversation, system: str = "") -> list[Piece]:
         return self._cut(conversation.messages, system, conversation.tools, bool(conversation.images))
 
-    def prompt(self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = ()) -> list[Piece]:
-        return self._cut(messages, system, tools, False)
+    def prompt(
+        self, messages: Sequence[Message], system: str = "", tools: Sequence[Tool] = (), images: bool = False
+    ) -> list[Piece]:
+        return self._cut(messages, system, tools, images)
 
     def _cut(self, messages: Sequence[Message], system: str, tools: Sequence[Tool], images: bool) -> list[Piece]:
         if (text := text_pieces(messages, self._tokenizer)) is not None:

@@ -39,6 +39,12 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--metrics-port", type=int, default=0, help="where Prometheus finds /metrics; nowhere if 0")
     parser.add_argument("--pages", default="on", choices=["on", "off"], help="off leaves the web pages out")
     parser.add_argument(
+        "--image-urls",
+        default="off",
+        choices=["off", "on"],
+        help="on: fetch images from public web addresses; else only data: URLs are taken",
+    )
+    parser.add_argument(
         "--fd", type=int, default=-1, help="a listening socket instead of --host and --port; ends with standard input"
     )
     parser.add_argument("--address-file", default="", help="write the address to this file once it answers")
@@ -76,6 +82,7 @@ def serve(a: argparse.Namespace) -> None:
 
     from services.client.client import Client
     from services.common.metrics import Metrics
+    from services.gateway.fetching import fetch
     from services.gateway.reach import Reach
     from services.gateway.routes import application
 
@@ -88,7 +95,9 @@ def serve(a: argparse.Namespace) -> None:
         reach = Reach(client)
         metrics = Metrics(reach.answers.collectors)
         config = uvicorn.Config(
-            application(reach, token, metrics, pages, lambda: server.should_exit),
+            application(
+                reach, token, metrics, pages, lambda: server.should_exit, fetch if a.image_urls == "on" else None
+            ),
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,

@@ -25,6 +25,7 @@ from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
 from services.gateway.embeddings import read_embeddings
+from services.gateway.images import Fetch, fetch_images
 from services.gateway.reach import Reach
 from services.gateway.tools import call_objects
 from services.gateway.wire import Answer, Asked, Choice
@@ -59,12 +60,14 @@ def application(
     metrics: Metrics | None = None,
     pages: bool = False,
     leaving: Callable[[], bool] = lambda: False,
+    fetch: Fetch | None = None,
 ) -> Starlette:
     """The gateway in front of the services that are in `reach`; a `token`, if set, is the API key that all must show.
 
-    With `pages` the web pages too, which need the extra `web`; open ones let go once the server is `leaving`.
+    Images at web addresses are brought by `fetch`, or refused. With `pages` the web pages too, which need the extra `web`;
+    open ones let go once the server is `leaving`.
     """
-    gateway = Gateway(reach)
+    gateway = Gateway(reach, fetch)
     guarded = functools.partial(_guarded, token=token, metrics=metrics or Metrics())
     v1 = [
         Route("/models", guarded(gateway.models)),
@@ -95,8 +98,8 @@ def application(
 class Gateway:
     """What the routes do."""
 
-    def __init__(self, reach: Reach) -> None:
-        self._reach = reach
+    def __init__(self, reach: Reach, fetch: Fetch | None) -> None:
+        self._reach, self._fetch = reach, fetch
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -113,7 +116,9 @@ class Gateway:
         raise NotFound(f"the model {wanted!r} is not served; /v1/models lists what is", reason="ENDPOINT_NOT_FOUND")
 
     async def chat(self, request: Request) -> Sends:
-        asked = wire.read_chat(await _body(request))
+        body = await _body(request)
+        fetched = await fetch_images(body, self._fetch) if self._fetch is not None else {}
+        asked = wire.read_chat(body, fetched)
         return await self._answer(request, asked, Answer(asked, chat=True), self._reach.chat)
 
     async def complete(self, request: Request) -> Sends:

@@ -10,11 +10,13 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import QuartetError, nearest
+from services.gateway.images import image_part
 from services.gateway.tools import bad, call_objects, read_calls, read_tools
 
 STATUS = {
@@ -111,15 +113,18 @@ class Asked:
 # ---------------------------------------------------------------------------------------------- requests
 
 
-def read_chat(body: Any) -> Asked:
-    """A body of /v1/chat/completions. InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED)."""
+def read_chat(body: Any, fetched: Mapping[str, bytes] = MappingProxyType({})) -> Asked:
+    """A body of /v1/chat/completions; `fetched` are images by their addresses.
+
+    InvalidArgument (FIELD_UNKNOWN, FIELD_INVALID, FIELD_UNSUPPORTED).
+    """
     body = _checked(
         body, {"messages", "top_logprobs", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
     )
     turns = body.get("messages")
     if not isinstance(turns, list) or not turns:
         raise bad("messages", "must be a list of at least one message")
-    messages = [_message(f"messages[{n}]", turn) for n, turn in enumerate(turns)]
+    messages = [_message(f"messages[{n}]", turn, fetched) for n, turn in enumerate(turns)]
     return _asked(body, messages=messages, tools=read_tools(body))
 
 
@@ -217,7 +222,7 @@ def _stop(value: Any) -> list[str]:
     return texts
 
 
-def _message(where: str, turn: Any) -> pb.Message:
+def _message(where: str, turn: Any, fetched: Mapping[str, bytes]) -> pb.Message:
     if not isinstance(turn, dict):
         raise bad(where, "must be an object with role and content")
     role = turn.get("role")
@@ -237,16 +242,19 @@ def _message(where: str, turn: Any) -> pb.Message:
         raise bad(f"{where}.content", "must be a text, or a list of parts")
     return pb.Message(
         role=ROLES[role],  # type: ignore[arg-type]  # a role's name will do
-        content=[_part(f"{where}.content[{n}]", p) for n, p in enumerate(parts)],
+        content=[_part(f"{where}.content[{n}]", p, fetched) for n, p in enumerate(parts)],
         tool_calls=calls,
         tool_call_id=answers,
     )
 
 
-def _part(where: str, part: Any) -> pb.Part:
+def _part(where: str, part: Any, fetched: Mapping[str, bytes]) -> pb.Part:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":
+        return image_part(where, part, fetched)
     if kind != "text":
-        raise bad(where, "must be a part of type text; other kinds are not supported here", "FIELD_UNSUPPORTED")
+        why = "must be a part of type text or image_url; other kinds are not supported here"
+        raise bad(where, why, "FIELD_UNSUPPORTED")
     if not isinstance(part.get("text"), str):
         raise bad(f"{where}.text", "must be a text")
     return pb.Part(text=part["text"])

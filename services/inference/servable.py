@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from services.finetune.errors import FailedPrecondition
@@ -11,8 +11,9 @@ ENGINES = ("transformers", "vllm")
 MERGE = "merge it into its base (CreateConversionJob with merge) and serve that, or choose the transformers engine"
 
 
-def check_hot(config: Mapping[str, Any], engine: str, name: str) -> None:
-    """FailedPrecondition (MODEL_NOT_SERVABLE), with `verdict` "cannot serve" or "merge needed" in its metadata.
+def check_hot(config: Mapping[str, Any], engine: str, name: str, parts: Collection[str] = ()) -> None:
+    """FailedPrecondition (MODEL_NOT_SERVABLE), with `verdict` "cannot serve" or "merge needed" in its metadata. `parts` are
+    those of a LLaVA model that the adapter changes.
 
     What is left is "hot LoRA"; that the weights fit the base is seen as the engine loads them.
     """
@@ -22,6 +23,8 @@ def check_hot(config: Mapping[str, Any], engine: str, name: str) -> None:
     if engine != "vllm":
         return  # PEFT itself, which trained it
     lacks = {
+        "LoRA on the vision tower": "vision_tower" in parts,
+        "a projector": "projector" in parts,
         "DoRA": config.get("use_dora"),
         "layers trained whole (modules_to_save)": config.get("modules_to_save"),
         "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),

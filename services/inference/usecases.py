@@ -252,7 +252,7 @@ class Inference:
                 metadata={"adapter": adapter["model"], "base": own.digest if own else "", "model": base},
             )
         config = json.loads(read_file(self._store, manifest, "adapter_config.json"))
-        check_hot(config, spec["engine"], adapter["model"])
+        check_hot(config, spec["engine"], adapter["model"], manifest.meta.get("parts", ()))
         check_parity(self._store, adapter["model"], digest, base)
         return {"alias": adapter["alias"], "name": adapter["model"], "digest": digest}
 

@@ -23,7 +23,7 @@ import grpc
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.port import Picture, Sampling, Step
 
 STREAMS = 64
 TOKENS = 64
@@ -162,7 +162,9 @@ class Metronome:
     most_adapters, most_answers = 8, STREAMS
     vocabulary = 259
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         began = time.monotonic()
         for n in range(sampling.max_tokens):
             wait = began + n * STREAMS / FAST_RATE - time.monotonic()

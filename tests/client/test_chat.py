@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import empty_pb2
 from grpc_status import rpc_status
+from quartet.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from quartet.inference.v1 import inference_pb2, inference_pb2_grpc
 
 from services.common.status import to_status
@@ -111,6 +113,92 @@ def test_a_models_endpoint_goes_away_even_after_an_error(quartet: Quartet, infer
     assert made.adapters[0].model == "workspaces/default/models/mine"
     assert inference.asked[0].adapter == made.adapters[0].alias
     assert len(inference.created) == 2 and not inference.endpoints
+
+
+def test_an_image_is_shown_with_the_first_message(
+    quartet: Quartet, inference: Inference, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"PNG")
+    words = ["--image", str(tmp_path / "a.png"), "--system", "s", "--endpoint", address]
+    assert say(quartet, monkeypatch, "one\n\ntwo\n\n", "m", *words).status == 0
+    for request in inference.asked:
+        shown = [[p.image.data if p.HasField("image") else p.text for p in m.content] for m in request.messages]
+        assert shown[:2] == [["s"], [b"PNG", "one"]] and all(len(parts) == 1 for parts in shown[2:])
+    assert quartet("chat", "m", "-m", "hi", "--image", "none.png", "--endpoint", address).status == 66
+    (tmp_path / "large.png").write_bytes(bytes(4_000_000))
+    done = quartet("chat", "m", "-m", "hi", "--image", str(tmp_path / "large.png"), "--endpoint", address)
+    assert done.status == 65 and "scale it down" in done.err
+
+
+class Models(conversion_pb2_grpc.ConversionServicer):
+    """Models by id: a language model, a tower, what they were assembled to, and what was tuned on that."""
+
+    def __init__(self) -> None:
+        parts = [_parent("language_model", "llm"), _parent("vision_tower", "vit")]
+        self.models = {
+            "llm": conversion_pb2.Model(digest="d-llm", kind=conversion_pb2.Model.BASE),
+            "vit": conversion_pb2.Model(digest="d-vit", kind=conversion_pb2.Model.VISION_TOWER),
+            "vit-2": conversion_pb2.Model(digest="d-vit-2", kind=conversion_pb2.Model.VISION_TOWER),
+            "seen": conversion_pb2.Model(digest="d-seen", kind=conversion_pb2.Model.BASE, parents=parts),
+            "tuned": conversion_pb2.Model(
+                digest="d-tuned", kind=conversion_pb2.Model.ADAPTER, parents=[_parent("base", "seen")]
+            ),
+            "merged": conversion_pb2.Model(digest="d-merged", kind=conversion_pb2.Model.MERGED),
+        }
+        self.assembled: list[conversion_pb2.ConversionJob] = []
+
+    def GetModel(self, request: Any, context: Any) -> Any:
+        name = request.name.rpartition("/")[2]
+        if name not in self.models:
+            _abort(context, NotFound(f"there is no {name}", reason="MODEL_NOT_FOUND"))
+        found = conversion_pb2.Model(name=request.name)
+        found.MergeFrom(self.models[name])
+        return found
+
+    def CreateConversionJob(self, request: Any, context: Any) -> Any:
+        self.assembled.append(request.conversion_job)
+        parts = [_parent("language_model", "llm"), _parent("vision_tower", "vit")]
+        self.models[request.conversion_job.target_model.rpartition("/")[2]] = conversion_pb2.Model(
+            digest="d-new", kind=conversion_pb2.Model.BASE, parents=parts
+        )
+        return self._done(request.conversion_job.target_model)
+
+    def GetConversionJob(self, request: Any, context: Any) -> Any:
+        return self._done(self.assembled[-1].target_model)
+
+    def WatchConversionJob(self, request: Any, context: Any) -> Iterator[Any]:
+        yield from ()
+
+    def _done(self, target: str) -> conversion_pb2.ConversionJob:
+        state = conversion_pb2.ConversionJob.SUCCEEDED
+        name = "workspaces/default/conversionJobs/j"
+        return conversion_pb2.ConversionJob(name=name, target_model=target, state=state)
+
+
+def _parent(role: str, name: str) -> conversion_pb2.Parent:
+    return conversion_pb2.Parent(role=role, digest=f"d-{name}", name=f"workspaces/default/models/{name}")
+
+
+def test_the_tutorials_flags_find_or_make_the_one_model(quartet: Quartet, inference: Inference) -> None:
+    models = Models()  # type: ignore[abstract]  # as Inference
+
+    def add(server: grpc.Server) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        conversion_pb2_grpc.add_ConversionServicer_to_server(models, server)
+
+    def chat(*words: str) -> Done:
+        return quartet("chat", "llm", "-m", "hi", *words, "--endpoint", address)
+
+    with serving(add) as address:
+        assert chat("--visual-encoder", "vit", "--llava", "tuned").status == 0
+        assert chat("--llava", "merged").status == 0
+        # The two alone: assembled at first, found again.
+        assert chat("--visual-encoder", "vit").status == chat("--visual-encoder", "vit").status == 0
+        wrong = chat("--visual-encoder", "vit-2", "--llava", "tuned")
+    names = [(e.model.rpartition("/")[2], [a.model.rpartition("/")[2] for a in e.adapters]) for e in inference.created]
+    assert names == [("seen", ["tuned"]), ("merged", []), ("llm-vit", []), ("llm-vit", [])]
+    assert len(models.assembled) == 1 and models.assembled[0].assemble.vision_tower.endswith("/vit")
+    assert wrong.status != 0 and "another vision tower than vit-2" in wrong.err
 
 
 def test_an_endpoint_that_is_there_stays(quartet: Quartet, inference: Inference, address: str) -> None:

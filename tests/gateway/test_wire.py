@@ -58,7 +58,7 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"messages": []}, "messages", "FIELD_INVALID"),
         ({"messages": [{"role": "oracle", "content": "x"}]}, "messages[0].role", "FIELD_INVALID"),
         ({"messages": [HI, {"role": "assistant"}]}, "messages[1].content", "FIELD_INVALID"),
-        ({"messages": [{**HI, "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "FIELD_UNSUPPORTED"),
+        ({"messages": [{**HI, "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", "FIELD_UNSUPPORTED"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "FIELD_INVALID"),
         ({"response_format": {"type": "yaml"}}, "response_format", "FIELD_INVALID"),
         ({"logprobs": 3}, "logprobs", "FIELD_INVALID"),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.port import Picture, Sampling, Step
 
 
 class Endless:
@@ -21,7 +21,9 @@ class Endless:
         self.going = 0
         self.begun = 0
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         self.going, self.begun = self.going + 1, self.begun + 1
         try:
             for n in range(sampling.max_tokens):

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from quartet.conversion.v1 import conversion_pb2
@@ -149,15 +150,24 @@ def _bring_checkpoint(
     if not a.base:
         raise InvalidArgument(f"name the model that {path.name} was trained on with --base", reason="TASK_INVALID")
     task.base = client.name("models", a.base)
-    files = [readable(str(path))] if not path.is_dir() else sorted(p for p in path.iterdir() if p.is_file())
-    if not files:
-        raise NotFound(f"{path} is an empty folder", reason="CHECKPOINT_NOT_FOUND")
-    if a.config.endswith(".py"):
-        files.append(readable(a.config))
-    elif a.config and not task.lora_alpha:
+    files = [] if not a.config.endswith(".py") else [readable(a.config)]
+    if a.config and not files and not task.lora_alpha:
         task.lora_alpha = _recipe_alpha(client, a.config)
-    dataset = f"checkpoint-{client.name('models', a.target).rpartition('/')[2]}"[:63].rstrip("-")
-    task.revision = client.upload_dataset(dataset, files, Reading("files"), told).name
+    task.revision = upload_checkpoint(client, path, client.name("models", a.target), files, told)
+
+
+def upload_checkpoint(
+    client: Client, path: Path, target: str, beside: Sequence[Path] = (), told: Progress = lambda done, total: None
+) -> str:
+    """The revision that another trainer's checkpoint becomes: a file, DeepSpeed's folder, or one of adapters' folders.
+    NotFound (CHECKPOINT_NOT_FOUND)."""
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    if path.is_dir() and not inside:
+        raise NotFound(f"{path} is an empty folder", reason="CHECKPOINT_NOT_FOUND")
+    # Folders in it have names that tell what they hold; without any the files are enough.
+    files = [path] if any(p.is_dir() for p in inside) else inside or [readable(str(path))]
+    dataset = f"checkpoint-{target.rpartition('/')[2]}"[:63].rstrip("-")
+    return client.upload_dataset(dataset, [*files, *beside], Reading("files"), told).name
 
 
 def _recipe_alpha(client: Client, recipe: str) -> float:

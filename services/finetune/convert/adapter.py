@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from services.finetune.config import AdapterTask, ArtifactRef
-from services.finetune.convert.modules import as_modules
+from services.finetune.convert.modules import LLAVA, as_modules, parts_of
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.prepare.certificate import carried
@@ -79,8 +80,14 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
         "context_length": base.meta["context_length"],
         "dtype": task.dtype,
         "parameters": sum(v.numel() for v in tensors.values()),
+        **parts_meta(base, tensors),
     }
     return publish(store, Manifest("adapter", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
+
+
+def parts_meta(base: Manifest, names: Iterable[str]) -> dict[str, list[str]]:
+    """Of an adapter of a LLaVA model: which parts it changes, by which it is told what can serve it."""
+    return {"parts": sorted(parts_of(names))} if base.meta["architecture"] == LLAVA else {}
 
 
 def store_files(
@@ -102,7 +109,8 @@ def base_tensors(store: Store, base: Manifest) -> list[Stored]:
     found: list[Stored] = []
     for file in base.files:
         if file.path.endswith(".safetensors"):
-            found += parse_header(functools.partial(_read, store, file.digest), file.path)
+            tensors = parse_header(functools.partial(_read, store, file.digest), file.path)
+            found += [replace(t, blob=file.digest) for t in tensors]
     return as_modules(found, json.loads(read_file(store, base, "config.json")))
 
 

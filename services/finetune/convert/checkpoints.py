@@ -231,18 +231,38 @@ def read_settings(text: str) -> Settings:
     """What XTuner's config says of the adapter and the template: only literals are read, and names that stand for them."""
     try:
         tree = ast.parse(text)
-        constants = {
-            t.id: n.value.value
-            for n in tree.body
-            if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
-            for t in n.targets
-            if isinstance(t, ast.Name)
-        }
+        constants = _constants(tree)
         lora = next((_literals(n, constants) for n in ast.walk(tree) if _is_lora(n)), {})
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Settings()
     template = re.search(r"PROMPT_TEMPLATE\.(\w{1,64})", text)
     return Settings(lora, template[1] if template else "")
+
+
+def read_part_settings(text: str) -> dict[str, dict[str, Any]]:
+    """What XTuner's LLaVA config says of the LoRA of "llm" and of "visual_encoder"; read as read_settings does."""
+    try:
+        tree = ast.parse(text)
+        constants = _constants(tree)
+        return {
+            node.arg.removesuffix("_lora"): _literals(node, constants)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.keyword)
+            and node.arg in ("llm_lora", "visual_encoder_lora")
+            and isinstance(node.value, ast.Call)
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    return {
+        t.id: n.value.value
+        for n in tree.body
+        if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
+        for t in n.targets
+        if isinstance(t, ast.Name)
+    }
 
 
 def _is_lora(node: ast.AST) -> bool:

@@ -1,4 +1,5 @@
-"""EXPORT: a model's files for use elsewhere: a transformers folder, one safetensors file, or GGUF; then, if asked, sent.
+"""EXPORT: a model's files for use elsewhere: a transformers folder, one safetensors file, GGUF, or LLaVA's other layouts;
+then, if asked, sent.
 
 The artifact is there before anything is sent, and is what `quartet model download` gives. What did not change shares its
 blobs with the model.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.config import ExportTask
+from services.finetune.convert.modules import LLAVA
 from services.finetune.convert.reshard import made_from, recut, whole
 from services.finetune.convert.rest import rest_of, write_template
 from services.finetune.convert.shards import progress
@@ -28,11 +30,13 @@ _SMALL = (".json", ".jinja", ".txt", ".model")
 def export(task: ExportTask, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
     """Do an ExportTask; the digest of an "exported" artifact.
 
-    FailedPrecondition (MODEL_NOT_WHOLE, ARCHITECTURE_UNSUPPORTED, MODEL_UNSUPPORTED, TOKENIZER_UNSUPPORTED,
-    LIBRARY_MISSING), InvalidArgument (NUMBERS_TOO_LARGE), what `send` raises, Cancelled (STOPPED).
+    FailedPrecondition (MODEL_NOT_WHOLE, MODEL_NOT_ADAPTER, ADAPTER_UNSUPPORTED, ARCHITECTURE_UNSUPPORTED,
+    MODEL_UNSUPPORTED, TOKENIZER_UNSUPPORTED, LIBRARY_MISSING), InvalidArgument (NUMBERS_TOO_LARGE), what `send` raises,
+    Cancelled (STOPPED).
     """
-    source = load(attempt.store, task.model.digest) if task.form == "hf" else whole(attempt, task.model)
-    made = {"hf": _folder, "safetensors": _one_file, "gguf": _gguf}[task.form](task, source, attempt, stop, workdir)
+    any_kind = task.form in ("hf", "xtuner")
+    source = load(attempt.store, task.model.digest) if any_kind else whole(attempt, task.model)
+    made = _FORMS[task.form](task, source, attempt, stop, workdir)
     if task.destination:
         sent = send(task.destination, load(attempt.store, made), attempt, stop, workdir / "sent", task.public)
         attempt.emit("log", level="info", text=f"sent to {sent}")
@@ -69,6 +73,21 @@ def _publish(task: ExportTask, source: Manifest, files: list[File], attempt: Att
     return publish(attempt.store, Manifest("exported", ordered, made_from(task.model), _meta(task, source)))
 
 
+def _xtuner(task: ExportTask, source: Manifest, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
+    from services.finetune.convert.export_llava import xtuner_files
+
+    files = xtuner_files(source, attempt, workdir)
+    total = sum(f.size for f in files)
+    progress(attempt, stop)(total, total)
+    return _publish(task, source, files, attempt, workdir)
+
+
+def _official_llava(task: ExportTask, source: Manifest, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
+    from services.finetune.convert.export_llava import official_files
+
+    return _publish(task, source, official_files(task, source, attempt, stop), attempt, workdir)
+
+
 def _gguf(task: ExportTask, source: Manifest, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
     from services.finetune.convert.gguf_write import check_supported, write_gguf
     from services.finetune.tokenizer import Tokenizer
@@ -91,13 +110,20 @@ def _gguf(task: ExportTask, source: Manifest, attempt: Attempt, stop: threading.
     return publish_directory(attempt.store, "exported", out, made_from(task.model), _meta(task, source, gguf_type=kind))
 
 
+_FORMS = {"hf": _folder, "safetensors": _one_file, "gguf": _gguf, "xtuner": _xtuner, "llava": _official_llava}
+
+
+def _tag(source: Manifest) -> str:
+    return "image-text-to-text" if source.meta["architecture"] == LLAVA else "text-generation"
+
+
 def card(name: str, source: Manifest) -> str:
     """A model card: what a hub reads (YAML between lines of dashes) and where the model comes from."""
     base = str(source.meta.get("base_name", "")).rpartition("/")[2]
     library = "peft" if source.kind == "adapter" else "transformers"
     head: Mapping[str, str] = {
         "library_name": library,
-        **({"pipeline_tag": "text-generation"} if source.kind != "adapter" else {}),
+        **({"pipeline_tag": _tag(source)} if source.kind != "adapter" else {}),
     }
     lines = [f"{key}: {value}" for key, value in head.items()]
     made = "\n".join(f"- {p.role}: `{p.name.rpartition('/')[2] or p.digest}` (`{p.digest}`)" for p in source.parents)

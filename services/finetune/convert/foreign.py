@@ -20,10 +20,12 @@ from services.finetune.convert.adapter import (
     check_against,
     check_pairs,
     halves,
+    parts_meta,
     store_files,
 )
 from services.finetune.convert.checkpoints import Settings, Trained, read_checkpoint, read_settings
 from services.finetune.convert.families import FAMILIES, Family, Heads, Part, heads_of, native_parts
+from services.finetune.convert.modules import is_llava
 from services.finetune.convert.native import write_native
 from services.finetune.convert.rest import with_dtype
 from services.finetune.convert.shards import Stored, as_torch, progress
@@ -52,21 +54,23 @@ def make_foreign(
     if base.kind not in ("base", "merged"):
         raise FailedPrecondition(f"{base_ref.name} is no whole model", reason="MODEL_NOT_WHOLE")
     manifest = load(attempt.store, source.digest)
+    config = json.loads(read_file(attempt.store, base, "config.json"))
+    if is_llava(config):
+        return _make_llava(task, (source, manifest), (base_ref, base), config, attempt, stop, workdir)
     trained = read_checkpoint(materialise(attempt.store, manifest, workdir / "source"), stop)
     settings = read_settings(trained.config)
     parents = [Parent("base", base_ref.digest, base_ref.name), Parent("source", source.digest, source.name)]
-    tensors = {_strip(name): tensor for name, tensor in trained.tensors.items()}
+    tensors = {strip(name): tensor for name, tensor in trained.tensors.items()}
     stored = {t.name: t for t in base_tensors(attempt.store, base)}
-    config = json.loads(read_file(attempt.store, base, "config.json"))
     if any(".lora_" in name for name in tensors):
-        pairs, odd = _pairs(tensors)
+        pairs, odd = pairs_of(tensors)
         if odd:
             raise InvalidArgument(
                 f"{odd[0]} is no LoRA weight: only plain LoRA adapters of a language model can be used",
                 reason="ADAPTER_UNSUPPORTED",
                 metadata={"tensor": odd[0]},
             )
-        weights = _native_pairs(pairs, stored, heads_of(config))
+        weights = native_pairs(pairs, stored, heads_of(config))
         files = _adapter_files(task, weights, settings, list(stored.values()), base_ref, attempt, workdir)
         kept = [f for f in base.files if f.path in TOKENIZER_FILES]
         kind, count = "adapter", sum(v.numel() for v in weights.values())
@@ -74,20 +78,52 @@ def make_foreign(
         files = _model_files(task, trained, tensors, stored, config, attempt, stop, workdir)
         kept = [f for f in base.files if ".safetensors" not in f.path and f.path != "config.json"]
         kind, count = "merged", sum(t.count for t in tensors.values())
-    if stop.is_set():
-        raise Cancelled("stopped before anything was kept", reason="STOPPED")
-    meta = {
-        **{k: base.meta[k] for k in ("architecture", "system", "generation", "context_length")},
-        "template": settings.template if settings.template in TEMPLATES else base.meta["template"],
-        "base_name": base_ref.name,
-        "dtype": task.dtype,
-        "parameters": count,
-    }
+    _check_going(stop)
+    meta = _meta(task, base, base_ref, settings.template, count)
     every = tuple(sorted([*files, *kept], key=lambda f: f.path))
     return publish(attempt.store, Manifest(kind, every, tuple(parents), meta))  # type: ignore[arg-type]
 
 
-def _strip(name: str) -> str:
+def _make_llava(
+    task: AdapterTask,
+    source: tuple[ArtifactRef, Manifest],
+    base: tuple[ArtifactRef, Manifest],
+    config: Mapping[str, Any],
+    attempt: Attempt,
+    stop: threading.Event,
+    workdir: Path,
+) -> str:
+    """The digest of an adapter on a LLaVA model."""
+    from services.finetune.convert import foreign_llava
+
+    (source_ref, files), (base_ref, model) = source, base
+    read = foreign_llava.read_source(materialise(attempt.store, files, workdir / "source"), stop)
+    stored = base_tensors(attempt.store, model)
+    made, weights, template = foreign_llava.adapter_files(task, read, stored, config, base_ref, attempt, workdir)
+    _check_going(stop)
+    made += [f for f in model.files if f.path in TOKENIZER_FILES]
+    parents = (Parent("base", base_ref.digest, base_ref.name), Parent("source", source_ref.digest, source_ref.name))
+    count = sum(v.numel() for v in weights.values())
+    meta = _meta(task, model, base_ref, template, count) | parts_meta(model, weights)
+    return publish(attempt.store, Manifest("adapter", tuple(sorted(made, key=lambda f: f.path)), parents, meta))
+
+
+def _check_going(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Cancelled("stopped before anything was kept", reason="STOPPED")
+
+
+def _meta(task: AdapterTask, base: Manifest, base_ref: ArtifactRef, template: str, count: int) -> dict[str, Any]:
+    return {
+        **{k: base.meta[k] for k in ("architecture", "system", "generation", "context_length")},
+        "template": template if template in TEMPLATES else base.meta["template"],
+        "base_name": base_ref.name,
+        "dtype": task.dtype,
+        "parameters": count,
+    }
+
+
+def strip(name: str) -> str:
     """A tensor's name without what the trainer's wrappers put before it."""
     for prefix in ("module.", "llm."):
         name = name.removeprefix(prefix)
@@ -99,7 +135,7 @@ def _strip(name: str) -> str:
 Pairs = dict[str, dict[str, Stored]]
 
 
-def _pairs(tensors: Mapping[str, Stored]) -> tuple[Pairs, list[str]]:
+def pairs_of(tensors: Mapping[str, Stored]) -> tuple[Pairs, list[str]]:
     """Each module's halves, "A" and "B", and the names that are none."""
     found: Pairs = {}
     odd: list[str] = []
@@ -113,27 +149,27 @@ def _pairs(tensors: Mapping[str, Stored]) -> tuple[Pairs, list[str]]:
     return found, odd
 
 
-def _native_pairs(pairs: Pairs, base: Mapping[str, Stored], heads: Heads) -> dict[str, Any]:
+def native_pairs(pairs: Pairs, base: Mapping[str, Stored], heads: Heads) -> dict[str, Any]:
     """The adapter's tensors under PEFT's names of native modules. InvalidArgument (ADAPTER_INCOMPLETE,
     ADAPTER_MISMATCH)."""
-    family = _family(list(pairs), base)
+    family = family_of_modules(list(pairs), base)
     made: dict[str, Any] = {}
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
-            raise _incomplete(f"{module} has a lora_{next(iter(pair))} and no other half", module)
+            raise incomplete(f"{module} has a lora_{next(iter(pair))} and no other half", module)
         if pair["A"].shape[0] != pair["B"].shape[1]:
-            raise _incomplete(f"{module} has halves of different ranks", module)
+            raise incomplete(f"{module} has halves of different ranks", module)
         a, b = as_torch(pair["A"]).float(), as_torch(pair["B"]).float()
         for part in native_parts(family, module) if family else (Part(module),):
             name_a, name_b = halves(part.module)
             try:
                 made[name_a], made[name_b] = a.clone(), part.rows(b, heads).contiguous() if part.rows else b
             except RuntimeError as error:  # torch's, for a tensor that cannot be taken apart so
-                raise _incomplete(f"{module}'s lora_B {list(b.shape)} does not fit the base's heads", module) from error
+                raise incomplete(f"{module}'s lora_B {list(b.shape)} does not fit the base's heads", module) from error
     return made
 
 
-def _family(modules: list[str], base: Mapping[str, Stored]) -> Family | None:
+def family_of_modules(modules: list[str], base: Mapping[str, Stored]) -> Family | None:
     """The family whose names the modules have, None for the base's own. InvalidArgument (ADAPTER_MISMATCH)."""
     for family in (None, *FAMILIES.values()):
         parts = [p.module for m in modules for p in (native_parts(family, m) if family else (Part(m),))]
@@ -159,7 +195,7 @@ def _adapter_files(
     config = _adapter_config(task, weights, settings)
     check_pairs(weights, int(config["r"]))
     check_against(weights, config, base)
-    _check_trained(weights)
+    check_trained(weights)
     config["base_model_name_or_path"] = base_ref.name
     files = store_files(attempt.store, weights, config, task.dtype, workdir)
     done = next(f.size for f in files if f.path == WEIGHTS)
@@ -195,15 +231,15 @@ def _adapter_config(task: AdapterTask, weights: Mapping[str, Any], settings: Set
     }
 
 
-def _check_trained(weights: Mapping[str, Any]) -> None:
+def check_trained(weights: Mapping[str, Any]) -> None:
     for name, value in weights.items():
         if not value.isfinite().all():
-            raise _incomplete(f"{name} has numbers that are not finite: the training failed", name)
+            raise incomplete(f"{name} has numbers that are not finite: the training failed", name)
     if not any(value.any() for name, value in weights.items() if ".lora_B." in name):
-        raise _incomplete("every lora_B is zero: nothing was trained", "")
+        raise incomplete("every lora_B is zero: nothing was trained", "")
 
 
-def _incomplete(why: str, tensor: str) -> InvalidArgument:
+def incomplete(why: str, tensor: str) -> InvalidArgument:
     return InvalidArgument(
         f"{why}; train again or take another checkpoint", reason="ADAPTER_INCOMPLETE", metadata={"tensor": tensor}
     )
@@ -224,7 +260,7 @@ def _model_files(
 ) -> list[File]:
     """The weights of a model that was trained whole, and its config. InvalidArgument (WEIGHTS_INCOMPLETE)."""
     modules = [name.rpartition(".")[0] for name in tensors if name.endswith(".weight")]
-    family = _family(modules, base)
+    family = family_of_modules(modules, base)
     out = workdir / "model"
     out.mkdir()
     named = [t.named(name) for name, t in tensors.items()]

@@ -91,7 +91,8 @@ def read_changes(adapter: Iterable[Stored], config: Config, base: Sequence[Store
     ADAPTER_INCOMPLETE).
     """
     check_config(config)
-    parts, tensors, tie = _by_module(adapter), list(base), _tie(base, model)
+    bare, rest = _bare(adapter, base)
+    parts, tensors, tie = _by_module(rest), list(base), _tie(base, model)
     untied = False
     if tie is not None and {tie.head, tie.module} & parts.keys():
         untied = not config.get("ensure_weight_tying")
@@ -100,12 +101,26 @@ def read_changes(adapter: Iterable[Stored], config: Config, base: Sequence[Store
         elif not tie.stored and tie.head in parts:
             parts.setdefault(tie.module, parts.pop(tie.head))
     known = {t.name: t for t in tensors}
-    changes: dict[str, Change] = {}
+    changes = {name: Change(replaced=tensor) for name, tensor in bare.items()}
     for module, found in sorted(parts.items()):
         changes |= _module(module, found, config, known)
     if not changes:
         raise _incomplete("the adapter holds no weights", "")
     return Changes(changes, tensors, untied)
+
+
+def _bare(adapter: Iterable[Stored], base: Sequence[Stored]) -> tuple[dict[str, Stored], list[Stored]]:
+    """(tensors of modules saved whole that are neither their weight nor their bias, as a tower's class embedding; the
+    rest). InvalidArgument (ADAPTER_MISMATCH)."""
+    known = {PREFIX + t.name: t for t in base if not t.name.endswith((".weight", ".bias"))}
+    bare, rest = dict[str, Stored](), list[Stored]()
+    for tensor in adapter:
+        if tensor.name in known:
+            _check_there(tensor, known[tensor.name], tensor.shape)
+            bare[tensor.name.removeprefix(PREFIX)] = tensor
+        else:
+            rest.append(tensor)
+    return bare, rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +192,14 @@ def _module(module: str, found: Mapping[str, Stored], config: Config, base: Mapp
 def _scale(module: str, rank: int, config: Config) -> float:
     """alpha / rank, or with rsLoRA alpha / sqrt(rank). InvalidArgument (ADAPTER_INCOMPLETE) if the config says another
     rank."""
-    wanted = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    wanted = by_pattern(config.get("rank_pattern"), module, config["r"])
     if rank != wanted:
         raise _incomplete(f"{module} has rank {rank}, its config says {wanted}", module)
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """What the first regular expression that fits the end of a module's name stands for, as PEFT reads rank_pattern."""
     for pattern, value in (patterns or {}).items():
         try:

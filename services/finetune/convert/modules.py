@@ -70,6 +70,12 @@ def auto_class(config: Mapping[str, Any]) -> Any:
     return transformers.AutoModelForImageTextToText if is_llava(config) else transformers.AutoModelForCausalLM
 
 
+def parts_of(adapter: Iterable[str]) -> set[str]:
+    """Which parts of a LLaVA model an adapter with these tensors changes: language_model, vision_tower, projector."""
+    kinds = {"vision_tower": "vision_tower", "multi_modal_projector": "projector"}
+    return {next((part for word, part in kinds.items() if f".{word}." in name), "language_model") for name in adapter}
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that is about the language model."""
     if not is_llava(config):

@@ -71,8 +71,8 @@ class Images:
 
 
 def check_image(path: Path | IO[bytes]) -> Fault | None:
-    """What is wrong with an image file, None if it decodes. Memory stays below a few bytes a pixel of MAX_PIXELS. Not for
-    several threads at a time: Python has one set of warnings' filters."""
+    """What is wrong with an image file, on disk or in memory, None if it decodes. Memory stays below a few bytes a pixel of
+    MAX_PIXELS. Not for several threads at a time: Python has one set of warnings' filters."""
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():

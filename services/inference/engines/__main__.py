@@ -24,6 +24,7 @@ from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, du
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import Manifest, load, materialise
 from services.finetune.tokenizer import Tokenizer
+from services.finetune.vision import check_token, read_form
 from services.inference.engines.port import Engine
 
 log = logging.getLogger("quartet.engine")
@@ -57,7 +58,11 @@ async def build(store: Store, order: dict[str, Any], folder: Path) -> tuple[Room
     engine = await _open(order, served[0].manifest, base, adapters, dtype)
     for weights in base.glob("*.safetensors"):
         weights.unlink()
-    servicer = EngineServicer(order["endpoint"], engine, Tokenizer.from_files(base), served, store)
+    tokenizer = Tokenizer.from_files(base)
+    form = read_form(base)
+    if form is not None:
+        check_token(form, tokenizer)
+    servicer = EngineServicer(order["endpoint"], engine, tokenizer, served, store, form)
     room = Room(
         "quartet.inference.v1.Inference",
         lambda server: add_InferenceServicer_to_server(servicer, server),

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from services.finetune.errors import FailedPrecondition
-from services.inference.engines.port import Sampling, Step
+from services.inference.engines.port import Picture, Sampling, Step
 
 MOST_ANSWERS = 32
 BATCH_TOKENS = 8192
@@ -85,7 +85,9 @@ class EncoderEngine:
             vectors_BD = (states_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
         return torch.nn.functional.normalize(vectors_BD, dim=-1) if self._normalize else vectors_BD
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         raise FailedPrecondition(
             "this model is an encoder, which says nothing; ask for embeddings", reason="GENERATION_UNSUPPORTED"
         )

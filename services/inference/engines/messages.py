@@ -10,7 +10,7 @@ from typing import Any
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import InvalidArgument, Violation
-from services.finetune.formats import Call, Message, Tool
+from services.finetune.formats import IMAGE, Call, Message, Tool
 from services.inference.engines.calls import NAME
 
 ROLES = {
@@ -22,7 +22,10 @@ ROLES = {
 
 
 def read_turns(messages: Sequence[pb.Message]) -> list[Message]:
-    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOOLS_INVALID)."""
+    """Turns with an <image> mark for each image. InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOOLS_INVALID,
+    IMAGE_MISPLACED)."""
+    if any(p.HasField("image") for m in messages for p in m.content):
+        _check_marks(messages)
     turns = [_turn(f"messages[{n}]", m) for n, m in enumerate(messages)]
     check_turns(turns)
     return _answered(turns)
@@ -33,8 +36,30 @@ def _turn(where: str, message: pb.Message) -> Message:
         Call(c.name, _object(f"{where}.tool_calls[{n}].arguments", c.arguments), c.id)
         for n, c in enumerate(message.tool_calls)
     )
-    text = "".join(p.text for p in message.content)
+    text = _text(message)
     return Message(ROLES.get(message.role, ""), text, calls=calls, call_id=message.tool_call_id)
+
+
+def _text(message: pb.Message) -> str:
+    """What a turn says; an image is a mark on a line of its own, as training data have it."""
+    text = ""
+    for part in message.content:
+        image = part.HasField("image")
+        apart = (image and text) or (text.endswith(IMAGE) and not part.text.startswith("\n") and part.text)
+        text += "\n" if apart and not text.endswith("\n") else ""
+        text += IMAGE if image else part.text
+    return text
+
+
+def _check_marks(messages: Sequence[pb.Message]) -> None:
+    """InvalidArgument (IMAGE_MISPLACED) for what would be taken for an image, or an image where none is seen."""
+    for n, message in enumerate(messages):
+        for k, part in enumerate(message.content):
+            field, user = f"messages[{n}].content[{k}]", message.role == pb.Message.USER
+            if part.HasField("image") and not user:
+                raise _bad_image(field, "only a user's turn shows images")
+            if user and IMAGE in part.text:
+                raise _bad_image(field, f"beside images the text may not hold {IMAGE}; an image's place is its part's")
 
 
 def check_turns(turns: Sequence[Message]) -> None:
@@ -123,6 +148,12 @@ def _object(where: str, text: str) -> Mapping[str, Any]:
 def _bad_role(n: int, why: str) -> InvalidArgument:
     field = f"messages[{n}].role"
     return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
+
+
+def _bad_image(field: str, why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{field}: {why}", reason="IMAGE_MISPLACED", violations=[Violation(field, why, "IMAGE_MISPLACED")]
+    )
 
 
 def _bad_tools(field: str, why: str) -> InvalidArgument:

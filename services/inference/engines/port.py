@@ -50,6 +50,14 @@ class Step:
     likely: list[Likely] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file that was found to decode: its bytes, and their sha256 in hexadecimal digits."""
+
+    digest: str
+    data: bytes
+
+
 class Engine(Protocol):
     """A model with its adapters, answering several requests at a time."""
 
@@ -62,8 +70,11 @@ class Engine(Protocol):
     vocabulary: int
     """Token ids are from 0 to below this."""
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
-        """Continue `ids`. Closing the iterator frees what the request holds. `adapter` is a loaded key, or "" for none."""
+    def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
+        """Continue `ids`, among which each of `images` has all its tokens, in order. Closing the iterator frees what the
+        request holds. `adapter` is a loaded key, or "" for none."""
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
         """A vector for each text. FailedPrecondition (EMBEDDINGS_UNSUPPORTED) of what is no encoder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -20,12 +21,14 @@ from services.finetune.store import Store
 from services.finetune.store.artifacts import load
 from services.finetune.templates import Template, load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
+from services.finetune.vision import ImageForm
 from services.inference.engines.adapters import Adapters, Served
 from services.inference.engines.calling import Calling
 from services.inference.engines.calls import find_form
 from services.inference.engines.forms import check_form
+from services.inference.engines.images import Images
 from services.inference.engines.messages import check_choice, read_tools, read_turns
-from services.inference.engines.port import Engine, Form, Likely, Sampling
+from services.inference.engines.port import Engine, Form, Likely, Picture, Sampling
 from services.inference.turns import Turns
 
 COALESCE_S = 0.04
@@ -45,9 +48,17 @@ class EngineServicer(InferenceServicer):
     """See the proto: what is about answers is here, what is about endpoints is the inference service's."""
 
     def __init__(
-        self, endpoint: str, engine: Engine, tokenizer: Tokenizer, served: Sequence[Served], store: Store
+        self,
+        endpoint: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        served: Sequence[Served],
+        store: Store,
+        form: ImageForm | None = None,
     ) -> None:
+        """`form` is how the model takes images in, None if it sees none."""
         self._endpoint = endpoint
+        self._images = Images(form, store, endpoint)
         self._engine = engine
         self._tokenizer = tokenizer
         self._adapters = Adapters(engine, served, store)
@@ -118,9 +129,11 @@ class EngineServicer(InferenceServicer):
         check_choice(choice, tools)
         if choice.mode == pb.ToolChoice.NONE:
             tools = []
+        pictures = await asyncio.to_thread(self._images.read, request.messages)
         ids = self._prompt(template, served, request.messages, tools)
         calling = Calling(self._call_form(template.name), request, self._tokenizer.special_ids) if tools else None
-        async for answer in self._answer(ids, served, request.sampling, template.stop, pb.ChatResponse, calling):
+        stops = template.stop
+        async for answer in self._answer(ids, served, request.sampling, stops, pb.ChatResponse, calling, pictures):
             yield answer
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
@@ -156,6 +169,7 @@ class EngineServicer(InferenceServicer):
             return pb.TokenizeResponse(token_ids=self._plain(request))
         template = self._template(served)
         tools = read_tools(request.conversation.tools)
+        self._images.read(request.conversation.messages)
         ids = self._prompt(template, served, request.conversation.messages, tools)
         return pb.TokenizeResponse(token_ids=ids, template=template.name)
 
@@ -199,7 +213,9 @@ class EngineServicer(InferenceServicer):
     def _prompt(
         self, template: Template, served: Served, messages: Sequence[pb.Message], tools: Sequence[Tool]
     ) -> list[int]:
-        return to_prompt_ids(template, self._tokenizer, read_turns(messages), served.manifest.meta["system"], tools)
+        turns, system = read_turns(messages), served.manifest.meta["system"]
+        images = any(p.HasField("image") for m in messages for p in m.content)
+        return self._images.expand(to_prompt_ids(template, self._tokenizer, turns, system, tools, images))
 
     def _plain(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         if isinstance(request, pb.GenerateRequest) and request.WhichOneof("prompt") == "token_ids":
@@ -216,6 +232,11 @@ class EngineServicer(InferenceServicer):
             # Apart: what stands first in a text may get a space before it, as the text does in training.
             opening = self._tokenizer.encode(self._tokenizer.opening)
             ids = [*opening, *self._tokenizer.encode(request.text)] if request.text else []
+        if self._images.form is not None and self._images.form.token_id in ids:
+            raise InvalidArgument(
+                "a prompt without a template shows no image: give images to Chat, and leave their token out",
+                reason="IMAGE_MISPLACED",
+            )
         if not ids:
             raise InvalidArgument("the prompt is empty; give text or token_ids", reason="PROMPT_EMPTY")
         return ids
@@ -230,6 +251,7 @@ class EngineServicer(InferenceServicer):
         stops: tuple[str, ...],
         make: Callable[..., Any],
         calling: Calling | None = None,
+        images: Sequence[Picture] = (),
     ) -> AsyncIterator[Any]:
         """Stream an answer, several tokens a message when they come fast. A stop text is never sent, not even in part."""
         form = calling.form(wanted) if calling else _form(wanted)
@@ -239,7 +261,7 @@ class EngineServicer(InferenceServicer):
         likely: list[pb.TokenLogprobs] = []
         calls: list[pb.ToolCall] = []
         last = 0.0  # the first token goes out at once
-        steps = self._engine.generate(ids, sampling, served.key)
+        steps = self._engine.generate(ids, sampling, served.key, images)
         try:
             async for step in steps:
                 count += len(step.ids)

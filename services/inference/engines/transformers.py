@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import math
 import threading
 from collections import deque
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
+from transformers import BitsAndBytesConfig, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from services.finetune.convert.modules import auto_class, is_llava
 from services.finetune.errors import FailedPrecondition
 from services.finetune.train.model import keep_layout
 from services.inference.engines.forms import Follower, Vocabulary
-from services.inference.engines.port import Likely, Sampling, Step, no_embeddings
+from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
+from services.inference.engines.sight import Sight
 
 MOST_ADAPTERS = 64
 MOST_ANSWERS = 32
@@ -40,6 +43,7 @@ class TransformersEngine:
     def __init__(self, folder: Path, adapters: Mapping[str, Path], dtype: str, bits: int) -> None:
         model = _load(folder, getattr(torch, dtype), bits)
         text = model.config.get_text_config()
+        self._sight = Sight(folder) if is_llava(model.config.to_dict()) else None
         self.context_length = int(getattr(text, "max_position_embeddings", 0) or 4096)
         self.vocabulary = int(text.vocab_size)
         self.most_adapters, self.most_answers = MOST_ADAPTERS, MOST_ANSWERS
@@ -80,14 +84,16 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
         gone = threading.Event()
 
         def work() -> None:
             try:
-                for step in self._steps(ids, sampling, adapter):
+                for step in self._steps(ids, sampling, adapter, images):
                     if gone.is_set():
                         return
                     loop.call_soon_threadsafe(steps.put_nowait, step)
@@ -108,7 +114,7 @@ class TransformersEngine:
         finally:
             gone.set()
 
-    def _steps(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> Iterator[Step]:
+    def _steps(self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture]) -> Iterator[Step]:
         """An answer token by token. While a long prompt is read there are empty steps, so that it can be cut short."""
         generator = torch.Generator()
         if sampling.seed is None:
@@ -118,12 +124,16 @@ class TransformersEngine:
         follower = Follower(self._vocabulary(sampling.eos_ids), sampling.form) if sampling.form else None
         cache = DynamicCache(config=self._model.config)
         feed, seen = list(ids), list(ids)
+        features = list[Tensor]()
+        for picture in images:
+            features += self._look(picture, adapter)
+            yield Step([])
         while len(feed) > PREFILL:
-            self._forward(feed[:PREFILL], cache, adapter)
+            self._forward(feed[:PREFILL], cache, adapter, features)
             feed = feed[PREFILL:]
             yield Step([])
         for n in range(sampling.max_tokens):
-            logits = self._forward(feed, cache, adapter)
+            logits = self._forward(feed, cache, adapter, features)
             token = choose(follower.allow(logits) if follower else logits, seen, sampling, generator)
             if token in sampling.eos_ids:
                 yield Step([], "stop")
@@ -135,17 +145,45 @@ class TransformersEngine:
             likely = [] if sampling.logprobs is None else [how_likely(logits, token, sampling.logprobs)]
             yield Step([token], "length" if n + 1 == sampling.max_tokens else "", likely)
 
-    def _forward(self, ids: list[int], cache: DynamicCache, adapter: str) -> Tensor:
+    def _look(self, picture: Picture, adapter: str) -> Tensor:
+        """What the model makes of an image, a vector for each of its tokens."""
+        assert self._sight is not None  # whoever asks knows by the form of the model's images
+        known = self._sight.known(picture.digest, adapter)
+        if known is not None:
+            return known
+        pixels = self._sight.pixels(picture)
+        with self._turns.turn(), torch.inference_mode():
+            self._switch(adapter)
+            model = self._model.get_base_model() if self._adapted else self._model
+            seen = model.get_image_features(pixel_values=pixels.to(self._device, model.dtype)[None])
+            return self._sight.keep(picture.digest, adapter, seen.pooler_output[0])
+
+    def _inputs(self, ids: list[int], features: list[Tensor]) -> dict[str, Tensor]:
+        """`ids`, or what stands for them where there are images among them, whose vectors are taken off `features`."""
+        ids_BL = torch.tensor([ids], device=self._device)
+        if self._sight is None or not features:
+            return {"input_ids": ids_BL}
+        embeds_BLD = self._model.get_input_embeddings()(ids_BL)
+        places = ids_BL[0] == self._sight.token
+        count = int(places.sum())
+        if count:
+            embeds_BLD[0, places] = torch.stack(features[:count]).to(embeds_BLD)
+            del features[:count]
+        return {"inputs_embeds": embeds_BLD}
+
+    def _forward(self, ids: list[int], cache: DynamicCache, adapter: str, features: list[Tensor]) -> Tensor:
         """Logits [V] after `ids`, float32 on the CPU; `cache` grows by them."""
         with self._turns.turn(), torch.inference_mode():
             self._switch(adapter)
             out = self._model(
-                input_ids=torch.tensor([ids], device=self._device),
+                **self._inputs(ids, features),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
             logits: Tensor = out.logits[0, -1].float().cpu()
+            if self._sight is not None:
+                logits[self._sight.token] = -torch.inf  # nobody draws here
             return logits
 
     def _switch(self, adapter: str) -> None:
@@ -223,8 +261,12 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
         )
     elif bits == 8:
         quant = BitsAndBytesConfig(load_in_8bit=True)
+    config = json.loads((folder / "config.json").read_text())
+    if quant is not None and is_llava(config):
+        # As in training: the language model alone.
+        quant.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             # Not even None where there is none: it would hide what a quantised model's own config says.

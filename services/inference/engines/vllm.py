@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -20,8 +22,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.finetune.convert.modules import parts_of
 from services.finetune.errors import FailedPrecondition, Unavailable
-from services.inference.engines.port import Likely, Sampling, Step, no_embeddings
+from services.finetune.vision import ImageForm, picture, read_form
+from services.inference.engines.images import MAX_IMAGES
+from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
 from services.inference.servable import check_hot, check_weights
 
 ENVIRONMENT = {
@@ -85,6 +90,7 @@ class VllmEngine:
         self._cache = cache
         self._held = held
         self._rank = rank
+        self._form = read_form(folder)
         self._loop = asyncio.get_running_loop()
         self._adapters = folder / "vllm-adapters"
         self._known: dict[str, Any] = {}
@@ -94,12 +100,22 @@ class VllmEngine:
         self.most_adapters, self.most_answers = sys.maxsize, MOST_ANSWERS
         self.vocabulary = int(llm.model_config.get_vocab_size())
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling, adapter: str) -> AsyncIterator[Step]:
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, adapter: str, images: Sequence[Picture] = ()
+    ) -> AsyncIterator[Step]:
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        prompt = TokensPrompt(prompt_token_ids=list(ids))
+        if images and self._form is not None:
+            prompt = TokensPrompt(
+                prompt_token_ids=_placeholders(ids, self._form),
+                multi_modal_data={"image": await asyncio.to_thread(_decoded, images)},
+                # By these vLLM keeps what it made of an image.
+                multi_modal_uuids={"image": [picture.digest for picture in images]},
+            )
         outputs = self._llm.generate(
-            TokensPrompt(prompt_token_ids=list(ids)),
+            prompt,
             _params(sampling),
             uuid.uuid4().hex,
             lora_request=self._known[adapter] if adapter else None,
@@ -125,7 +141,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         config = _read(key, folder)
-        check_hot(config, "vllm", key)
+        check_hot(config, "vllm", key, _parts(folder) if self._form is not None else ())
         if int(config["r"]) > self._rank:
             raise FailedPrecondition(
                 f"{key} has rank {config['r']}, and this endpoint was started with places for ranks up to {self._rank}: "
@@ -201,6 +217,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
             quantization="bitsandbytes" if bits == 4 else None,
             max_model_len=-1,  # the model's own, or what the memory for keys and values can hold
             enable_lora=True,
+            limit_mm_per_prompt={"image": MAX_IMAGES} if read_form(folder) is not None else {},
             max_lora_rank=rank,
             max_loras=BATCHED_ADAPTERS,
             max_cpu_loras=HELD_ADAPTERS,
@@ -239,6 +256,12 @@ def _check_weights(folder: Path, dtype: str, bits: int) -> None:
     groups = said.get("config_groups", {}).values()
     four = bool(said.get("load_in_4bit")) or any((g.get("weights") or {}).get("num_bits") == 4 for g in groups)
     check_weights("vllm", dtype, bits, four)
+    if read_form(folder) is not None and importlib.util.find_spec("torchvision") is None:
+        raise FailedPrecondition(
+            "vLLM reads no images without torchvision: install the one of its torch, or choose the transformers engine",
+            reason="ENGINE_MISSING",
+            metadata={"library": "torchvision"},
+        )
     if not (bits or said.get("quant_method") == "bitsandbytes"):
         return
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
@@ -300,6 +323,28 @@ def _likely(place: Mapping[int, Any], token: int) -> Likely:
     ranked = sorted((said.rank, other, said.logprob) for other, said in place.items())
     top = [(other, logprob) for n, (rank, other, logprob) in enumerate(ranked, 1) if rank == n]
     return Likely(place[token].logprob, top)
+
+
+def _placeholders(ids: Sequence[int], form: ImageForm) -> list[int]:
+    """`ids` with one token for each image, which vLLM makes as many of as there are again."""
+    found: list[int] = []
+    at = 0
+    while at < len(ids):
+        found.append(ids[at])
+        at += form.tokens if ids[at] == form.token_id else 1
+    return found
+
+
+def _decoded(images: Sequence[Picture]) -> list[Any]:
+    return [picture(io.BytesIO(image.data)) for image in images]
+
+
+def _parts(folder: Path) -> set[str]:
+    """The parts of a LLaVA model that an adapter in `folder` changes."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return parts_of(file.keys())
 
 
 def _dead() -> Unavailable:

@@ -702,10 +702,12 @@ class ExportTask(_message.Message):
     DESTINATION_FIELD_NUMBER: _builtins.int
     PUBLIC_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """workspaces/{workspace}/models/{model}: any model for "hf", BASE or MERGED for the others."""
+    """workspaces/{workspace}/models/{model}: any model for "hf", ADAPTER for "xtuner", BASE or MERGED for the others."""
     form: _builtins.str
     """"hf": the files that transformers loads, and a model card. "safetensors": the same with all weights in one file.
-    "gguf": one file for llama.cpp, with tokenizer and chat template.
+    "gguf": one file for llama.cpp, with tokenizer and chat template. Of LLaVA models: "xtuner", an adapter in XTuner's
+    folders (llm_adapter, visual_encoder_adapter, projector); "llava", the official layout (LlavaLlamaForCausalLM), the
+    tower in a folder of its own.
     """
     gguf_type: _builtins.str
     """How GGUF holds matrices: "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"; empty means

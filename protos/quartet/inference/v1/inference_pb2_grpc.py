@@ -166,8 +166,8 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
-        of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+        (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
         (ENGINE_LOST, with the number of tokens sent in the metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -178,8 +178,11 @@ class InferenceServicer:
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
         its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
         a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
-        TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
-        model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
+        TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED,
+        IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
+        those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
+        `own_token`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,7 +199,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH.
+        """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

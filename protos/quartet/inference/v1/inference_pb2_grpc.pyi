@@ -72,16 +72,19 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
-    of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+    (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
     (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
     its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
     a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
-    TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
-    model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
+    TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED,
+    IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
+    those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
+    `own_token`).
     """
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
@@ -90,7 +93,7 @@ class InferenceStub:
     and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
-    """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
+    """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH."""
     ListServedModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListServedModelsRequest, _inference_pb2.ListServedModelsResponse]
     """Lists what is served now: each endpoint's model and its adapters. Errors: none of its own."""
 
@@ -137,16 +140,19 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt given as text or token ids, as it is, without a template.
     Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-    SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
-    of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+    SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+    (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
     (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
     its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
     a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
-    TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
-    model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
+    TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED,
+    IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
+    those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
+    `own_token`).
     """
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
@@ -155,7 +161,7 @@ class InferenceAsyncStub(InferenceStub):
     and Generate on an encoder: FAILED_PRECONDITION (TEMPLATE_MISSING, GENERATION_UNSUPPORTED).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
+    """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH."""
     ListServedModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListServedModelsRequest, _inference_pb2.ListServedModelsResponse]  # type: ignore[assignment]
     """Lists what is served now: each endpoint's model and its adapters. Errors: none of its own."""
 
@@ -241,8 +247,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt given as text or token ids, as it is, without a template.
         Errors: NOT_FOUND (ENDPOINT_NOT_FOUND, ADAPTER_NOT_FOUND), INVALID_ARGUMENT (PROMPT_EMPTY, PROMPT_TOO_LONG,
-        SAMPLING_INVALID, FORM_INVALID), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED (QUEUE_FULL: too many
-        of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
+        SAMPLING_INVALID, FORM_INVALID, IMAGE_MISPLACED), FAILED_PRECONDITION (ENDPOINT_NOT_READY), RESOURCE_EXHAUSTED
+        (QUEUE_FULL: too many of the workspace, or of the adapter, wait already; google.rpc.RetryInfo says how long to wait), UNAVAILABLE
         (ENGINE_LOST, with the number of tokens sent in the metadata).
         """
 
@@ -255,8 +261,11 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
         its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOOLS_INVALID: a tool, a call or
         a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls in a form that cannot be read back;
-        TEXT_INVALID: a special token's text inside of a tool), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than those that the
-        model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and `own_token`).
+        TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED,
+        IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
+        those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
+        `own_token`).
         """
 
     @_abc_1.abstractmethod
@@ -277,7 +286,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
-        """Returns the token ids that Chat or Generate would feed. Errors: as Chat, but for PARITY_MISMATCH."""
+        """Returns the token ids that Chat or Generate would feed, those of images among them. Errors: as Chat, but for PARITY_MISMATCH."""
 
     @_abc_1.abstractmethod
     def ListServedModels(
