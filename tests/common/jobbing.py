@@ -54,7 +54,7 @@ def work(noticed: list[Event] | None = None) -> Work:
 
 def make(url: str, store: Store, home: Path, **changes: Any) -> Jobs:
     """The jobs of a service that was just started: a new supervisor, a new launcher, a new connection."""
-    given = {"max_workers": 2, "grace_s": 5.0, **changes}
+    given = {"max_workers": 2, "grace_s": 60.0, **changes}  # a loaded machine shall not be the one that kills
     room = given.pop("work", None) or work()
     return Jobs(Records(url), store, ScriptLauncher(home), room, **given)
 

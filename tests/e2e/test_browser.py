@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.e2e.stack import Stack
@@ -108,6 +109,16 @@ def test_chat_goes_on_after_an_error(page: Page) -> None:
     say.press("Enter")
     expect(bot.last).to_contain_text("Rome")
     shot(page, "chat")
+
+
+def test_an_image_reaches_the_engine(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    say, bot = page.locator("#say textarea"), page.locator(".message.bot")
+    page.locator("#say input[type=file]").set_input_files(tmp_path / "red.png")
+    expect(page.locator("#say img")).to_be_visible()
+    say.fill("What colour is it?")
+    say.press("Enter")
+    expect(bot.last).to_contain_text("cannot see")  # what is served here is blind
 
 
 def test_two_endpoints_answer_side_by_side(page: Page) -> None:

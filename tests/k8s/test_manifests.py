@@ -14,7 +14,7 @@ from services.common.settings import Settings
 from services.finetune.errors import BY_CODE
 from services.finetune.store import cache
 from services.gateway import __main__ as gateway
-from services.inference.engines.__main__ import HOST_VARIABLE, PORT_VARIABLE
+from services.inference.engines.__main__ import HOST_VARIABLE, METRICS_VARIABLE, PORT_VARIABLE
 from tests.k8s.rendered import (
     ROOMS,
     VERSIONS,
@@ -120,8 +120,7 @@ def test_servers_are_probed_in_their_own_words(manifests: list[Manifest]) -> Non
             [port] = [p["containerPort"] for p in container["ports"] if p["name"] == "grpc"]
             assert [p["grpc"] for p in probes] == [{"port": port, "service": service}] * 2 + [{"port": port}], name
         if name == "quartet-gateway/gateway":
-            [port] = [p["name"] for p in container["ports"]]
-            assert [p["httpGet"] for p in probes] == [{"path": "/healthz", "port": port}] * 3
+            assert [p["httpGet"] for p in probes] == [{"path": "/healthz", "port": "http"}] * 3
         assert spec["terminationGracePeriodSeconds"] > DRAIN_S, name
 
 
@@ -194,7 +193,8 @@ def test_the_gateway_starts_with_what_it_is_told(
     for name in given.keys() - {"QUARTET_TOKEN_FILE"}:
         monkeypatch.setenv(name, given[name])
     told = gateway.read(container["args"])
-    assert (told.host, [told.port]) == ("0.0.0.0", [p["containerPort"] for p in container["ports"]])
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    assert (told.host, ports) == ("0.0.0.0", {"http": told.port, "metrics": told.metrics_port})
     assert given["QUARTET_TOKEN_FILE"].rpartition("/")[0] in [m["mountPath"] for m in container["volumeMounts"]]
     services = {m["metadata"]["name"]: m["spec"]["ports"] for m in of_kind(manifests, "Service")}
     with Client(told.endpoint, told.token_file) as client:
@@ -207,9 +207,10 @@ def test_the_engine_is_told_its_address(manifests: list[Manifest]) -> None:
     [container] = [c for name, c, _ in containers(manifests) if name == "quartet-engine/engine"]
     given = variables(container, manifests)
     assert given[HOST_VARIABLE] == {"fieldRef": {"fieldPath": "status.podIP"}}
-    assert [int(given[PORT_VARIABLE])] == [p["containerPort"] for p in container["ports"]]
+    ports = {p["name"]: str(p["containerPort"]) for p in container["ports"]}
+    assert ports == {"grpc": given[PORT_VARIABLE], "metrics": given[METRICS_VARIABLE]}
     own = {n for n in given if n.startswith("QUARTET_")} - {cache.DIR_VARIABLE, cache.SIZE_VARIABLE}
-    assert own == {HOST_VARIABLE, PORT_VARIABLE}
+    assert own == {HOST_VARIABLE, PORT_VARIABLE, METRICS_VARIABLE}
 
 
 def test_secrets_are_referred_to_and_never_there(manifests: list[Manifest]) -> None:

@@ -14,9 +14,10 @@ from services.gateway.reach import Reach
 
 
 def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
-    async def say(message: str, history: list[talk.Turn], model: str, *values: Any) -> AsyncIterator[list[talk.Turn]]:
-        turns = [*history, {"role": "user", "content": message}]
-        async for said in talk.answer(reach, model, turns, *values):
+    async def say(
+        message: dict[str, Any], history: list[talk.Turn], model: str, *values: Any
+    ) -> AsyncIterator[list[talk.Turn]]:
+        async for said in talk.answer(reach, model, [*history, talk.turn(message)], *values):
             yield said
 
     async def fill(model: str) -> Any:
@@ -31,9 +32,13 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
             gr.ChatInterface(
                 say,
                 chatbot=gr.Chatbot(show_label=False, height="70vh", buttons=["copy"]),
-                textbox=gr.Textbox(
+                multimodal=True,
+                textbox=gr.MultimodalTextbox(
                     show_label=False,
                     placeholder="Say something…",
+                    sources=["upload"],
+                    file_types=["image"],
+                    file_count="multiple",
                     submit_btn=True,
                     stop_btn=True,
                     elem_id="say",

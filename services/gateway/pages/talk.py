@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.utils import get_upload_folder
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
@@ -102,8 +104,29 @@ def asked(
     )
 
 
+def turn(message: Mapping[str, Any]) -> Turn:
+    """A user's turn, of what MultimodalTextbox gives: images first, as the model is used to."""
+    files = [{"type": "file", "file": {"path": path}} for path in message["files"]]
+    text = [{"type": "text", "text": message["text"]}] if message["text"] else []
+    return {"role": "user", "content": [*files, *text]}
+
+
 def parts(content: Any) -> list[pb.Part]:
-    """A turn's content for the services."""
+    """A turn's content for the services. InvalidArgument (IMAGE_INVALID) for a file that is not there any more."""
     if isinstance(content, str):
         return [pb.Part(text=content)]
-    return [pb.Part(text=part["text"]) for part in content if part.get("type") == "text"]
+    found = []
+    for part in content:
+        if part.get("type") == "text":
+            found.append(pb.Part(text=part["text"]))
+        elif part.get("type") == "file":
+            found.append(pb.Part(image=pb.Image(data=_uploaded(part["file"]["path"]))))
+    return found
+
+
+def _uploaded(path: str) -> bytes:
+    """A file that a browser sent; the talk comes from there too, so it may name any."""
+    real = Path(path).resolve()
+    if not real.is_relative_to(Path(get_upload_folder()).resolve()) or not real.is_file():
+        raise InvalidArgument("the image is not there any more; upload it again", reason="IMAGE_INVALID")
+    return real.read_bytes()

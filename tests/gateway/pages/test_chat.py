@@ -60,7 +60,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, int
 
 def test_who_leaves_frees_the_engine(page: tuple[Engine, int]) -> None:
     engine, port = page
-    join = {"data": ["hi", None, "e", "", "", "", "", "", "", ""], "session_hash": "s", "fn_index": fn_index(port)}
+    join = {
+        "data": [{"text": "hi", "files": []}, None, "e", "", "", "", "", "", "", ""],
+        "session_hash": "s",
+        "fn_index": fn_index(port),
+    }
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/gradio_api/queue/join",
         json.dumps(join).encode(),

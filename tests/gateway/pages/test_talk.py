@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument
-from services.gateway.pages.talk import FAILED, SETTINGS, Turn, asked, sampling
+from services.gateway.pages.talk import FAILED, SETTINGS, Turn, asked, sampling, turn
 
 USER: Turn = {"role": "user", "content": "hi"}
 
@@ -51,3 +52,18 @@ def test_what_failed_is_not_part_of_the_talk() -> None:
     turns = [USER, answered, {"role": "user", "content": "lost?"}, begun, failed, {"role": "user", "content": "again"}]
     request = asked("w", "e", turns, "", pb.Sampling())
     assert ["".join(p.text for p in m.content) for m in request.messages] == ["hi", "hello", "again"]
+
+
+def test_images_go_along_from_the_folder_of_uploads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "a.png").write_bytes(b"image")
+    (tmp_path / "secret").write_bytes(b"key")
+    seen = turn({"text": "what is it?", "files": [str(tmp_path / "uploads" / "a.png")]})
+    [message] = asked("w", "e", [seen], "", pb.Sampling()).messages
+    assert [p.WhichOneof("part") for p in message.content] == ["image", "text"]
+    assert message.content[0].image.data == b"image"
+    (tmp_path / "uploads" / "link").symlink_to(tmp_path / "secret")
+    for path in (tmp_path / "secret", tmp_path / "uploads" / ".." / "secret", tmp_path / "uploads" / "link"):
+        with pytest.raises(InvalidArgument, match="upload it again"):
+            asked("w", "e", [turn({"text": "", "files": [str(path)]})], "", pb.Sampling())
