@@ -69,7 +69,10 @@ def events(stack: Stack, job: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("point", POINTS)
+QUICK = ("launching", "worker-importing", "first-checkpoint", "later-metric", "near-the-end")
+
+
+@pytest.mark.parametrize("point", [pytest.param(p, marks=() if p in QUICK else pytest.mark.slow) for p in POINTS])
 def test_job_succeeds_after_kill(home: Path, point: str) -> None:
     stack = Stack(home).start()
     job = f"killed-{point}"

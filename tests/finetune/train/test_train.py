@@ -61,7 +61,7 @@ def final(store: Store, key: str) -> tuple[str, str]:
     return manifest.file("adapter_model.safetensors").digest, manifest.file("optimizer.safetensors").digest
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_killed_three_times_it_ends_bit_identical(file_store: Store, run: TrainRun, method: str) -> None:
     changes = {"method": method, "quant.bits": 4 if method == "qlora" else 0, "lora.dropout": 0.1}
     run = TrainRun(job=run.job, config=override(run.config, changes), base=run.base, datasets=run.datasets)
