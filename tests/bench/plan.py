@@ -95,7 +95,7 @@ def device() -> Device:
 def compare(store: Store, base: str, changes: Mapping[str, Any], key: str) -> Compared:
     """Run a job, plan it, and read what it held."""
     asked = {**BASE, **changes}
-    blocks = asked.get("schedule.batch_size", 1) * asked["schedule.ranks"]
+    blocks = asked.get("schedule.batch_size", 1) * asked.get("schedule.ranks", 1)
     data = put_rows(store, 8 * blocks, asked["data.max_length"])
     run = order(base, data, asked)
     ended = job(store, run, key)
