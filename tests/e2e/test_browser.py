@@ -118,7 +118,7 @@ def test_an_image_reaches_the_engine(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#say img")).to_be_visible()
     say.fill("What colour is it?")
     say.press("Enter")
-    expect(bot.last).to_contain_text("cannot see")  # what is served here is blind
+    expect(bot.last).to_contain_text("sees no images")  # what is served here is blind
 
 
 def test_two_endpoints_answer_side_by_side(page: Page) -> None:

@@ -81,16 +81,21 @@ def test_the_api_stays_where_it_is(address: str, cookie: str) -> None:
     assert "unknown_url" in ask(address, "/v1/nothing")[1]
 
 
+def typed(text: str) -> dict[str, object]:
+    """What the chat's box holds."""
+    return {"text": text, "files": []}
+
+
 def test_chat_streams(web: Client) -> None:
-    job = web.submit("What is the capital of France?", "web", *SETTINGS, api_name="/chat")
+    job = web.submit(typed("What is the capital of France?"), "web", *SETTINGS, api_name="/chat")
     pieces = [str(piece) for piece in job]
     assert len(pieces) > 1 and "Paris" in pieces[-1]
 
 
 def test_an_error_is_an_answer_in_words(web: Client) -> None:
-    assert "no endpoint" in str(web.predict("hi", "nobody", *SETTINGS, api_name="/chat")).lower()
+    assert "no endpoint" in str(web.predict(typed("hi"), "nobody", *SETTINGS, api_name="/chat")).lower()
     hot = ["", "hot", *SETTINGS[2:]]
-    assert "Temperature must be a number" in str(web.predict("hi", "web", *hot, api_name="/chat"))
+    assert "Temperature must be a number" in str(web.predict(typed("hi"), "web", *hot, api_name="/chat"))
 
 
 def test_two_models_are_asked_side_by_side(web: Client) -> None:

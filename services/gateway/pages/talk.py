@@ -117,10 +117,13 @@ def parts(content: Any) -> list[pb.Part]:
         return [pb.Part(text=content)]
     found = []
     for part in content:
-        if part.get("type") == "text":
+        # Of a talk's own state Gradio gives texts and {"path": …}, of what is shown {"type": …}.
+        if isinstance(part, str):
+            found.append(pb.Part(text=part))
+        elif part.get("type") == "text":
             found.append(pb.Part(text=part["text"]))
-        elif part.get("type") == "file":
-            found.append(pb.Part(image=pb.Image(data=_uploaded(part["file"]["path"]))))
+        elif path := part.get("path") or part.get("file", {}).get("path"):
+            found.append(pb.Part(image=pb.Image(data=_uploaded(path))))
     return found
 
 

@@ -63,6 +63,8 @@ def test_images_go_along_from_the_folder_of_uploads_alone(tmp_path: Path, monkey
     [message] = asked("w", "e", [seen], "", pb.Sampling()).messages
     assert [p.WhichOneof("part") for p in message.content] == ["image", "text"]
     assert message.content[0].image.data == b"image"
+    kept: Turn = {"role": "user", "content": [{"path": seen["content"][0]["file"]["path"]}, "what is it?"]}
+    assert list(asked("w", "e", [kept], "", pb.Sampling()).messages) == [message]
     (tmp_path / "uploads" / "link").symlink_to(tmp_path / "secret")
     for path in (tmp_path / "secret", tmp_path / "uploads" / ".." / "secret", tmp_path / "uploads" / "link"):
         with pytest.raises(InvalidArgument, match="upload it again"):
