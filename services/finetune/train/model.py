@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
         model = kind.from_pretrained(
             directory,
             dtype=torch.float32 if whole else dtype,
-            quantization_config=_quantisation(config.quant, dtype, UNQUANTISED if seeing else None),
+            quantization_config=quantisation(config.quant, dtype, seeing),
             device_map=device,
             trust_remote_code=False,
             local_files_only=True,
@@ -74,11 +73,12 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def _quantisation(quant: QuantConfig, dtype: torch.dtype, skip: Sequence[str] | None) -> Any:
-    """`skip` are whole names of modules that stay as they are; None leaves the output head to transformers."""
+def quantisation(quant: QuantConfig, dtype: torch.dtype, seeing: bool) -> Any:
+    """What transformers is told, None of weights that stay as they are. Of a model that sees, the language model alone is
+    quantised."""
     from transformers import BitsAndBytesConfig
 
-    left = list(skip) if skip else None
+    left = list(UNQUANTISED) if seeing else None  # None leaves the output head to transformers
     if quant.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
     if quant.bits == 4:

@@ -20,8 +20,8 @@ from services.inference.engines.port import Picture
 MAX_IMAGES = 16
 MAX_BYTES = 20_000_000
 
-_decoding = threading.Lock()
-"""One image is decoded at a time: each may need a hundred megabytes."""
+DECODING = threading.Lock()
+"""One image is decoded at a time in an engine server, to be checked or looked at: each may need a hundred megabytes."""
 
 
 class Images:
@@ -62,7 +62,7 @@ class Images:
     def _picture(self, field: str, image: pb.Image) -> Picture:
         data = image.data if image.WhichOneof("source") == "data" else self._from_dataset(field, image.file)
         _check_size(field, len(data))
-        with _decoding:
+        with DECODING:
             fault = check_image(io.BytesIO(data))
         if fault is not None:
             raise _bad(field, fault[1], fault[0])

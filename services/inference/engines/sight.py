@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from services.finetune.vision import pixels, read_form
+from services.inference.engines.images import DECODING
 from services.inference.engines.port import Picture
 
 CACHE_BYTES = 256 << 20
-
-_decoding = threading.Lock()
-"""One image is decoded at a time: each may need a hundred megabytes."""
 
 
 class Sight:
@@ -32,7 +30,7 @@ class Sight:
 
     def pixels(self, picture: Picture) -> Tensor:
         """[3, S, S], float32."""
-        with _decoding:
+        with DECODING:
             return torch.from_numpy(pixels(io.BytesIO(picture.data), self._form))
 
     def known(self, digest: str, adapter: str) -> Tensor | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import math
 import threading
 from collections import deque
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import BitsAndBytesConfig, DynamicCache
+from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from services.finetune.config import QuantConfig, from_json
 from services.finetune.convert.modules import auto_class, is_llava
 from services.finetune.errors import FailedPrecondition
-from services.finetune.train.model import keep_layout
+from services.finetune.train.model import keep_layout, quantisation, read_config
 from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
 from services.inference.engines.sight import Sight
@@ -251,20 +251,8 @@ def how_likely(logits_V: Tensor, token: int, count: int) -> Likely:
 def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
     """The model on the GPU if there is one. FailedPrecondition (MODEL_NOT_SERVABLE)."""
     disable_progress_bar()
-    quant: Any = None
-    if bits == 4:
-        quant = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif bits == 8:
-        quant = BitsAndBytesConfig(load_in_8bit=True)
-    config = json.loads((folder / "config.json").read_text())
-    if quant is not None and is_llava(config):
-        # As in training: the language model alone.
-        quant.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]
+    config = read_config(folder)
+    quant = quantisation(from_json(QuantConfig, {"bits": bits}), dtype, is_llava(config))  # as in training
     try:
         model = auto_class(config).from_pretrained(
             folder,

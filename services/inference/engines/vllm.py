@@ -25,7 +25,7 @@ from typing import Any
 from services.finetune.convert.modules import parts_of
 from services.finetune.errors import FailedPrecondition, Unavailable
 from services.finetune.vision import ImageForm, picture, read_form
-from services.inference.engines.images import MAX_IMAGES
+from services.inference.engines.images import DECODING, MAX_IMAGES
 from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
 from services.inference.servable import check_hot, check_weights
 
@@ -336,7 +336,8 @@ def _placeholders(ids: Sequence[int], form: ImageForm) -> list[int]:
 
 
 def _decoded(images: Sequence[Picture]) -> list[Any]:
-    return [picture(io.BytesIO(image.data)) for image in images]
+    with DECODING:
+        return [picture(io.BytesIO(image.data)) for image in images]
 
 
 def _parts(folder: Path) -> set[str]:

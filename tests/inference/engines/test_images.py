@@ -25,6 +25,7 @@ from services.inference.engines.port import Picture, Sampling, Step
 from services.inference.engines.transformers import TransformersEngine
 from services.inference.servable import check_hot
 from tests.common.serving import refused
+from tests.finetune.train.llava import tiny_llava
 from tests.inference.engines.seeing import (
     NAME,
     Seeing,
@@ -234,6 +235,14 @@ def test_an_image_stands_on_a_line_of_its_own() -> None:
     }
     for text, given in parts.items():
         assert read_turns([user(*given)])[0].content == text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_language_model_alone_is_quantised(tmp_path: Path, bits: int) -> None:
+    model = TransformersEngine(tiny_llava(tmp_path / "m", hidden=64), {}, "float32", bits)._model
+    kinds = {n: type(m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    left = {n for n, kind in kinds.items() if kind is torch.nn.Linear}
+    assert left == {n for n in kinds if not n.startswith("model.language_model.")} and left != set(kinds)
 
 
 def test_vllm_is_not_given_what_it_would_ignore() -> None:
