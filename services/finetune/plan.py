@@ -18,7 +18,8 @@ from typing import Any
 
 from services.finetune.config import RunConfig, matches, override
 from services.finetune.errors import FailedPrecondition
-from services.finetune.towers import Tower, images_bytes, is_seeing, read_tower, renamed, tower_adapters, trained_of
+from services.finetune.modules import in_memory, is_seeing
+from services.finetune.towers import Tower, images_bytes, read_tower, tower_adapters, trained_of
 
 GIB = 2**30
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,7 +118,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         if tied and name.endswith("lm_head.weight"):
             continue
         parameters += math.prod(shape)
-        module = (renamed(name) if tower else name).rpartition(".")[0]
+        module = in_memory(name, config).rpartition(".")[0]
         modules[module] = modules.get(module, 0) + math.prod(shape)
         if is_seeing(name):
             continue

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.finetune.config import LoraConfig, RunConfig, matches
+from services.finetune.modules import PROJECTOR, TOWER, in_memory, is_llava, is_seeing
 
 SHARE = 0.25
-_LANGUAGE, _TOWER, _PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
+_OWN = TOWER.removesuffix("."), PROJECTOR.removesuffix(".")
+"""Modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,14 @@ class Tower:
 
 def read_tower(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Tower | None:
     """The vision side of a model's config.json and files; None of a model that has none."""
-    vision = config.get("vision_config") if config.get("model_type") == "llava" else None
+    vision = config.get("vision_config") if is_llava(config) else None
     if not vision:
         return None
     patches = (int(vision.get("image_size", 224)) // int(vision["patch_size"])) ** 2
     extra = 0 if vision.get("model_type") == "siglip_vision_model" else 1
     whole = config.get("vision_feature_select_strategy", "default") == "full"
-    own = {renamed(n): tuple(shape) for n, shape in tensors.items() if is_seeing(n)}
-    tower = {n: shape for n, shape in own.items() if n.startswith(_TOWER + ".")}
+    own = {in_memory(n, config): tuple(shape) for n, shape in tensors.items() if is_seeing(n)}
+    tower = {n: shape for n, shape in own.items() if n.startswith(TOWER)}
     width = int(vision["hidden_size"])
     return Tower(
         layers=int(vision["num_hidden_layers"]),
@@ -56,28 +58,13 @@ def read_tower(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
         given=patches + extra - (0 if whole else 1),
         language=int((config.get("text_config") or {}).get("hidden_size", 0)),
         parameters=sum(math.prod(s) for s in tower.values()),
-        projector=sum(math.prod(s) for n, s in own.items() if n.startswith(_PROJECTOR + ".")),
+        projector=sum(math.prod(s) for n, s in own.items() if n.startswith(PROJECTOR)),
         linears={
             n.removesuffix(".weight"): (s[0], s[1])
             for n, s in tower.items()
             if len(s) == 2 and n.endswith(".weight") and re.search(r"\.\d+\.", n)
         },
     )
-
-
-def is_seeing(tensor: str) -> bool:
-    """Whether a tensor of a model's files is of its tower or projector."""
-    return tensor.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector."))
-
-
-def renamed(tensor: str) -> str:
-    """A tensor of a LLaVA's files by the name that the model has for it."""
-    name = tensor.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
-    if name.startswith("language_model.lm_head."):
-        return name.removeprefix("language_model.")
-    if name.startswith("language_model."):
-        return _LANGUAGE + "." + name.removeprefix("language_model.").removeprefix("model.")
-    return "model." + name if is_seeing(name) else tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +80,16 @@ def trained_of(tower: Tower | None, config: RunConfig) -> Trained:
     if tower is None:
         return Trained(0, 0)
     if config.method == "full":
-        own, projector = (not any(matches(p, name) for p in config.model.freeze) for name in (_TOWER, _PROJECTOR))
+        own, projector = (not any(matches(p, name) for p in config.model.freeze) for name in _OWN)
         return Trained(own * tower.parameters, projector * tower.projector)
     lora = config.lora
-    own, projector = (any(matches(p, name) for p in lora.modules_to_save) for name in (_TOWER, _PROJECTOR))
+    own, projector = (any(matches(p, name) for p in lora.modules_to_save) for name in _OWN)
     return Trained(tower.parameters if own else tower_adapters(tower, lora), projector * tower.projector)
 
 
 def tower_adapters(tower: Tower | None, lora: LoraConfig) -> int:
     """LoRA's weights in a tower that is not trained whole."""
-    if tower is None or any(matches(p, _TOWER) for p in lora.modules_to_save):
+    if tower is None or any(matches(p, _OWN[0]) for p in lora.modules_to_save):
         return 0
     total = 0
     for name, (outputs, inputs) in tower.linears.items():

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from services.finetune.errors import FailedPrecondition
 from services.finetune.formats import IMAGE
+from services.finetune.modules import is_llava
 from services.finetune.store.artifacts import Manifest, materialise
 from services.finetune.store.port import Store
 from services.finetune.templates import IMAGE_ID, Encoded
@@ -85,7 +86,7 @@ class ImageForm:
 def read_form(directory: Path) -> ImageForm | None:
     """The form of a model's folder, None of a model that sees nothing. FailedPrecondition (VISION_UNSUPPORTED)."""
     config = _json(directory / "config.json")
-    if config.get("model_type") != "llava":
+    if not is_llava(config):
         return None
     # As transformers 5 writes it, and before.
     own = _json(directory / "processor_config.json").get("image_processor") or _json(directory / FILES[1])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.config import AdapterTask, ArtifactRef
-from services.finetune.convert.modules import LLAVA, as_modules, parts_of
+from services.finetune.convert.modules import as_modules
 from services.finetune.convert.shards import DTYPES, Stored, parse_header
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.modules import LLAVA, parts_of
 from services.finetune.prepare.certificate import carried
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish, read_file

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from services.finetune.config import AssembleTask, to_json
 from services.finetune.convert.image_token import IMAGE_TOKEN, add_image_token
-from services.finetune.convert.modules import FILE_LANGUAGE, FILE_PROJECTOR, FILE_TOWER, LLAVA
 from services.finetune.convert.rest import rest_of
 from services.finetune.convert.shards import DTYPES, NAMES, Stored, order, plan, progress, shard_names
 from services.finetune.convert.stream import (
@@ -36,6 +35,7 @@ from services.finetune.convert.stream import (
 )
 from services.finetune.convert.towers import CLIP, PREFIX, PREPROCESSOR, check_sizes
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.modules import FILE_LANGUAGE, FILE_PROJECTOR, FILE_TOWER, LLAVA
 from services.finetune.prepare.certificate import META
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file

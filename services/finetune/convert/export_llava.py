@@ -18,13 +18,14 @@ import torch
 
 from services.finetune.config import ExportTask, to_json
 from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
-from services.finetune.convert.modules import LANGUAGE, PROJECTOR, TOWER, as_modules, is_llava
+from services.finetune.convert.modules import as_modules
 from services.finetune.convert.rest import rest_of
 from services.finetune.convert.shards import Stored, order, plan, progress, shard_names
 from services.finetune.convert.stream import Piece, Shard, Writer, cast, read_model, read_rows
 from services.finetune.convert.towers import CLIP, PREPROCESSOR
 from services.finetune.convert.towers import PREFIX as TOWER_PREFIX
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import LANGUAGE, PROJECTOR, TOWER, is_llava
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, load, read_file
 from services.finetune.store.port import Store

@@ -25,11 +25,11 @@ from services.finetune.convert.adapter import (
 )
 from services.finetune.convert.checkpoints import Settings, Trained, read_checkpoint, read_settings
 from services.finetune.convert.families import FAMILIES, Family, Heads, Part, heads_of, native_parts
-from services.finetune.convert.modules import is_llava
 from services.finetune.convert.native import write_native
 from services.finetune.convert.rest import with_dtype
 from services.finetune.convert.shards import Stored, as_torch, progress
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.modules import is_llava
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish, read_file
 from services.finetune.templates import TEMPLATES

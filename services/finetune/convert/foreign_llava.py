@@ -32,11 +32,11 @@ from services.finetune.convert.adapter import (
 from services.finetune.convert.checkpoints import Trained, read_checkpoint, read_part_settings, read_settings
 from services.finetune.convert.families import heads_of, native_parts
 from services.finetune.convert.foreign import check_trained, family_of_modules, incomplete, native_pairs, pairs_of
-from services.finetune.convert.modules import LANGUAGE, PROJECTOR, TOWER, text_config
 from services.finetune.convert.pickles import read_tensors
 from services.finetune.convert.shards import Stored, as_torch, read_folder, weight_files
 from services.finetune.convert.stream import read_rows
 from services.finetune.errors import InvalidArgument
+from services.finetune.modules import LANGUAGE, PROJECTOR, TOWER, text_config
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File
 

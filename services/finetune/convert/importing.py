@@ -19,7 +19,6 @@ from services.finetune.convert.encoders import is_encoder, write_encoder
 from services.finetune.convert.families import Family, family_of, is_derived, native_config
 from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
 from services.finetune.convert.hub import download
-from services.finetune.convert.modules import LLAVA, in_memory, is_llava, text_config
 from services.finetune.convert.native import write_native
 from services.finetune.convert.pickles import read_tensors
 from services.finetune.convert.rest import with_dtype
@@ -42,6 +41,7 @@ from services.finetune.errors import (
     InvalidArgument,
     NotFound,
 )
+from services.finetune.modules import LLAVA, in_memory, is_llava, text_config
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
 from services.finetune.templates import TEMPLATES, check_name, load_template

@@ -18,7 +18,7 @@ from services.finetune.config import MergeTask, to_json
 from services.finetune.convert import merge_report
 from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
-from services.finetune.convert.modules import as_modules, in_files, in_memory, text_config
+from services.finetune.convert.modules import as_modules, in_files
 from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
 from services.finetune.convert.shards import Stored, check_stop, progress
 from services.finetune.convert.stream import (
@@ -35,6 +35,7 @@ from services.finetune.convert.stream import (
     slices,
 )
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.modules import in_memory, text_config
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, load, publish, read_file
 from services.finetune.store.port import Store

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from services.finetune.convert.layered import Layered, Read, Source
-from services.finetune.convert.modules import is_llava
 from services.finetune.convert.shards import Stored
 from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted
+from services.finetune.modules import is_llava
 from services.finetune.prepare.certificate import META, certify
 from services.finetune.templates import load_template
 from services.finetune.tokenizer import Tokenizer

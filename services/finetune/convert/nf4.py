@@ -13,10 +13,11 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from services.finetune.convert.modules import PROJECTOR, TOWER, auto_class
+from services.finetune.convert.modules import auto_class
 from services.finetune.convert.shards import Stored
 from services.finetune.convert.stream import read_rows, row_bytes
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import PROJECTOR, TOWER
 from services.finetune.store.port import Store
 
 BLOCK = 64

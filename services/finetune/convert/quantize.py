@@ -21,7 +21,6 @@ from torch import Tensor
 from services.finetune.config import QuantizeTask
 from services.finetune.convert.compressed import compressed_config, fp8, int4
 from services.finetune.convert.importing import read_json
-from services.finetune.convert.modules import is_llava
 from services.finetune.convert.reshard import made_from, whole
 from services.finetune.convert.rest import copy_rest, write_template
 from services.finetune.convert.shards import (
@@ -36,6 +35,7 @@ from services.finetune.convert.shards import (
     write,
 )
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import is_llava
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, materialise, publish_directory
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from services.finetune.modules import is_seeing
 from services.finetune.plan import FUSED, HEAD_ROWS
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
 from services.finetune.train.ops_torch import Drop, Heads, Source, Turns
-from services.finetune.train.seeing import is_seeing_side, sees
+from services.finetune.train.seeing import sees
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose tables do not change with the length of the input."""
@@ -84,7 +85,7 @@ class Fused:
         device = self.head.device
         self.adapters = Adapters([g for layer in self.layers for g in layer.groups], self.dtype, device)
         named = [(n, p) for n, p in causal.named_parameters() if p.requires_grad]
-        self.beside = [p for n, p in named if sees(causal) and is_seeing_side(n)]
+        self.beside = [p for n, p in named if sees(causal) and is_seeing(n)]
         """What is trained beside the decoder's linear layers: their gradients come by autograd."""
         known = sum(p.numel() for p in self.beside) + self.adapters.master.numel()
         if known != sum(p.numel() for _, p in named):

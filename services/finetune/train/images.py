@@ -22,12 +22,13 @@ from torch import Tensor
 
 from services.finetune.config import RunConfig
 from services.finetune.errors import NotFound
+from services.finetune.modules import TOWER, is_seeing
 from services.finetune.packing import Blocks
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, free_bytes, stream_file
 from services.finetune.train.model import computing
 from services.finetune.train.parallel import Batch
-from services.finetune.train.seeing import TOWER, Seen, is_seeing_side, look_at
+from services.finetune.train.seeing import Seen, look_at
 from services.finetune.vision import ImageForm, pixels
 
 AHEAD = 64
@@ -170,7 +171,7 @@ class Images:
     def __init__(self, causal: Any, form: ImageForm, store: Store, folder: Path, look: Look, ranks: int = 1) -> None:
         self.causal, self.form, self.device, self.dtype = causal, form, look.device, look.dtype
         trained = [n for n, p in causal.named_parameters() if p.requires_grad]
-        self.trained = any(is_seeing_side(n) for n in trained)
+        self.trained = any(is_seeing(n) for n in trained)
         """Whether there is a gradient to be had from images."""
         self.tower_trained = any(n.startswith(TOWER) for n in trained)
         self._inside = look.inside or self.tower_trained

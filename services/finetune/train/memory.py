@@ -16,20 +16,19 @@ import torch
 from services.finetune import plan as plans
 from services.finetune.config import ModelConfig, RunConfig
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import PROJECTOR, TOWER, is_seeing
 from services.finetune.packing import Blocks
 from services.finetune.plan import Batch, Device, Held, Lay, fused_bytes
 from services.finetune.towers import (
     Tower,
     Trained,
     images_bytes,
-    is_seeing,
     projector_bytes,
     read_tower,
     runs_twice,
     tower_bytes,
 )
 from services.finetune.train.methods import module_of
-from services.finetune.train.seeing import PROJECTOR, TOWER
 
 M_MMAP_THRESHOLD = -3
 """As malloc.h has it."""

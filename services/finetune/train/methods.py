@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from services.finetune.config import LoraConfig, RunConfig, matches
 from services.finetune.errors import FailedPrecondition, InvalidArgument, nearest
-from services.finetune.train.seeing import file_names, in_language, sees
+from services.finetune.modules import in_memory
+from services.finetune.train.seeing import in_language, sees
 
 ALL_LINEAR = "all-linear"
 _WILD = re.compile(r"[*?\[]")
@@ -83,11 +85,11 @@ def check_writable(model: Any, directory: Path) -> None:
     files have: transformers renames some models' tensors, or puts several into one, while it loads them."""
     from safetensors import safe_open
 
-    names: set[str] = set()
+    names, config = set[str](), model.config.to_dict()
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            names |= set(file.keys())
-    gone = [n for n, p in model.named_parameters() if p.requires_grad and not file_names(n) & names]
+            names |= set(map(partial(in_memory, config=config), file.keys()))
+    gone = [n for n, p in model.named_parameters() if p.requires_grad and not {n, n.partition(".")[2]} & names]
     if gone:
         raise FailedPrecondition(
             f"the base's files have no {gone[0]}, so what full training makes of it could not be written back; use lora",

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from services.finetune.config import QuantConfig, RunConfig
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import is_llava
 from services.finetune.plan import cpu_has_bfloat16
 from services.finetune.train.methods import adapt, check_writable, unfreeze
-from services.finetune.train.seeing import LLAVA, UNQUANTISED, Seen, language_of, with_images
+from services.finetune.train.seeing import UNQUANTISED, Seen, language_of, with_images
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
@@ -45,7 +46,7 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_no_code(directory)
-    whole, seeing = config.method == "full", model_type(directory) == LLAVA
+    whole, seeing = config.method == "full", is_llava(read_config(directory))
     kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
     try:
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
@@ -131,10 +132,6 @@ def check_no_code(directory: Path) -> None:
 def read_config(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return found
-
-
-def model_type(directory: Path) -> str:
-    return str(read_config(directory).get("model_type", ""))
 
 
 def caps_attention(directory: Path) -> bool:

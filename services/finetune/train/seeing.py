@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LLAVA = "llava"
-"""model_type of what is trained with images."""
-LANGUAGE, TOWER, PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
-"""Modules of transformers' LlavaForConditionalGeneration."""
+from services.finetune.modules import PROJECTOR, TOWER, is_llava, is_seeing
+
 UNQUANTISED = (TOWER, PROJECTOR, "lm_head")
 
 
@@ -33,7 +31,7 @@ class Seen:
 
 
 def sees(causal: Any) -> bool:
-    return getattr(causal.config, "model_type", "") == LLAVA
+    return is_llava({"model_type": getattr(causal.config, "model_type", "")})
 
 
 def language_of(causal: Any) -> Any:
@@ -41,26 +39,9 @@ def language_of(causal: Any) -> Any:
     return causal.model.language_model if sees(causal) else causal
 
 
-def is_seeing_side(module: str) -> bool:
-    """Whether a module of the causal model, by name, is the tower, the projector, or in one of them."""
-    return module.startswith((TOWER, PROJECTOR))
-
-
 def in_language(causal: Any, module: str) -> bool:
     """Whether a module of the causal model, by name, is of the language model."""
-    return not sees(causal) or not is_seeing_side(module)
-
-
-def file_names(parameter: str) -> set[str]:
-    """The names that a parameter of a causal model may have in its files."""
-    moved = {LANGUAGE: "language_model.model", "lm_head": "language_model.lm_head", PROJECTOR: PROJECTOR[6:]}
-    moved |= {TOWER: TOWER[6:]}
-    found = {parameter, parameter.partition(".")[2]}
-    for here, there in moved.items():
-        if parameter.startswith(here + "."):
-            found.add(there + parameter.removeprefix(here))
-    old = TOWER[6:] + "."
-    return found | {old + "vision_model." + name.removeprefix(old) for name in found if name.startswith(old)}
+    return not sees(causal) or not is_seeing(module)
 
 
 def look_at(causal: Any, pixels_N3SS: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from services.finetune.config import QuantConfig, from_json
-from services.finetune.convert.modules import auto_class, is_llava
+from services.finetune.convert.modules import auto_class
 from services.finetune.errors import FailedPrecondition
+from services.finetune.modules import is_llava
 from services.finetune.train.model import keep_layout, quantisation, read_config
 from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings

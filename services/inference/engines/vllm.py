@@ -22,8 +22,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.finetune.convert.modules import parts_of
 from services.finetune.errors import FailedPrecondition, Unavailable
+from services.finetune.modules import parts_of
 from services.finetune.vision import ImageForm, picture, read_form
 from services.inference.engines.images import DECODING, MAX_IMAGES
 from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
