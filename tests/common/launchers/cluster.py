@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.common.launchers.pods import Command, Json, Refused, matches, now, on_this_machine
+from tests.common.launchers.pods import Command, Json, Refused, leave, matches, now, on_this_machine
 from tests.k8s.rendered import VERSIONS, of_kind, overlay, problems
 
 CORE = ("pods", "services")
@@ -92,14 +92,7 @@ class Cluster:
 
     def close(self) -> None:
         self._ended.set()
-        self.server.shutdown()
-        self.server.server_close()
-        for thread in self._threads:
-            thread.join()
-        for process in self.processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        leave(self.server, self._threads, self.processes.values())
 
     def kubeconfig(self, account: str, name: str = "127.0.0.1") -> Path:
         """A file that lets a service account in, by a name of this machine."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.common.launchers.pods import Json, now, on_this_machine
+from tests.common.launchers.pods import Json, leave, now, on_this_machine
 
 NAME = "here"
 PODS = "api/v1/namespaces/quartet/pods"
@@ -72,14 +72,7 @@ class Node:
 
     def close(self) -> None:
         self._ended.set()
-        self._server.shutdown()
-        self._server.server_close()
-        for thread in self._threads:
-            thread.join()
-        for process in self.processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        leave(self._server, self._threads, self.processes.values())
 
     def log(self, path: str) -> bytes:
         """/containerLogs/<namespace>/<pod>/<container>?tailLines=…, as a kubelet has it."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 Json = dict[str, Any]
@@ -23,6 +29,20 @@ def on_this_machine(pod: Json) -> tuple[Sequence[str], Mapping[str, str]]:
     if "MASTER_ADDR" in variables:
         variables["MASTER_ADDR"] = "127.0.0.1"
     return [sys.executable, *container["args"]], variables
+
+
+def leave(
+    server: ThreadingHTTPServer, threads: Iterable[threading.Thread], processes: Iterable[subprocess.Popen[bytes]]
+) -> None:
+    """Stop answering, and end what ran for pods."""
+    server.shutdown()
+    server.server_close()
+    for thread in threads:
+        thread.join()
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def now(later_s: float = 0) -> str:
