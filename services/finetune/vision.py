@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -133,6 +133,12 @@ def check_token(form: ImageForm, tokenizer: Tokenizer) -> None:
             "assemble or import it again",
             reason="IMAGE_TOKEN_MISSING",
         )
+
+
+def expand(ids: Sequence[int], form: ImageForm) -> list[int]:
+    """`ids` with the tokens of a whole image in place of each IMAGE_ID."""
+    whole = [form.token_id] * form.tokens
+    return [token for i in ids for token in (whole if i == IMAGE_ID else (i,))]
 
 
 def spread(encoded: Encoded, form: ImageForm, most: int = 0) -> Encoded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from services.finetune.errors import InvalidArgument, nearest
 from services.finetune.formats import IMAGE, Message
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load
-from services.finetune.templates import Template, encode, guard, image_pieces
+from services.finetune.templates import Template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.finetune.train.model import computing
-from services.finetune.vision import ImageForm, pixels
+from services.finetune.vision import ImageForm, expand, pixels
 
 
 def shown(
@@ -86,15 +85,9 @@ class Answers:
 
     def _ids(self, prompt: str, image: bool) -> list[int]:
         system = self._config.report.system or self._config.data.system
-        if not image or self._form is None:
-            return encode(self._template.prompt([Message("user", prompt)], system), self._tokenizer).ids
-        asked = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
-        pieces = self._template.prompt([Message("user", asked)], system)
-        # The mark, which is a special token's text, made the whole question plain text.
-        cut = [[replace(p, special=True) for p in image_pieces(q)] if q.authored else [q] for q in pieces]
-        form = self._form
-        ids = encode(guard([p for part in cut for p in part], self._tokenizer), self._tokenizer, form.token_id).ids
-        return [i for one in ids for i in [one] * (form.tokens if one == form.token_id else 1)]
+        asked = f"{IMAGE}\n{prompt}" if image and IMAGE not in prompt else prompt
+        ids = to_prompt_ids(self._template, self._tokenizer, [Message("user", asked)], system, images=image)
+        return expand(ids, self._form) if self._form else ids
 
 
 def _invalid(why: str) -> InvalidArgument:

@@ -13,8 +13,7 @@ from services.finetune.errors import InvalidArgument, NotFound, Violation
 from services.finetune.prepare.images import check_image
 from services.finetune.store import Store
 from services.finetune.store.artifacts import get_ref, load, read_file
-from services.finetune.templates import IMAGE_ID
-from services.finetune.vision import ImageForm
+from services.finetune.vision import ImageForm, expand
 from services.inference.engines.port import Picture
 
 MAX_IMAGES = 16
@@ -54,10 +53,7 @@ class Images:
 
     def expand(self, ids: Sequence[int]) -> list[int]:
         """`ids` with the tokens of an image in place of each IMAGE_ID."""
-        if self.form is None:
-            return list(ids)
-        seen = [self.form.token_id] * self.form.tokens
-        return [token for i in ids for token in (seen if i == IMAGE_ID else (i,))]
+        return expand(ids, self.form) if self.form else list(ids)
 
     def _picture(self, field: str, image: pb.Image) -> Picture:
         data = image.data if image.WhichOneof("source") == "data" else self._from_dataset(field, image.file)
