@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import ArtifactRef, ConvertRun, RunConfig, TrainRun, override, to_json
 from services.finetune.progress import attempt_key, dump, raise_fence, read_fault, read_outcome, read_segments, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory
@@ -93,26 +93,37 @@ def order(base: str, data: str, changes: Mapping[str, Any], resume: str = "") ->
     )
 
 
-def start(store: Store, run: TrainRun, key: str, attempt: int = 1) -> subprocess.Popen[bytes]:
+def start(store: Store, run: TrainRun | ConvertRun, key: str, attempt: int = 1) -> subprocess.Popen[bytes]:
     """A worker at an attempt of a job."""
     raise_fence(store, key, attempt)
     store.put(f"{attempt_key(key, attempt)}/run.json", dump(to_json(run)))
-    command = [sys.executable, "-m", "services.finetune", "train", run_uri(store.uri, key, attempt)]
+    command = [sys.executable, "-m", "services.finetune", run.kind, run_uri(store.uri, key, attempt)]
     return subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def end(store: Store, key: str, attempt: int = 1) -> Ended:
-    """What a worker that is gone left behind. RuntimeError if it did not succeed."""
-    outcome = read_outcome(store, key)
-    if outcome is None or outcome[1].state != "SUCCEEDED":
-        raise RuntimeError(f"{key}: {outcome[1].error if outcome else read_fault(store, key, attempt)}")
+    """What a trainer that is gone left behind. RuntimeError if it did not succeed."""
+    checkpoint = _result(store, key, attempt)["checkpoint"]
     events = [e for _, segment in read_segments(store, key, attempt, -1) for e in segment]
     metrics = [e for e in events if e["type"] == "metric"]
     logs = [e["text"] for e in events if e["type"] == "log"]
-    return Ended(outcome[1].result["checkpoint"], metrics, logs)
+    return Ended(checkpoint, metrics, logs)
 
 
 def job(store: Store, run: TrainRun, key: str) -> Ended:
     """Run a whole job."""
     start(store, run, key).wait()
     return end(store, key)
+
+
+def convert(store: Store, key: str, **task: Any) -> str:
+    """Run a whole conversion; the digest of what it made."""
+    start(store, ConvertRun(job="bench", **task), key).wait()
+    return str(_result(store, key, 1)["model"])
+
+
+def _result(store: Store, key: str, attempt: int) -> dict[str, Any]:
+    outcome = read_outcome(store, key)
+    if outcome is None or outcome[1].state != "SUCCEEDED":
+        raise RuntimeError(f"{key}: {outcome[1].error if outcome else read_fault(store, key, attempt)}")
+    return outcome[1].result
