@@ -426,8 +426,14 @@ def autograd_bytes(
         elif leaf not in seen:
             kept += one.inputs * item
             seen |= next((group for group in SHARED if leaf in group), {leaf})
-    # Attention turns the mask into numbers, layer by layer.
-    layer = tokens * kept + tokens * batch.length * item
+    if gpu:
+        # Attention turns the mask into numbers, layer by layer.
+        kept += batch.length * item
+    else:
+        # Without a mask keys and values are not repeated.
+        keys = shape.linears["k_proj"].outputs if "k_proj" in shape.linears else queries
+        kept += 2 * (keys - queries) * item
+    layer = tokens * kept
     head = item * shape.hidden * shape.vocabulary
     copies = 0
     if dtype != "float32":
