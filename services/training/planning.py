@@ -14,8 +14,9 @@ from typing import Any
 from services.common.records import Record
 from services.common.settings import Settings
 from services.finetune import plan
-from services.finetune.config import RunConfig, TrainRun
+from services.finetune.config import RunConfig
 from services.finetune.errors import InvalidArgument, QuartetError, nearest
+from services.finetune.orders import TrainRun
 from services.finetune.plan import Batch, Device, Shape
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, read_file

@@ -17,8 +17,9 @@ from services.common import names, wire
 from services.common.jobs import Jobs
 from services.common.records import Record, Records
 from services.common.server import Room
-from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun, from_json
+from services.finetune.config import RunConfig, from_json
 from services.finetune.errors import InvalidArgument, ResourceExhausted
+from services.finetune.orders import ArtifactRef, PrepareRun, TrainRun
 from services.finetune.plan import GIB, Device
 from services.finetune.prepare import prepare
 from services.finetune.progress import Attempt, raise_fence
