@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from services.finetune.config import QuantConfig, RunConfig
+from services.finetune.devices import cpu_has_bfloat16
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import is_llava
-from services.finetune.plan import cpu_has_bfloat16
 from services.finetune.train.attention import attend_by_document, documents
 from services.finetune.train.methods import adapt, check_writable, unfreeze
 from services.finetune.train.seeing import UNQUANTISED, Seen, language_of, with_images
