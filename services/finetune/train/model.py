@@ -16,7 +16,7 @@ from torch import Tensor
 from services.finetune.config import QuantConfig, RunConfig
 from services.finetune.devices import cpu_has_bfloat16
 from services.finetune.errors import FailedPrecondition
-from services.finetune.modules import is_llava
+from services.finetune.modules import auto_class, is_llava
 from services.finetune.train.attention import attend_by_document, documents
 from services.finetune.train.methods import adapt, check_writable, unfreeze
 from services.finetune.train.seeing import UNQUANTISED, Seen, language_of, with_images
@@ -44,11 +44,12 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
 
     FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
     check_no_code(directory)
-    whole, seeing = config.method == "full", is_llava(read_config(directory))
-    kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    about = read_config(directory)
+    whole, seeing = config.method == "full", is_llava(about)
+    kind = getattr(transformers, auto_class(about))
     try:
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
         model = kind.from_pretrained(
