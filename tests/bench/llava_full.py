@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration
 from services.client.easy_vqa import SIDE, Drawing, captions, drawings, questions, write_tower
 from services.client.quickstart import gguf
 from services.client.quickstart_llava import FINETUNE, PRETRAIN, QUESTIONS_EACH
-from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ImportTask, MergeTask
+from services.finetune.orders import AdapterTask, ArtifactRef, AssembleTask, ImportTask, MergeTask
 from services.finetune.formats import IMAGE, Message
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish
