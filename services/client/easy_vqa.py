@@ -62,11 +62,12 @@ def captions(found: list[Drawing]) -> Iterator[Mapping[str, Any]]:
             yield _row(drawing, [("Describe this image.", drawing.caption)])
 
 
-def questions(found: list[Drawing], each: int) -> Iterator[Mapping[str, Any]]:
-    """LLaVA's rows for its second stage: up to `each` questions about an image, those that ask what there is among them."""
+def questions(found: list[Drawing], each: int, mixed: bool = False) -> Iterator[Mapping[str, Any]]:
+    """LLaVA's rows for its second stage: up to `each` questions about an image, those that ask what there is first, or
+    among the others."""
     for drawing in found:
-        talk = sorted(drawing.talk, key=lambda said: said[1] in _YES_NO)
-        yield _row(drawing, talk[:each])
+        talk = sorted(drawing.talk, key=lambda said: said[1] in _YES_NO)[:each]
+        yield _row(drawing, [said for said in drawing.talk if said in talk] if mixed else talk)
 
 
 def _row(drawing: Drawing, talk: list[tuple[str, str]]) -> Mapping[str, Any]:

@@ -47,6 +47,8 @@ PACE: Mapping[str, Any] = (
 MOST_TOKENS = 8
 AT_ONCE = 256 if GPU else 16
 """Questions that are answered together."""
+JUDGED = 1500
+"""Questions to judge a variant by."""
 ENGINE = 100
 """Questions that the engine of endpoints is asked too, one by one."""
 
@@ -66,8 +68,7 @@ def talks(found: list[Drawing]) -> Rows:
 
 
 def mixed(found: list[Drawing]) -> Rows:
-    """All questions about an image in one row, in an order drawn at random."""
-    return questions([dataclasses.replace(d, talk=d.talk) for d in found], 99)
+    return questions(found, QUESTIONS_EACH, mixed=True)
 
 
 def single(found: list[Drawing]) -> Rows:
@@ -75,11 +76,15 @@ def single(found: list[Drawing]) -> Rows:
     return questions([dataclasses.replace(d, talk=(said,)) for d in found for said in d.talk], 1)
 
 
+SMALL: Mapping[str, Any] = {"data.max_length": 512, "schedule.batch_size": 1, "schedule.accumulate": 2}
 VARIANTS: Mapping[str, Variant] = {
     "single": Variant(single, {"schedule.epochs": 3}),
     "tower": Variant(single, {"schedule.epochs": 3, **TOWER}),
     "fine": Variant(single, {"schedule.epochs": 2}, side=168),
-    "talks": Variant(talks, {"schedule.epochs": 6}),
+    "mixed": Variant(mixed, {"schedule.epochs": 6}),
+    "quick": Variant(talks, SMALL, images=160),
+    "quickmixed": Variant(mixed, SMALL, images=160),
+    "quicksingle": Variant(single, SMALL, images=64),
 }
 
 
@@ -89,7 +94,8 @@ class Pair:
     def __init__(self, store: Store, options: argparse.Namespace) -> None:
         self._store, self._options = store, options
         seen = drawings("train", options.images, seed=0)
-        self.learned, self.judged = seen[: -options.judged], _asked(seen[-options.judged :], options.questions)
+        self.learned = seen[: -options.judged]
+        self.judged = _asked(seen[-options.judged :], options.questions or JUDGED)
         self.test = _asked(drawings("test", 10_000, seed=1), options.questions)
         self.told: dict[str, Any] = {"variants": {}}
         self._asking = threading.Lock()
@@ -97,7 +103,9 @@ class Pair:
     def base(self, side: int) -> str:
         """Assembled, with a projector that has learned nothing."""
         with tempfile.TemporaryDirectory() as folder:
-            language = self._convert(f"language-{side}", import_model=ImportTask(local_path=str(gguf()), dtype="float32"))
+            language = self._convert(
+                f"language-{side}", import_model=ImportTask(local_path=str(gguf()), dtype="float32")
+            )
             tower = write_tower(Path(folder) / "dinov2-small", side)
             seeing = self._convert(f"tower-{side}", import_model=ImportTask(local_path=str(tower), dtype="float32"))
         task = AssembleTask(language_model=_ref(language), vision_tower=_ref(seeing))
@@ -106,10 +114,13 @@ class Pair:
     def learn(self, name: str, base: str, rows: Rows, images: list[Drawing], changes: Mapping[str, Any]) -> str:
         """The merged model."""
         began = time.monotonic()
-        ended = job(self._store, order(base, self._put(rows, images), {**changes, **PACE}), f"jobs/{name}")
+        ended = job(self._store, order(base, self._put(rows, images), changes), f"jobs/{name}")
         peak = next((line for line in reversed(ended.logs) if line.startswith("peak memory")), "")
         ways = [line for line in ended.logs if line.startswith("gradients by")]
-        print(f"{name}: {len(ended.metrics)} metrics, {time.monotonic() - began:.0f} s, loss {ended.values('loss')[-1]:.3f}, {peak}, {ways}", flush=True)
+        print(
+            f"{name}: {len(ended.metrics)} metrics, {time.monotonic() - began:.0f} s, loss {ended.values('loss')[-1]:.3f}, {peak}, {ways}",
+            flush=True,
+        )
         adapter = self._convert(f"{name}-adapter", adapter=AdapterTask(checkpoint=_ref(ended.checkpoint)))
         return self._convert(f"{name}-merged", merge=MergeTask(adapter=_ref(adapter), base=_ref(base), report="never"))
 
@@ -122,8 +133,11 @@ class Pair:
             right = [text == one.answer for text, one in zip(said, asked, strict=True)]
             part = sum(right) / len(right)
             open_ones = [good for good, one in zip(right, asked, strict=True) if one.answer not in ("yes", "no")]
-            print(f"{name}: {part:.2%} of {len(asked)} right, {np.mean(open_ones):.2%} of the {len(open_ones)} that are not answered by "
-                  f"yes or no; {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{name}: {part:.2%} of {len(asked)} right, {np.mean(open_ones):.2%} of the {len(open_ones)} that are not answered by "
+                f"yes or no; {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
             self.told["variants"][name] = {"right": part, "asked": len(asked)}
             if engine:
                 same = sum(a == b for a, b in zip(by_engine(whole, asked[:engine]), said, strict=False))
@@ -256,18 +270,22 @@ def main() -> None:
     chosen = {name: VARIANTS[name] for name in options.variants}
     with tempfile.TemporaryDirectory() as home:
         pair = Pair(open_store(Path(options.store or f"{home}/store").absolute().as_uri()), options)
-        print(f"{len(pair.learned)} images to learn from, {len(pair.judged)} and {len(pair.test)} questions", flush=True)
+        print(
+            f"{len(pair.learned)} images to learn from, {len(pair.judged)} and {len(pair.test)} questions", flush=True
+        )
         captioned = {}
         for side in sorted({one.side for one in chosen.values()}):
             base = pair.base(side)
             pair.ask(f"untouched {side}", base, pair.judged)
-            captioned[side] = pair.learn(f"captions-{side}", base, captions(pair.learned), pair.learned, PRETRAIN)
+            captioned[side] = pair.learn(
+                f"captions-{side}", base, captions(pair.learned), pair.learned, {**PRETRAIN, **PACE}
+            )
             pair.ask(f"captions {side}", captioned[side], pair.judged)
 
         def run(name: str) -> tuple[float, str]:
             one = chosen[name]
             seen = pair.learned[: one.images or None]
-            model = pair.learn(name, captioned[one.side], one.rows(seen), seen, {**FINETUNE, **one.changes})
+            model = pair.learn(name, captioned[one.side], one.rows(seen), seen, {**FINETUNE, **PACE, **one.changes})
             return pair.ask(name, model, pair.judged), model
 
         with ThreadPoolExecutor(len(chosen)) as pool:
