@@ -29,7 +29,7 @@ from services.finetune.train.data import prepare
 from services.finetune.train.engine import Engine, choose
 from services.finetune.train.flops import cost, peak, peak_memory
 from services.finetune.train.images import Images, Look, come_again
-from services.finetune.train.memory import give_back, planned, recompute
+from services.finetune.train.memory import forget_peak, give_back, planned, recompute
 from services.finetune.train.model import causal_of, choose_dtype, load_model, trainable
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.report import Report, Silent
@@ -160,6 +160,7 @@ class Trainer:
         dtype, why = choose_dtype(self.config.model.dtype)
         self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
         self.model = load_model(folder, self.config, dtype)
+        forget_peak()
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
         form = read_form(folder)

@@ -95,6 +95,8 @@ def test_merging_all_parts_equals_peft(model: Model) -> None:
         on = expected(**model.inputs()).logits
         off = load_llava(folder)(**model.inputs()).logits
     assert torch.allclose(on, off, atol=1e-5)
+    # As they are told in 16 bits: a number that lies between two of them may go either way.
+    assert ulps(on.bfloat16(), off.bfloat16()) <= 1
     state = expected.merge_and_unload().state_dict()
     base, found = tensors(model.folder), tensors(folder)
     assert found.keys() == base.keys()
