@@ -73,8 +73,8 @@ def quickstart_llava(a: Namespace) -> int:
         out(told)
     else:
         print(
-            f"exact match on {a.questions} held-out questions: {told['untouched']:.1%} untouched, {told['before']:.1%} after "
-            f"captions, {told['after']:.1%} after questions"
+            f"exact match on {a.questions} held-out questions: {told['untouched']:.1%} untouched, "
+            f"{told['before']:.1%} after captions, {told['after']:.1%} after questions"
         )
         print(f"asked {told['question']!r}: {told['said_before']!r} before, {told['said_after']!r} after")
         print(f"{told['wall_s']} s, {told['cpu_s']} s of processors; the model is {told['model']}")

@@ -123,7 +123,7 @@ def convert(store: Store, key: str, **task: Any) -> str:
     return str(_result(store, key, 1)["model"])
 
 
-def _result(store: Store, key: str, attempt: int) -> dict[str, Any]:
+def _result(store: Store, key: str, attempt: int) -> Mapping[str, Any]:
     outcome = read_outcome(store, key)
     if outcome is None or outcome[1].state != "SUCCEEDED":
         raise RuntimeError(f"{key}: {outcome[1].error if outcome else read_fault(store, key, attempt)}")

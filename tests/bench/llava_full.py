@@ -1,9 +1,9 @@
-"""python -m tests.bench.llava_full [VARIANT …]: what the quickstart's small pair answers once it has learned from all of easy-VQA.
+"""python -m tests.bench.llava_full [VARIANT …]: what the quickstart's pair answers once it has learned from all of easy-VQA.
 
-SmolLM2-135M and DINOv2 ViT-S, learning in the two stages of services/client/quickstart_llava.py, by its workers over a store.
+SmolLM2-135M and DINOv2 ViT-S, learning in the two stages of services/client/quickstart_llava.py, by workers over a store.
 Variants learn side by side. They are judged by questions about images that none of them has learned from, and the best
-is asked all questions of the test set, whose images are others again. An answer is right if it is the expected text, letter by
-letter. Needs what `make quickstart-llava` installs.
+is asked all questions of the test set, whose images are others again. An answer is right if it is the expected text.
+Needs what `make quickstart-llava` installs.
 """
 
 from __future__ import annotations
