@@ -17,6 +17,9 @@ ALIGN = 128
 """Bytes that every tensor of a layer begins at a multiple of. Weights of real models are multiples, so they lie side by
 side, as the fused path stacks them."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""By its name since torch 2.13, or its older one."""
+
 
 class Dealt:
     """The linear layers of a decoder's layers, in two places in turn: those of even number in one, of odd in the other.
@@ -79,12 +82,12 @@ class Dealt:
             return
         self._held[place] = number
         if self._stream is None:
-            dist.all_gather_into_tensor(self.places[place], self.parts[number])
+            _all_gather(self.places[place], self.parts[number])
             return
         # All that reads the layer before in this place was asked for already.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            dist.all_gather_into_tensor(self.places[place], self.parts[number])
+            _all_gather(self.places[place], self.parts[number])
             self._ready[place] = self._stream.record_event()
 
 
