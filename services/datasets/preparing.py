@@ -13,8 +13,9 @@ from services.common.records import Record
 from services.common.supervisor import Work
 from services.datasets.usecases import Datasets
 from services.datasets.validating import check_length
-from services.finetune.config import ArtifactRef, DataConfig, PrepareRun, to_json
+from services.finetune.config import DataConfig, to_json
 from services.finetune.errors import Aborted, AlreadyExists, InvalidArgument, Violation
+from services.finetune.orders import ArtifactRef, PrepareRun
 from services.finetune.prepare import check_weights, holds_rows
 from services.finetune.prepare.certificate import Certificate, certify
 from services.finetune.prepare.shelf import find, shelf_key

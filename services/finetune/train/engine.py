@@ -15,6 +15,7 @@ from services.finetune.config import ModelConfig
 from services.finetune.packing import Blocks
 from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
+from services.finetune.train.attention import attends_by_document
 from services.finetune.train.batch import Flat, flatten
 from services.finetune.train.dealt import Dealt
 from services.finetune.train.images import Images
@@ -267,4 +268,5 @@ def choose(
                 raise
             why = f"not covered by the fused kernels: {error}"
     twice = memory.recompute(causal_of(model), config, device)
-    return Autograd(model, blocks, device, dtype, group, images), f"torch's autograd over dense masks ({why}); {twice}"
+    masks = "attention by document" if attends_by_document(causal_of(model)) else "over dense masks"
+    return Autograd(model, blocks, device, dtype, group, images), f"torch's autograd, {masks} ({why}); {twice}"

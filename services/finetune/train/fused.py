@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.finetune.modules import is_seeing
-from services.finetune.plan import FUSED, HEAD_ROWS
+from services.finetune.plan import HEAD_ROWS
+from services.finetune.shape import FUSED
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
 from services.finetune.train.dealt import Dealt

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from services.finetune.config import TrainRun, override
+from services.finetune.config import override
 from services.finetune.errors import Cancelled, InvalidArgument, QuartetError
+from services.finetune.orders import TrainRun
 from services.finetune.prepare.certificate import META, certify
 from services.finetune.progress import Attempt, best_checkpoint, checkpoints
 from services.finetune.store.artifacts import load, materialise

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from services.finetune.config import QuantConfig, RunConfig
+from services.finetune.devices import cpu_has_bfloat16
 from services.finetune.errors import FailedPrecondition
-from services.finetune.modules import is_llava
-from services.finetune.plan import cpu_has_bfloat16
+from services.finetune.modules import auto_class, is_llava
+from services.finetune.train.attention import attend_by_document, documents
 from services.finetune.train.dealt import Dealt
 from services.finetune.train.fused import check_covered, decoder_of, layers_of
 from services.finetune.train.methods import adapt, check_writable, unfreeze
@@ -46,11 +47,12 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype, dealt: De
 
     FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID); Uncovered, with `dealt` alone.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
     check_no_code(directory)
-    whole, seeing = config.method == "full", is_llava(read_config(directory))
-    kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    about = read_config(directory)
+    whole, seeing = config.method == "full", is_llava(about)
+    kind = getattr(transformers, auto_class(about))
     try:
         device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not dealt else None
         model = kind.from_pretrained(
@@ -72,6 +74,8 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype, dealt: De
     check_packable(model, config)
     if dealt:
         deal(model, config.quant, dtype, dealt)
+    if not torch.cuda.is_available() and isolates(model):
+        attend_by_document(model)
     keep_layout(model, every=True)
     if not whole:
         model = adapt(model, config)
@@ -236,6 +240,7 @@ def summed_loss(
     given: dict[str, Any] = {"seen": seen} if seen else {}
     if isolates(causal):
         given |= {"attention_mask": masks(causal, segments_BL), "position_ids": positions_BL}
+        given |= documents(causal, segments_BL)
     # The head is cut short from outside: what a model does to its logits afterwards (caps, scales) stays its own.
     head = causal.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, where_K)[None],))

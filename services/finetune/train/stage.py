@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from services.finetune.config import RunConfig, override
-from services.finetune.plan import ROOM, STAGES, Device, engine, needed_bytes
+from services.finetune.devices import Device
+from services.finetune.plan import ROOM, STAGES, engine, needed_bytes
 from services.finetune.recipes.deepspeed import lacks
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.dealt import Dealt

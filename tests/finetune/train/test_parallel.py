@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.packing import Blocks
 from services.finetune.plan import needed_bytes
 from services.finetune.store import Store, open_store
