@@ -72,10 +72,10 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype, dealt: De
             f"transformers cannot load this model: {str(error).splitlines()[0]}", reason="MODEL_NOT_TRAINABLE"
         ) from error
     check_packable(model, config)
-    if dealt:
-        deal(model, config.quant, dtype, dealt)
     if not torch.cuda.is_available() and isolates(model):
         attend_by_document(model)
+    if dealt:
+        deal(model, config.quant, dtype, dealt)
     keep_layout(model, every=True)
     if not whole:
         model = adapt(model, config)
