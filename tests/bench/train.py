@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, TrainRun
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.store import open_store
 from services.finetune.train import checkpoint
 from services.finetune.train.attention import attend_by_document

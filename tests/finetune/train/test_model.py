@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from services.finetune import packing
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
 from services.finetune.errors import FailedPrecondition, InvalidArgument, out_of_memory
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, read_segments, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory
