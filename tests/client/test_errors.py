@@ -128,7 +128,7 @@ def test_unavailable_is_tried_again_with_the_same_request_id(monkeypatch: pytest
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_one_that_answered_before_is_waited_for(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is being replaced, or comes back: not what a person forgot to start. That there is no such thing is an answer too."""
+    """It is being replaced, or comes back: not what a person forgot to start. A refusal is an answer too."""
     monkeypatch.setattr("services.client.retry.pause_s", lambda attempt: 0.01)
     request = datasets_pb2.CreateDatasetRequest(parent="workspaces/default")
     servicer = datasets(NotFound("no such workspace", reason="WORKSPACE_NOT_FOUND"), times=int(refused))
