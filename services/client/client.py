@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import google_crc32c
 import grpc
 from quartet.conversion.v1 import conversion_pb2
 from quartet.conversion.v1.conversion_pb2_grpc import ConversionStub
@@ -27,13 +25,12 @@ from services.client.retry import RETRIES, Room, credentials, pause_s
 from services.common import auth
 from services.common.settings import Settings
 from services.common.status import CHANNEL_OPTIONS, from_status
-from services.finetune.errors import Aborted, DataLoss, Internal, QuartetError, Unavailable
+from services.finetune.errors import Aborted, QuartetError, Unavailable
 from services.finetune.formats import DETECTED, Reading
 
 T = TypeVar("T")
 
 DEFAULT_ENDPOINT = "127.0.0.1:50050"
-CHUNK_BYTES = 1 << 20
 ROOMS = {"datasets": DatasetsStub, "training": TrainingStub, "conversion": ConversionStub, "inference": InferenceStub}
 JOBS: Mapping[str, tuple[str, Any, str]] = {
     "trainingJobs": ("training", training_pb2, "TrainingJob"),
@@ -208,51 +205,9 @@ class Client:
 
     def upload_file(self, dataset: str, path: Path, told: Progress = lambda done, total: None, digest: str = "") -> str:
         """Send one file's bytes, going on after cuts; its digest, computed unless it is given."""
-        if not digest:
-            with path.open("rb") as source:
-                digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
-        size = path.stat().st_size
-        request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size, direct=True)
-        status = self._send_direct(path, request, told)
-        tries, reached = 0, status.committed_bytes
-        while not status.complete:
-            try:
-                status = self.datasets.WriteBlob(_chunks(path, status, told))
-                if not status.complete:
-                    raise Internal(f"the upload of {path} never completed", reason="UPLOAD_STUCK")
-            except (Unavailable, DataLoss):
-                if tries == RETRIES:
-                    raise
-                time.sleep(pause_s(tries))
-                status = self._upload_status(status.upload, request)
-                # Whoever gets on may go on: only cuts in one place are counted.
-                tries = tries + 1 if status.committed_bytes <= reached else 0
-                reached = status.committed_bytes
-        told(size, size)
-        return digest
+        from services.client.upload import send_file
 
-    def _send_direct(self, path: Path, request: datasets_pb2.BeginUploadRequest, told: Progress) -> Any:
-        """Announce a file, and send it to the store itself as far as that goes; the status then."""
-        status = self.datasets.BeginUpload(request)
-        while status.links:
-            from services.client.direct import put_ranges
-
-            before, whole = status.committed_bytes, put_ranges(path, status, told)
-            status = self.datasets.BeginUpload(request)
-            if not whole or status.committed_bytes <= before:
-                break
-        return status
-
-    def _upload_status(self, upload: str, request: datasets_pb2.BeginUploadRequest) -> datasets_pb2.BlobStatus:
-        status: datasets_pb2.BlobStatus
-        try:
-            status = self.datasets.GetBlobStatus(datasets_pb2.GetBlobStatusRequest(upload=upload))
-        except QuartetError as error:
-            # A finished upload may be forgotten while its answer was lost: announcing again finds the blob.
-            if error.reason != "UPLOAD_NOT_FOUND":
-                raise
-            status = self.datasets.BeginUpload(request)
-        return status
+        return send_file(self, dataset, path, told, digest)
 
     # ------------------------------------------------------------------------------------------ jobs
 
@@ -417,20 +372,3 @@ class Client:
             sampling=inference_pb2.Sampling(**sampling),
         )
         return iter(self.inference.Chat(request))
-
-
-def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.WriteBlobRequest]:
-    with path.open("rb") as source:
-        at = source.seek(status.committed_bytes)
-        while True:
-            data = source.read(CHUNK_BYTES)
-            # Also where all bytes are there and only their end is to be said.
-            last = at + len(data) >= status.size_bytes or not data
-            crc = google_crc32c.value(data)
-            yield datasets_pb2.WriteBlobRequest(
-                upload=status.upload, offset_bytes=at, data=data, crc32c=crc, finish=last
-            )
-            at += len(data)
-            told(at, status.size_bytes)
-            if last:
-                return

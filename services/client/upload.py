@@ -6,14 +6,17 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 from quartet.datasets.v1 import datasets_pb2
 
-from services.finetune.errors import InvalidArgument, NotFound, QuartetError
+from services.client.retry import RETRIES, pause_s
+from services.finetune.errors import DataLoss, Internal, InvalidArgument, NotFound, QuartetError, Unavailable
 from services.finetune.store.delta import Signature, write_delta
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ DELTA_FROM_BYTES = 1 << 20
 WORTH = 0.7
 """A delta that is longer than this part of the file is not sent."""
 IN_FLIGHT = 4
+CHUNK_BYTES = 1 << 20
 
 
 def files_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -149,3 +153,71 @@ def _send_delta(
         )
     )
     return bool(status.complete)
+
+
+def send_file(client: Client, dataset: str, path: Path, told: Progress, digest: str = "") -> str:
+    """Client.upload_file."""
+    if not digest:
+        with path.open("rb") as source:
+            digest = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
+    size = path.stat().st_size
+    request = datasets_pb2.BeginUploadRequest(parent=dataset, digest=digest, size_bytes=size, direct=True)
+    status = _send_direct(client, path, request, told)
+    tries, reached = 0, status.committed_bytes
+    while not status.complete:
+        try:
+            status = client.datasets.WriteBlob(_chunks(path, status, told))
+            if not status.complete:
+                raise Internal(f"the upload of {path} never completed", reason="UPLOAD_STUCK")
+        except (Unavailable, DataLoss):
+            if tries == RETRIES:
+                raise
+            time.sleep(pause_s(tries))
+            status = _upload_status(client, status.upload, request)
+            # Whoever gets on may go on: only cuts in one place are counted.
+            tries = tries + 1 if status.committed_bytes <= reached else 0
+            reached = status.committed_bytes
+    told(size, size)
+    return digest
+
+
+def _send_direct(client: Client, path: Path, request: datasets_pb2.BeginUploadRequest, told: Progress) -> Any:
+    """Announce a file, and send it to the store itself as far as that goes; the status then."""
+    status = client.datasets.BeginUpload(request)
+    while status.links:
+        from services.client.direct import put_ranges
+
+        before, whole = status.committed_bytes, put_ranges(path, status, told)
+        status = client.datasets.BeginUpload(request)
+        if not whole or status.committed_bytes <= before:
+            break
+    return status
+
+
+def _upload_status(client: Client, upload: str, request: datasets_pb2.BeginUploadRequest) -> datasets_pb2.BlobStatus:
+    status: datasets_pb2.BlobStatus
+    try:
+        status = client.datasets.GetBlobStatus(datasets_pb2.GetBlobStatusRequest(upload=upload))
+    except QuartetError as error:
+        # A finished upload may be forgotten while its answer was lost: announcing again finds the blob.
+        if error.reason != "UPLOAD_NOT_FOUND":
+            raise
+        status = client.datasets.BeginUpload(request)
+    return status
+
+
+def _chunks(path: Path, status: Any, told: Progress) -> Iterator[datasets_pb2.WriteBlobRequest]:
+    with path.open("rb") as source:
+        at = source.seek(status.committed_bytes)
+        while True:
+            data = source.read(CHUNK_BYTES)
+            # Also where all bytes are there and only their end is to be said.
+            last = at + len(data) >= status.size_bytes or not data
+            crc = google_crc32c.value(data)
+            yield datasets_pb2.WriteBlobRequest(
+                upload=status.upload, offset_bytes=at, data=data, crc32c=crc, finish=last
+            )
+            at += len(data)
+            told(at, status.size_bytes)
+            if last:
+                return

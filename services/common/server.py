@@ -39,6 +39,13 @@ DRAIN_S = 10.0
 """Calls under way have so long then."""
 CONNECTION_AGE_S = 300
 """Clients ask for addresses anew after so long, and find replicas that came later."""
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+"""For every server: by default one ends a connection (too_many_pings) whose client pings more often than every 5 minutes,
+and ours does while it waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +273,7 @@ def _options() -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # Without this a second server would share the port silently, and clients would meet either.
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
+        *KEEPALIVE,
         # Calls under way are let end, however long they take.
         ("grpc.max_connection_age_ms", CONNECTION_AGE_S * 1000),
     ]

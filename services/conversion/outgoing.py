@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 from urllib.parse import SplitResult, urlsplit
 
-from services.finetune.config import (
+from services.finetune.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from services.finetune.orders import (
     ArtifactRef,
     ExportTask,
     GgufType,
@@ -16,7 +17,6 @@ from services.finetune.config import (
     QuantizeTask,
     ReshardTask,
 )
-from services.finetune.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.finetune.store.artifacts import Manifest
 
 Arguments = Mapping[str, Any]

@@ -16,7 +16,7 @@ from services.common.records import Record
 from services.common.supervisor import Work
 from services.conversion import outgoing
 from services.conversion.registry import Lineage, Registry
-from services.finetune.config import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import to_json
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -26,6 +26,7 @@ from services.finetune.errors import (
     PermissionDenied,
     Violation,
 )
+from services.finetune.orders import AdapterTask, ArtifactRef, AssembleTask, ConvertRun, ImportTask, MergeTask
 from services.finetune.progress import Event
 from services.finetune.store import Store, garbage
 from services.finetune.store.artifacts import (

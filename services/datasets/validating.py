@@ -12,8 +12,9 @@ from services.common.jobs import Jobs
 from services.common.records import Record
 from services.common.supervisor import Work
 from services.datasets.usecases import Datasets
-from services.finetune.config import ArtifactRef, ValidateRun, to_json
+from services.finetune.config import to_json
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.orders import ArtifactRef, ValidateRun
 from services.finetune.prepare import holds_rows
 from services.finetune.store import Store
 from services.finetune.templates import check_name

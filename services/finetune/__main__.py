@@ -19,8 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ConvertRun, PrepareRun, TrainRun, ValidateRun, from_json
+from services.finetune.config import from_json
 from services.finetune.errors import Cancelled, QuartetError, ResourceExhausted, out_of_memory
+from services.finetune.orders import ConvertRun, PrepareRun, TrainRun, ValidateRun
 from services.finetune.progress import Attempt, Fenced, Outcome, attempt_key, split_run_uri
 from services.finetune.store import open_store
 from services.finetune.train import ranks

@@ -65,3 +65,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = dict(config.get("text_config") or {})
     # Where the part does not say it, the whole does.
     return {**{k: config[k] for k in ("tie_word_embeddings",) if k in config}, **inner}
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The name of transformers' class that loads such a model."""
+    return "AutoModelForImageTextToText" if is_llava(config) else "AutoModelForCausalLM"

@@ -1,4 +1,4 @@
-"""What a training run will take, before anything is started: steps, bytes on each device, seconds; from numbers alone.
+"""What a training run will hold on each device, before anything is started; from numbers alone.
 
 Two ways to the gradients have two formulas, `fused_bytes` for services.finetune.train.fused, which lays out its layers by
 it, and `autograd_bytes` for torch's own. Units are bytes unless named. Letters: T tokens of a micro-step, D hidden, F
@@ -8,21 +8,17 @@ intermediate, Q all query heads together, V vocabulary, K learned tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from services.finetune.config import RunConfig, matches, override
+from services.finetune.config import RunConfig
+from services.finetune.devices import GIB, Device
 from services.finetune.errors import FailedPrecondition
-from services.finetune.modules import in_memory, is_seeing
-from services.finetune.towers import Tower, images_bytes, read_tower, tower_adapters, trained_of
+from services.finetune.modules import is_seeing
+from services.finetune.shape import FUSED, Shape
+from services.finetune.towers import images_bytes, trained_of
+from services.finetune.weights import ITEM, adapted, lora_parameters, meant, trained_parameters, weight_bytes, whole
 
-GIB = 2**30
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCALE = 4 / 256
 """Of 8-bit state: a float32 for 256 numbers."""
 OPTIMIZER_BYTES: Mapping[str, float] = {
@@ -51,121 +47,8 @@ CONTEXT = int(0.6 * GIB)
 INTERPRETER = int(0.47 * GIB)
 """Resident in a worker on a CPU beside its tensors: 0.39 once torch, transformers, peft and bitsandbytes are loaded, the
 rest once they have run (torch 2.13, x86-64)."""
-MAX_HEADER_BYTES = 64 << 20
-FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Linear layers that read one input."""
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this machine's processor multiplies it in hardware: emulated, it is slower than float32."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-# ---------------------------------------------------------------------------------------------- the model
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """Linear layers of one leaf name, over all decoder layers together; sizes are of one."""
-
-    count: int
-    inputs: int
-    outputs: int
-
-    @property
-    def parameters(self) -> int:
-        return self.count * self.inputs * self.outputs
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A base model, as far as memory and time hang on it."""
-
-    architecture: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    head_size: int
-    vocabulary: int
-    parameters: int
-    linears: Mapping[str, Linear]
-    normed_heads: bool = False
-    modules: Mapping[str, int] = field(default_factory=dict)
-    """Parameters of every module that has some of its own, by its whole name."""
-    tower: Tower | None = None
-    """Of a model that sees; `linears` are those of the language model alone."""
-
-
-def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Shape:
-    """A model's shape from its config.json and the shapes of its tensors. FailedPrecondition (SHAPE_UNKNOWN)."""
-    text = config.get("text_config") or config
-    try:
-        layers, hidden, heads = (text[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-        vocabulary = text["vocab_size"]
-    except KeyError as error:
-        raise FailedPrecondition(f"the base's config.json has no {error}", reason="SHAPE_UNKNOWN") from error
-    linears: dict[str, Linear] = {}
-    tied, tower = (
-        bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        read_tower(config, tensors),
-    )
-    parameters, modules = 0, dict[str, int]()
-    for name, shape in tensors.items():
-        if tied and name.endswith("lm_head.weight"):
-            continue
-        parameters += math.prod(shape)
-        module = in_memory(name, config).rpartition(".")[0]
-        modules[module] = modules.get(module, 0) + math.prod(shape)
-        if is_seeing(name):
-            continue
-        # What has a row for each token is the embedding or the head.
-        if name.endswith(".weight") and len(shape) == 2 and vocabulary not in shape and re.search(r"\.\d+\.", name):
-            leaf = name.split(".")[-2]
-            known = linears.get(leaf, Linear(0, shape[1], shape[0]))
-            linears[leaf] = dataclasses.replace(known, count=known.count + 1)
-    if not linears:
-        raise FailedPrecondition("the base's files hold no linear layers", reason="SHAPE_UNKNOWN")
-    return Shape(
-        architecture=_architecture(config, text),
-        layers=layers,
-        hidden=hidden,
-        intermediate=text.get("intermediate_size") or 4 * hidden,
-        heads=heads,
-        head_size=text.get("head_dim") or hidden // heads,
-        vocabulary=vocabulary,
-        parameters=parameters,
-        linears=linears,
-        normed_heads=any(name.endswith("q_norm.weight") for name in tensors),
-        modules=modules,
-        tower=tower,
-    )
-
-
-def _architecture(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
-    """The class of the language model. The config.json of a model that sees names it by its type alone."""
-    if text is config:
-        return str((config.get("architectures") or [""])[0])
-    return next((n for n in FUSED if n.removesuffix("ForCausalLM").lower() == text.get("model_type", "llama")), "")
-
-
-def tensor_shapes(read: Callable[[int, int], bytes]) -> dict[str, list[int]]:
-    """The shapes in a safetensors file, which begins with 8 bytes of its header's length and the header, JSON. `read` gives
-    (offset, length) of it. FailedPrecondition (SHAPE_UNKNOWN)."""
-    try:
-        length = int.from_bytes(read(0, 8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError("no header is so long")
-        header = json.loads(read(8, length))
-        return {name: [int(n) for n in one["shape"]] for name, one in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FailedPrecondition("the base has a file of weights without a header", reason="SHAPE_UNKNOWN") from error
-
-
-# ---------------------------------------------------------------------------------------------- memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,28 +85,23 @@ class Batch:
         return self.blocks * self.length
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where one process computes. `kind` is a key of DEVICES, "cpu", or empty; 0 bytes is unknown."""
-
-    kind: str = ""
-    memory: int = 0
-
-    @property
-    def gpu(self) -> bool:
-        return self.kind != "cpu"
-
-
 def engine(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
-    """ "fused", "autograd", or the preset of ZeRO: which way services.finetune.train will take to the gradients."""
-    if stage := stage_of(shape, config, device, dtype):
-        return stage
+    """ "fused", "dealt", "autograd", or the preset of ZeRO: which way services.finetune.train will take to the gradients.
+    "dealt" is the fused path over weights that are dealt out, what ZeRO-3 means where that path covers the model."""
+    stage, is_covered = stage_of(shape, config, device, dtype), covered(shape, config, device, dtype)
+    if is_covered and stage == "deepspeed_zero3":
+        return "dealt"
+    return stage or ("fused" if is_covered else "autograd")
+
+
+def covered(shape: Shape, config: RunConfig, device: Device, dtype: str) -> bool:
+    """Whether services.finetune.train.fused has code for a run, as far as can be told from its numbers."""
     lora, quant = config.lora, config.quant
     plain = config.method in ("lora", "qlora") and not lora.use_dora
     plain = plain and all(is_seeing(name) for name in meant(shape, lora.modules_to_save))
     known = quant.bits == 0 or (quant.bits == 4 and quant.kind == "nf4")
     free = device.gpu and dtype != "float32" and not config.schedule.deterministic
-    return "fused" if free and plain and known and shape.architecture in FUSED else "autograd"
+    return free and plain and known and shape.architecture in FUSED
 
 
 def processes(config: RunConfig) -> int:
@@ -233,15 +111,20 @@ def processes(config: RunConfig) -> int:
 
 
 def stage_of(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
-    """The preset of DeepSpeed that deals a run out, as services.finetune.train.stage chooses it; "" for whole copies."""
+    """The stage of ZeRO that deals a run out, as services.finetune.train.stage chooses it; "" for whole copies."""
     asked, world = config.parallel.deepspeed, processes(config)
     if asked:
         return asked if world > 1 or asked.endswith("_offload") else ""
-    if world == 1 or not device.gpu or not device.memory or config.optim.name not in ("adamw", "paged_adamw_32bit"):
+    if world == 1 or not device.gpu or not device.memory:
         return ""
-    frozen = 0 if config.method == "full" else weight_bytes(shape, config, dtype)
-    needs = needed_bytes(frozen, trained_parameters(shape, config), world)
-    return next((s for s in STAGES if needs[s] <= ROOM * device.memory), STAGES[-1])
+    frozen, room = 0 if config.method == "full" else weight_bytes(shape, config, dtype), ROOM * device.memory
+    trained = trained_parameters(shape, config)
+    needs = needed_bytes(frozen, trained, world)
+    if covered(shape, config, device, dtype) and needs[""] > room >= 16 * trained + dealt_bytes(shape, config, dtype):
+        return "deepspeed_zero3"  # the fused path's own: the lower ones save little of frozen weights
+    if config.optim.name not in ("adamw", "paged_adamw_32bit"):
+        return ""
+    return next((s for s in STAGES if needs[s] <= room), STAGES[-1])
 
 
 def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]:
@@ -258,73 +141,13 @@ def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]
     }
 
 
-def lora_parameters(shape: Shape, config: RunConfig) -> int:
-    lora, total = config.lora, 0
-    for leaf, one in adapted(shape, config).items():
-        ranks = [
-            next((r for p, r in lora.rank_pattern.items() if matches(p, n)), lora.rank) for n in _named(shape, leaf)
-        ]
-        mean = sum(ranks) / len(ranks) if ranks else lora.rank
-        total += int(one.count * (mean * (one.inputs + one.outputs) + lora.use_dora * one.outputs))
-    return total
-
-
-def adapted(shape: Shape, config: RunConfig) -> dict[str, Linear]:
-    """The linear layers that get an adapter; with method full all of them, which are trained themselves."""
-    targets = config.lora.targets
-    if "all-linear" in targets or config.method == "full":
-        return dict(shape.linears)
-    found = {}
-    for leaf, one in shape.linears.items():
-        hits = sum(any(matches(t, name) for t in targets) for name in _named(shape, leaf))
-        count = one.count if leaf in targets else hits
-        if count:
-            found[leaf] = dataclasses.replace(one, count=count)
-    return found
-
-
-def _named(shape: Shape, leaf: str) -> list[str]:
-    return [name for name in shape.modules if name.rpartition(".")[2] == leaf and not is_seeing(name)]
-
-
-def meant(shape: Shape, patterns: Sequence[str]) -> list[str]:
-    """The modules that patterns mean, with all that is in them."""
-
-    def named(name: str) -> bool:
-        parts = name.split(".")
-        inside = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        return any(matches(pattern, one) for pattern in patterns for one in inside)
-
-    return [name for name in shape.modules if named(name)]
-
-
-def whole(shape: Shape, patterns: Sequence[str]) -> int:
-    """Parameters of the modules that patterns mean, with all that is in them."""
-    return sum(shape.modules[name] for name in meant(shape, patterns))
-
-
-def trained_parameters(shape: Shape, config: RunConfig) -> int:
-    if config.method == "full":
-        return shape.parameters - whole(shape, config.model.freeze)
-    lora = config.lora
-    return lora_parameters(shape, config) + whole(shape, lora.modules_to_save) + tower_adapters(shape.tower, lora)
-
-
-def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
-    """The base as it is loaded. NF4 is half a byte a weight and a scale for 64: a byte, or 4 without double quantisation;
-    8 bits have a scale for each output. What is trained whole is float32."""
-    if config.method == "full":
-        trained = trained_parameters(shape, config)
-        return 4 * trained + (shape.parameters - trained) * ITEM[dtype]
-    base = shape.parameters * ITEM[dtype]
-    if config.quant.bits == 0:
-        return base
+def dealt_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
+    """The base as each process has it where the fused path deals layers out: its part of them, the two that are put
+    together, and all else whole."""
     linear = sum(one.parameters for one in shape.linears.values())
-    scale = (1 + 4 / 256) / 64 if config.quant.double_quant else 4 / 64
-    small = linear * (0.5 + scale)
-    if config.quant.bits == 8:
-        small = linear + sum(4 * one.count * one.outputs for one in shape.linears.values())
-    return int(base - linear * ITEM[dtype] + small)
+    rest = (shape.parameters - linear) * ITEM[dtype]
+    layers = weight_bytes(shape, config, dtype) - rest
+    return rest + layers // processes(config) + 2 * layers // shape.layers
 
 
 def state_bytes(config: RunConfig) -> float:
@@ -347,7 +170,8 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
     # With method full the base's own weights are trained.
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
     beside = trained_of(shape.tower, config)
-    if way == "fused":
+    if way in ("fused", "dealt"):
+        weights = dealt_bytes(shape, config, dtype) if way == "dealt" else weights
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
         adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
@@ -377,7 +201,9 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
         runtime=CONTEXT if device.gpu else INTERPRETER,
         checkpoint=4 * trained + optimizer if saves else 0,
     )
-    # Before anything is dealt out, each process has the model whole.
+    if way == "dealt":
+        return made  # layers are dealt out as they are loaded
+    # Before DeepSpeed deals anything out, each process has the model whole.
     loaded = weight_bytes(shape, config, dtype) + (0 if config.method == "full" else 4 * trained)
     return dataclasses.replace(made, weights=weights + max(0, loaded + made.runtime - made.peak))
 
@@ -426,8 +252,14 @@ def autograd_bytes(
         elif leaf not in seen:
             kept += one.inputs * item
             seen |= next((group for group in SHARED if leaf in group), {leaf})
-    # Attention turns the mask into numbers, layer by layer.
-    layer = tokens * kept + tokens * batch.length * item
+    if gpu:
+        # Attention turns the mask into numbers, layer by layer.
+        kept += batch.length * item
+    else:
+        # Without a mask keys and values are not repeated.
+        keys = shape.linears["k_proj"].outputs if "k_proj" in shape.linears else queries
+        kept += 2 * (keys - queries) * item
+    layer = tokens * kept
     head = item * shape.hidden * shape.vocabulary
     copies = 0
     if dtype != "float32":
@@ -526,94 +358,3 @@ def fused_lay(shape: Shape, config: RunConfig, dtype: str) -> Lay:
         heads=shape.heads,
         dense=max(groups) if config.quant.bits == 4 else 0,
     )
-
-
-# ---------------------------------------------------------------------------------------------- what would fit
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Other values with which a run fits, by dotted key, and its peak then. `device` is another GPU, with equal values."""
-
-    overrides: Mapping[str, Any]
-    told: str
-    peak: int
-    device: str = ""
-
-
-def changes(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: Device, dtype: str) -> list[Change]:
-    """What makes a run fit that does not, the least harmful first; each is computed, none is guessed."""
-    found: list[Change] = []
-    for overrides, told in _candidates(config):
-        other = override(config, overrides)
-        blocks, length = other.schedule.batch_size, min(batch.length, other.data.max_length)
-        learned = math.ceil(batch.learned * blocks * length / max(1, batch.tokens))
-        peak = memory(shape, other, Batch(blocks, length, learned), steps, device, dtype).peak
-        if peak <= device.memory:
-            found.append(Change(overrides, told, peak))
-            break
-    for kind, known in sorted(DEVICES.items(), key=lambda entry: entry[1].memory):
-        if device.gpu and known.memory > device.memory:
-            peak = memory(shape, config, batch, steps, Device(kind, known.memory), dtype).peak
-            if peak <= known.memory:
-                found.append(Change({}, f"a GPU of {known.memory // GIB} GiB, as {kind}", peak, kind))
-                break
-    return found
-
-
-def _candidates(config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes from the least harmful on: the same steps in more parts, a quantised base, both, shorter rows too."""
-    schedule = config.schedule
-    parts = [d for d in range(2, schedule.batch_size + 1) if schedule.batch_size % d == 0]
-    smaller: list[dict[str, Any]] = [
-        {"schedule.batch_size": schedule.batch_size // d, "schedule.accumulate": schedule.accumulate * d} for d in parts
-    ]
-    for one in smaller:
-        yield one, "smaller micro-steps; the steps stay the same"
-    least, quantised = (smaller[-1] if smaller else {}), {"method": "qlora", "quant.bits": 4}
-    if config.method == "lora":
-        yield quantised, "a base in 4 bits"
-        yield {**least, **quantised}, "smaller micro-steps and a base in 4 bits"
-        least = {**least, **quantised}
-    length = config.data.max_length // 2
-    while length >= 128:
-        yield {**least, "data.max_length": length}, "shorter blocks: longer rows are cut there"
-        length //= 2
-
-
-# ---------------------------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A GPU as its maker describes it: bytes, and dense TFLOP/s in bfloat16 (float16 where it has none)."""
-
-    memory: int
-    tflops: float
-
-
-DEVICES: Mapping[str, Known] = {
-    "h200": Known(141 * 10**9, 989),
-    "h100": Known(80 * GIB, 989),
-    "a100-80g": Known(80 * GIB, 312),
-    "a100": Known(40 * GIB, 312),
-    "l40s": Known(48 * GIB, 362),
-    "a10": Known(24 * GIB, 125),
-    "l4": Known(24 * GIB, 121),
-    "rtx4090": Known(24 * GIB, 165),
-    "v100": Known(32 * GIB, 125),
-    "t4": Known(16 * GIB, 65),
-}
-USE = (0.12, 0.50)
-"""Of a GPU's TFLOP/s: from short rows on a small model to what docs/benchmarks.md measures (0.28 to 0.49)."""
-
-
-def seconds(shape: Shape, tokens: int, device: Device, recomputed: float) -> tuple[float, float] | None:
-    """(least, most) seconds of training on so many tokens, by 4 FLOP for each token and weight of a product, and 2 more
-    where a layer runs forward twice; None where the device's speed is not known."""
-    known = DEVICES.get(device.kind)
-    if known is None:
-        return None
-    products = sum(one.parameters for one in shape.linears.values())
-    flop = tokens * (products * (4 + 2 * recomputed) + 4 * shape.hidden * shape.vocabulary)
-    return flop / (known.tflops * 1e12 * USE[1]), flop / (known.tflops * 1e12 * USE[0])

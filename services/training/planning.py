@@ -14,9 +14,13 @@ from typing import Any
 from services.common.records import Record
 from services.common.settings import Settings
 from services.finetune import plan
-from services.finetune.config import RunConfig, TrainRun
+from services.finetune.config import RunConfig
+from services.finetune.devices import DEVICES, GIB, USE, Device, cpu_has_bfloat16, seconds
 from services.finetune.errors import InvalidArgument, QuartetError, nearest
-from services.finetune.plan import Batch, Device, Shape
+from services.finetune.fitting import Change, changes
+from services.finetune.orders import TrainRun
+from services.finetune.plan import Batch
+from services.finetune.shape import Shape, read_shape, tensor_shapes
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, read_file
 from services.training.sampling import Figures, figures
@@ -31,7 +35,7 @@ class Planned:
     steps_per_epoch: int = 0
     memory: plan.Memory | None = None
     fits: str = "UNKNOWN"
-    changes: list[plan.Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     seconds: tuple[float, float] = (0.0, 0.0)
     engine: str = ""
     dtype: str = ""
@@ -70,13 +74,13 @@ class Planner:
         for file in manifest.files:
             if file.path.endswith(".safetensors"):
                 blob = partial(self._store.read_blob, file.digest)
-                shapes |= plan.tensor_shapes(lambda offset, length, blob=blob: b"".join(blob(offset, length)))  # type: ignore[misc]
-        return plan.read_shape(json.loads(read_file(self._store, manifest, "config.json")), shapes)
+                shapes |= tensor_shapes(lambda offset, length, blob=blob: b"".join(blob(offset, length)))  # type: ignore[misc]
+        return read_shape(json.loads(read_file(self._store, manifest, "config.json")), shapes)
 
 
 def machine(settings: Settings) -> Device:
     """Where workers of these settings compute: what they say, else what this machine has if they run on it."""
-    memory = int(settings.gpu_memory_gib * plan.GIB)
+    memory = int(settings.gpu_memory_gib * GIB)
     if settings.gpu_kind or memory:
         return Device(settings.gpu_kind, memory)
     if settings.launcher != "local":
@@ -85,17 +89,17 @@ def machine(settings: Settings) -> Device:
     if not models:
         return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     text = models[0].lower().replace(" ", "")
-    return Device(next((kind for kind in plan.DEVICES if kind.partition("-")[0] in text), ""))
+    return Device(next((kind for kind in DEVICES if kind.partition("-")[0] in text), ""))
 
 
 def _device(asked: Device) -> Device:
-    if asked.kind not in ("", "cpu", *plan.DEVICES):
+    if asked.kind not in ("", "cpu", *DEVICES):
         raise InvalidArgument(
-            f"no device {asked.kind!r} is known{nearest(asked.kind, ['cpu', *plan.DEVICES])}",
+            f"no device {asked.kind!r} is known{nearest(asked.kind, ['cpu', *DEVICES])}",
             reason="DEVICE_UNKNOWN",
             metadata={"device": asked.kind},
         )
-    known = plan.DEVICES.get(asked.kind)
+    known = DEVICES.get(asked.kind)
     return Device(asked.kind, asked.memory or (known.memory if known else 0))
 
 
@@ -104,7 +108,7 @@ def _dtype(config: RunConfig, device: Device) -> str:
         return config.model.dtype
     if device.gpu:
         return "float16" if device.kind in ("v100", "t4") else "bfloat16"
-    return "bfloat16" if plan.cpu_has_bfloat16() else "float32"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 def _steps(made: Planned, config: RunConfig) -> None:
@@ -132,11 +136,11 @@ def _memory(made: Planned, shape: Shape, config: RunConfig) -> None:
     batch, device = _batch(made, config), made.device
     made.engine = plan.engine(shape, config, device, made.dtype)
     made.memory = plan.memory(shape, config, batch, made.steps, device, made.dtype)
-    if made.engine == "fused":
+    if made.engine in ("fused", "dealt"):
         made.assumptions.append(
             "layers that do not fit run forward twice, by themselves and slower; see changes if none does"
         )
-    if made.engine.startswith("deepspeed"):
+    if made.engine == "dealt" or made.engine.startswith("deepspeed"):
         made.assumptions.append(
             f"dealt out over {plan.processes(config)} processes: set parallel.processes if it is others"
         )
@@ -147,7 +151,7 @@ def _memory(made: Planned, shape: Shape, config: RunConfig) -> None:
         return
     made.fits = "YES" if made.memory.peak <= device.memory else "NO"
     if made.fits == "NO":
-        made.changes = plan.changes(shape, config, batch, made.steps, device, made.dtype)
+        made.changes = changes(shape, config, batch, made.steps, device, made.dtype)
 
 
 def _time(made: Planned, shape: Shape, run: TrainRun, earlier: Iterable[Record]) -> None:
@@ -163,10 +167,10 @@ def _time(made: Planned, shape: Shape, run: TrainRun, earlier: Iterable[Record])
         made.seconds = (tokens / (1.2 * max(speeds)), tokens / (0.8 * min(speeds)))
         made.assumptions.append(f"time by the speed of {len(speeds)} earlier jobs of this shape")
         return
-    found = plan.seconds(shape, tokens, made.device, 0.0)
+    found = seconds(shape, tokens, made.device, 0.0)
     if found is not None:
         made.seconds = found
-        made.assumptions.append(f"time by operations, at {plan.USE[0]:.0%} to {plan.USE[1]:.0%} of the GPU's peak")
+        made.assumptions.append(f"time by operations, at {USE[0]:.0%} to {USE[1]:.0%} of the GPU's peak")
     else:
         made.assumptions.append("time is left out: no earlier job of this shape, and the device's speed is not known")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune import vision
-from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun
+from services.finetune.config import RunConfig
 from services.finetune.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
+from services.finetune.orders import ArtifactRef, PrepareRun, TrainRun
 from services.finetune.prepare import row_files
 from services.finetune.prepare.certificate import certify
 from services.finetune.prepare.pipeline import build

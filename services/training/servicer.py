@@ -15,7 +15,7 @@ from quartet.training.v1.training_pb2_grpc import TrainingServicer
 from services.common import names, wire, wishes
 from services.common.records import Record
 from services.finetune.config import to_json
-from services.finetune.plan import Device
+from services.finetune.devices import Device
 from services.finetune.recipes import Recipe
 from services.finetune.store.artifacts import Ref
 from services.training.usecases import JOB, Training

@@ -13,9 +13,10 @@ from services.common.paging import page
 from services.common.records import Record
 from services.common.supervisor import Work
 from services.finetune import recipes
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
+from services.finetune.devices import Device
 from services.finetune.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, Violation
-from services.finetune.plan import Device
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.prepare import check_weights
 from services.finetune.progress import Event, retained
 from services.finetune.recipes.deepspeed import lacks as zero_lacks

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, MergeReport, MergeTask
 from services.finetune.convert.merge import merge
 from services.finetune.convert.shards import Stored, header, order, shard_names, to_bytes
+from services.finetune.orders import ArtifactRef, MergeReport, MergeTask
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import attempt_key, dump, raise_fence, read_fault, read_outcome, read_segments, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory

@@ -15,7 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override
+from services.finetune.config import RunConfig, override
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import read_outcome
 from services.finetune.store import open_store
 from services.finetune.store.artifacts import File, Manifest, load, publish, publish_directory

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from services.finetune import plan
 from services.finetune.config import to_json
-from services.finetune.plan import Device
+from services.finetune.devices import GIB, Device
 from services.finetune.store import Store, open_store
 from services.training.planning import Planned, Planner
 from tests.bench.jobs import GPU, Ended, job, order, put_base, put_rows
@@ -105,9 +104,9 @@ def compare(store: Store, base: str, changes: Mapping[str, Any], key: str) -> Co
 
 def told(shape: str, case: str, one: Compared) -> str:
     memory = one.planned.memory
-    parts = " ".join(f"{k} {v / plan.GIB:.2f}" for k, v in to_json(memory).items() if v) if memory else ""
-    peak = f"{memory.peak / plan.GIB:.2f}" if memory else "; ".join(one.planned.assumptions)
-    return f"| {shape} | {case} | {peak} | {one.measured / plan.GIB:.2f} | {one.ratio:.3f} | {parts} |"
+    parts = " ".join(f"{k} {v / GIB:.2f}" for k, v in to_json(memory).items() if v) if memory else ""
+    peak = f"{memory.peak / GIB:.2f}" if memory else "; ".join(one.planned.assumptions)
+    return f"| {shape} | {case} | {peak} | {one.measured / GIB:.2f} | {one.ratio:.3f} | {parts} |"
 
 
 def main() -> None:

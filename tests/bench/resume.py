@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import TrainRun
+from services.finetune.orders import TrainRun
 from services.finetune.progress import attempt_key, checkpoints
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import load

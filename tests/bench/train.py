@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, TrainRun
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.store import open_store
 from services.finetune.train import checkpoint
+from services.finetune.train.attention import attend_by_document
 from services.finetune.train.engine import choose
 from services.finetune.train.methods import adapt
 from services.finetune.train.model import trainable
@@ -54,6 +55,8 @@ class Ours:
     ) -> None:
         device = next(model.parameters()).device
         blocks = blocks_of(docs)
+        if device.type == "cpu":
+            attend_by_document(model)
         self.model = adapt(model, run_config(quantised, batches[0]))
         self.engine, self.why = choose(self.model, blocks, device, dtype, run_config(quantised, batches[0]).model)
         self.parameters = trainable(self.model)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.finetune import plan
 from services.finetune.config import RunConfig, override
 from services.finetune.packing import Blocks, pack
+from services.finetune.shape import Shape, read_shape
 from services.finetune.templates import Encoded
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,14 +41,14 @@ def llama_config(shape: str) -> Any:
     )
 
 
-def shape_of(shape: str) -> plan.Shape:
+def shape_of(shape: str) -> Shape:
     """As a plan sees it. No weights are made."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama_config(shape))
     config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    return plan.read_shape(config, {name: list(p.shape) for name, p in model.named_parameters()})
+    return read_shape(config, {name: list(p.shape) for name, p in model.named_parameters()})
 
 
 def random_causal(shape: str, dtype: torch.dtype, quantised: bool = False) -> Any:

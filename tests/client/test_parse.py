@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from services.client.__main__ import main, parser
+from services.client.__main__ import main
+from services.client.parser import parser
 
 LINES = [
     ("dataset create d a.jsonl b.jsonl --skip-bad-rows", {"files": ["a.jsonl", "b.jsonl"], "skip_bad_rows": True}),

@@ -17,8 +17,8 @@ from quartet.conversion.v1 import conversion_pb2_grpc as conversion_grpc
 from quartet.inference.v1 import inference_pb2 as inference
 from quartet.inference.v1 import inference_pb2_grpc as inference_grpc
 
-from services.client.__main__ import parser
 from services.client.commands.publish import publish
+from services.client.parser import parser
 from services.finetune.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 KIND = conversion.Model

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from services.client.__main__ import parser
 from services.client.assistant import assistant_rows, plain_rows, unique
 from services.client.commands import short_name
 from services.client.commands.models import read_size
 from services.client.configs import read_options
+from services.client.parser import parser
 from services.finetune.errors import InvalidArgument
 
 SURFACE = Path(__file__).with_name("surface.txt")

@@ -17,7 +17,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from services.client.client import OPTIONS
 from services.common import auth
+from services.common.server import KEEPALIVE
 from services.common.status import from_rpc_error
 from services.finetune.errors import Internal, InvalidArgument, QuartetError, Unauthenticated
 
@@ -103,6 +105,24 @@ def test_errors_of_every_kind_of_rpc(probe: Probe, kind: str) -> None:
         assert bug.metadata["incident"] in probe.log.read_text()
         assert "a secret of the server" in probe.log.read_text()
         assert error_of(channel, kind, b"bug").metadata != bug.metadata
+
+
+def test_pings_are_asked_for_less_often_than_they_are_taken() -> None:
+    taken, asked = dict[str, Any](KEEPALIVE), dict[str, Any](OPTIONS)
+    assert asked["grpc.keepalive_time_ms"] >= 2 * taken["grpc.http2.min_ping_interval_without_data_ms"]
+    assert taken["grpc.keepalive_permit_without_calls"] == 1
+
+
+@pytest.mark.slow
+def test_a_silent_stream_is_held_by_pings(probe: Probe) -> None:
+    """A server of gRPC's defaults ends it after the third: UNAVAILABLE, too_many_pings."""
+    often = [("grpc.keepalive_time_ms", 11_000), ("grpc.http2.max_pings_without_data", 0)]
+    with grpc.insecure_channel(probe.address, often) as channel:
+        stream = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=50)
+        assert next(stream).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_health_and_reflection(probe: Probe) -> None:

@@ -9,6 +9,8 @@ import json
 import struct
 import tracemalloc
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pyarrow
 import pytest
@@ -19,6 +21,7 @@ from pyarrow import parquet
 from services.finetune.errors import InvalidArgument
 from services.finetune.formats import Problem, Row, read_rows, sniff
 from services.finetune.formats.containers import is_row_file, raw_rows
+from services.finetune.formats.json_rows import json_rows
 
 GOOD = json.dumps({"instruction": "q", "output": "a"})
 Found = list[int | tuple[int, str]]
@@ -225,7 +228,7 @@ def test_what_is_carried_beside_rows_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_line_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.finetune.formats.containers.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("services.finetune.formats.text.MAX_LINE_BYTES", 100)
     data = f'{GOOD}\n{{"x": "{"y" * 500}"}}\n{GOOD}\n'
     assert found(tmp_path / "a.jsonl", data) == [1, (2, "LINE_TOO_LONG"), 3]
 
@@ -301,3 +304,69 @@ def test_answers_may_be_left_unlearned_and_systems_stand_beside(tmp_path: Path) 
     path.write_text(json.dumps({"conversation": [{**TURN, "output_with_loss": False}, TURN]}))
     (row,) = read_rows([("a.jsonl", path)], "default")
     assert isinstance(row, Row) and [m.trained for m in row.conversation.messages] == [True, False, True, True]
+
+
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.text(max_size=4),
+            st.recursive(
+                st.none() | st.text() | st.floats(allow_nan=False) | st.integers(),
+                lambda inner: st.lists(inner, max_size=3),
+                max_leaves=4,
+            ),
+            max_size=3,
+        ),
+        max_size=8,
+    ),
+    chunk=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+)
+def test_an_array_cut_anywhere_is_what_json_reads(
+    rows: list[Any], chunk: int, indent: int | None, ascii_only: bool
+) -> None:
+    data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
+    with mock.patch("services.finetune.formats.json_rows.CHUNK_BYTES", chunk):
+        assert [r for _, r in json_rows("a.json", io.BytesIO(data))] == rows  # type: ignore[misc]  # no Problem
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_what_is_wrong_is_told_where_it_is_wherever_an_array_is_cut(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.finetune.formats.json_rows.CHUNK_BYTES", chunk)
+
+    def told(data: bytes) -> list[Any]:
+        raws = json_rows("a.json", io.BytesIO(data))
+        return [(r.row, r.reason, r.message) if isinstance(r, Problem) else r[0] for r in raws]
+
+    assert told(b'[{"a": 1},\n {"b": x}]') == [
+        1, (2, "JSON_INVALID", "broken JSON at line 2, column 8: Expecting value; mend the row")
+    ]  # fmt: skip
+    assert told(b'[{"a": "\xc3\xbc"},\n {"b": "\xe9"}]')[1][1:] == (
+        "ENCODING_INVALID", "byte 23 (line 2) is not UTF-8, as in a Latin-1 file; save the file as UTF-8"
+    )  # fmt: skip
+    assert told(b'[{"a": 1}, {"b": "\0"}]')[1][:2] == (2, "NUL_BYTE")
+    assert told(b'{"a": 1}\n{"a": 2}') == [1, 2]
+
+
+def test_a_long_array_takes_the_memory_of_its_longest_row(tmp_path: Path) -> None:
+    path, rows = tmp_path / "a.json", 300
+    with path.open("w") as file:
+        file.write("[")
+        for n in range(rows):
+            file.write("," * (n > 0) + json.dumps({"instruction": "q" * 300_000, "output": str(n)}))
+        file.write("]")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in raw_rows("a.json", path)) == rows
+        assert tracemalloc.get_traced_memory()[1] < 40e6 < path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_row_without_end_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.finetune.formats.json_rows.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("services.finetune.formats.json_rows.CHUNK_BYTES", 40)
+    assert found(tmp_path / "a.json", f'[{GOOD}, {{"x": "{"y" * 500}"}}, {GOOD}]') == [1, (2, "LINE_TOO_LONG")]

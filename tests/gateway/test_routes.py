@@ -17,6 +17,7 @@ import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1 import inference_pb2_grpc as rpc
 
+from services.common.server import KEEPALIVE
 from tests.gateway.web import gateway
 
 
@@ -43,7 +44,7 @@ class Engine(rpc.InferenceServicer):
 def engine(tmp_path: Path) -> Iterator[tuple[Engine, int]]:
     """The engine, and the port of a gateway in front of it."""
     scripted = Engine()  # type: ignore[abstract]  # the gateway calls no other rpc here
-    server = grpc.server(ThreadPoolExecutor(8))
+    server = grpc.server(ThreadPoolExecutor(8), options=KEEPALIVE)
     rpc.add_InferenceServicer_to_server(scripted, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()

@@ -14,7 +14,7 @@ from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFou
 from services.finetune.formats import Message
 from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
-from services.inference.engines.servicer import StopText
+from services.inference.engines.stopping import StopText
 from tests.common.serving import refused
 from tests.inference.conftest import READY, Models, Service
 from tests.inference.wire import ASSISTANT, GREEDY, SYSTEM, endpoint, turns, whole

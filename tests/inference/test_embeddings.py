@@ -15,9 +15,9 @@ import torch
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
-from services.finetune.config import ImportTask
 from services.finetune.convert.importing import import_model
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
+from services.finetune.orders import ImportTask
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import open_store
 from services.finetune.store.artifacts import load

@@ -17,18 +17,10 @@ import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
-from services.finetune.config import (
-    AdapterTask,
-    ArtifactRef,
-    ConvertRun,
-    MergeTask,
-    RunConfig,
-    TrainRun,
-    override,
-    to_json,
-)
+from services.finetune.config import RunConfig, override, to_json
 from services.finetune.convert import convert
 from services.finetune.errors import FailedPrecondition
+from services.finetune.orders import AdapterTask, ArtifactRef, ConvertRun, MergeTask, TrainRun
 from services.finetune.progress import (
     Attempt,
     attempt_key,

@@ -17,9 +17,10 @@ from services.common import names, wire
 from services.common.jobs import Jobs
 from services.common.records import Record, Records
 from services.common.server import Room
-from services.finetune.config import ArtifactRef, PrepareRun, RunConfig, TrainRun, from_json
+from services.finetune.config import RunConfig, from_json
+from services.finetune.devices import GIB, Device
 from services.finetune.errors import InvalidArgument, ResourceExhausted
-from services.finetune.plan import GIB, Device
+from services.finetune.orders import ArtifactRef, PrepareRun, TrainRun
 from services.finetune.prepare import prepare
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store

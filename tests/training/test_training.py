@@ -19,6 +19,7 @@ from services.common.jobs import Jobs
 from services.common.records import Records
 from services.common.server import Room
 from services.common.status import from_rpc_error
+from services.finetune.devices import Device
 from services.finetune.errors import (
     Aborted,
     AlreadyExists,
@@ -28,7 +29,6 @@ from services.finetune.errors import (
     OutOfRange,
     Unimplemented,
 )
-from services.finetune.plan import Device
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import get_ref, put_ref
 from services.training.planning import Planner

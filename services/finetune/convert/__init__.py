@@ -6,8 +6,8 @@ import errno
 import threading
 from pathlib import Path
 
-from services.finetune.config import ConvertRun
 from services.finetune.errors import InvalidArgument, ResourceExhausted
+from services.finetune.orders import ConvertRun
 from services.finetune.progress import Attempt
 
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import AdapterTask, ArtifactRef
 from services.finetune.convert.modules import as_modules
 from services.finetune.convert.shards import DTYPES, NAMES, WIDTHS, Stored, order, parse_header, raw, recast, write_file
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.modules import LLAVA, parts_of
+from services.finetune.orders import AdapterTask, ArtifactRef
 from services.finetune.prepare.certificate import carried
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish, read_file

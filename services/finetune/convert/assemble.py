@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import AssembleTask, to_json
+from services.finetune.config import to_json
 from services.finetune.convert.image_token import IMAGE_TOKEN, add_image_token
 from services.finetune.convert.rest import rest_of
 from services.finetune.convert.shards import DTYPES, NAMES, Stored, order, plan, progress, shard_names
@@ -36,6 +36,7 @@ from services.finetune.convert.stream import (
 from services.finetune.convert.towers import CLIP, PREFIX, PREPROCESSOR, check_sizes
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.modules import FILE_LANGUAGE, FILE_PROJECTOR, FILE_TOWER, LLAVA
+from services.finetune.orders import AssembleTask
 from services.finetune.prepare.certificate import META
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ExportTask
 from services.finetune.convert.reshard import made_from, recut, whole
 from services.finetune.convert.rest import rest_of, write_template
 from services.finetune.convert.shards import progress
 from services.finetune.convert.targets import send
 from services.finetune.modules import LLAVA
+from services.finetune.orders import ExportTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory
 

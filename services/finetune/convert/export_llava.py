@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ExportTask, to_json
+from services.finetune.config import to_json
 from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
 from services.finetune.convert.modules import as_modules
 from services.finetune.convert.rest import rest_of
@@ -26,6 +26,7 @@ from services.finetune.convert.towers import CLIP, PREPROCESSOR
 from services.finetune.convert.towers import PREFIX as TOWER_PREFIX
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import LANGUAGE, PROJECTOR, TOWER, is_llava
+from services.finetune.orders import ExportTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, load, read_file
 from services.finetune.store.port import Store

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import AdapterTask, ArtifactRef
 from services.finetune.convert.adapter import (
     PREFIX,
     WEIGHTS,
@@ -30,6 +29,7 @@ from services.finetune.convert.rest import with_dtype
 from services.finetune.convert.shards import Stored, as_torch, progress
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.modules import is_llava
+from services.finetune.orders import AdapterTask, ArtifactRef
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, materialise, publish, read_file
 from services.finetune.templates import TEMPLATES

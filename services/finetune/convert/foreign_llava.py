@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import AdapterTask, ArtifactRef
 from services.finetune.convert.adapter import (
     PREFIX,
     WEIGHTS,
@@ -37,6 +36,7 @@ from services.finetune.convert.shards import Stored, as_torch, read_folder, weig
 from services.finetune.convert.stream import read_rows
 from services.finetune.errors import InvalidArgument
 from services.finetune.modules import LANGUAGE, PROJECTOR, TOWER, text_config
+from services.finetune.orders import AdapterTask, ArtifactRef
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from services.finetune.config import DataConfig, PrepareRun, QuantizeTask
+from services.finetune.config import DataConfig
 from services.finetune.convert.compressed import group_of, int4_scales, packed
 from services.finetune.convert.shards import progress
 from services.finetune.errors import FailedPrecondition
+from services.finetune.orders import PrepareRun, QuantizeTask
 from services.finetune.packing import Blocks, order
 from services.finetune.prepare import prepare
 from services.finetune.progress import Attempt

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ImportTask
 from services.finetune.convert.encoders import is_encoder, write_encoder
 from services.finetune.convert.families import Family, family_of, is_derived, native_config
 from services.finetune.convert.fast_tokenizer import is_chatglm3, make_tokenizer
@@ -42,6 +41,7 @@ from services.finetune.errors import (
     NotFound,
 )
 from services.finetune.modules import LLAVA, in_memory, is_llava, text_config
+from services.finetune.orders import ImportTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
 from services.finetune.templates import TEMPLATES, check_name, load_template

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from services.finetune.convert.modules import auto_class
 from services.finetune.convert.shards import Stored
+from services.finetune.modules import auto_class
 
 Read = Callable[[Stored], Tensor]
 Source = tuple[Iterable[Stored], Read]
@@ -162,12 +162,13 @@ class _Lazy:
 
 def _empty(config: Mapping[str, Any]) -> Any:
     """The model with no weights, whose buffers are computed."""
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
-    known = AutoConfig.for_model(**config)
+    known = transformers.AutoConfig.for_model(**config)
     with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(known, dtype=torch.float32, trust_remote_code=False)
+        kind: Any = getattr(transformers, auto_class(config))
+        model = kind.from_config(known, dtype=torch.float32, trust_remote_code=False)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import MergeTask, to_json
+from services.finetune.config import to_json
 from services.finetune.convert import merge_report
 from services.finetune.convert.adapter import CONFIG, PREFIX, WEIGHTS
 from services.finetune.convert.lora import Change, Changes, read_changes
@@ -36,6 +36,7 @@ from services.finetune.convert.stream import (
 )
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.modules import in_memory, text_config
+from services.finetune.orders import MergeTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, load, publish, read_file
 from services.finetune.store.port import Store

@@ -1,4 +1,4 @@
-"""The tensors of a model's files under the names of its modules, and the class that has these."""
+"""The tensors of a model's files under the names of its modules."""
 
 from __future__ import annotations
 
@@ -21,10 +21,3 @@ def in_files(tensors: Iterable[Stored], config: Mapping[str, Any]) -> Callable[[
     if is_llava(config) and any(name.startswith(FILE_LANGUAGE) for name in own.values()):
         own.setdefault("lm_head.weight", f"{FILE_LANGUAGE}lm_head.weight")
     return lambda name: own.get(name, name)
-
-
-def auto_class(config: Mapping[str, Any]) -> Any:
-    """transformers' class that loads such a model."""
-    import transformers
-
-    return transformers.AutoModelForImageTextToText if is_llava(config) else transformers.AutoModelForCausalLM

@@ -13,11 +13,10 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from services.finetune.convert.modules import auto_class
 from services.finetune.convert.shards import Stored
 from services.finetune.convert.stream import read_rows, row_bytes
 from services.finetune.errors import FailedPrecondition
-from services.finetune.modules import PROJECTOR, TOWER
+from services.finetune.modules import PROJECTOR, TOWER, auto_class
 from services.finetune.store.port import Store
 
 BLOCK = 64
@@ -30,19 +29,19 @@ def quantised_names(config: Mapping[str, Any], tensors: Sequence[Stored]) -> set
     """The weights that are loaded in 4 bits, by their names in memory, as those of `tensors`: of the language model's linear
     layers, but not the head. FailedPrecondition (MODEL_NOT_TRAINABLE) if transformers does not know the model or calls its
     weights otherwise."""
-    from transformers import AutoConfig, BitsAndBytesConfig
+    import transformers
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
     try:
         with torch.device("meta"):
-            known = AutoConfig.for_model(**config)
-            model = auto_class(config).from_config(known, trust_remote_code=False)
+            known = transformers.AutoConfig.for_model(**config)
+            model = getattr(transformers, auto_class(config)).from_config(known, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise FailedPrecondition(
             f"transformers cannot load this model: {str(error).splitlines()[0]}", reason="MODEL_NOT_TRAINABLE"
         ) from error
-    wanted = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    wanted = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = replace_with_bnb_linear(model, list(get_keys_to_not_convert(model)), wanted)
     names = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
     names -= {n for n in names if n.startswith((TOWER, PROJECTOR))}

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import QuantizeTask
 from services.finetune.convert.compressed import compressed_config, fp8, int4
 from services.finetune.convert.importing import read_json
 from services.finetune.convert.reshard import made_from, whole
@@ -36,6 +35,7 @@ from services.finetune.convert.shards import (
 )
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import is_llava
+from services.finetune.orders import QuantizeTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, materialise, publish_directory
 

@@ -10,11 +10,11 @@ import threading
 
 import torch
 
-from services.finetune.config import ArtifactRef, ReshardTask
 from services.finetune.convert.rest import rest, with_dtype
 from services.finetune.convert.shards import DTYPES, Stored, order, plan, progress, shard_names
 from services.finetune.convert.stream import Shard, Writer, cast, read_model
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.orders import ArtifactRef, ReshardTask
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, read_file
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from services.finetune.config import AdapterTask, ArtifactRef, to_json
+from services.finetune.config import to_json
 from services.finetune.convert.modules import in_files
 from services.finetune.convert.rest import meta_of_tuned, rest, with_dtype
 from services.finetune.convert.shards import Stored, progress
 from services.finetune.convert.stream import Piece, Writer, cast, check_layout, layout, read_model
 from services.finetune.errors import InvalidArgument
+from services.finetune.orders import AdapterTask, ArtifactRef
 from services.finetune.progress import Attempt
 from services.finetune.store.artifacts import Manifest, Parent, load, publish, read_file
 from services.finetune.store.port import Store

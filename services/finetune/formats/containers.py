@@ -1,5 +1,4 @@
-"""Files to raw rows: JSON Lines, a JSON array, CSV, TSV, Parquet, Arrow; text also behind gzip or zstd. Rows stream,
-apart from a JSON array, whose text is held.
+"""Files to raw rows: JSON Lines, a JSON array, CSV, TSV, Parquet, Arrow; text also behind gzip or zstd. Rows stream.
 
 What is wrong with one row never hides the next, as long as it can be told where the next one begins.
 """
@@ -7,7 +6,6 @@ What is wrong with one row never hides the next, as long as it can be told where
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,17 +14,14 @@ from typing import Any, BinaryIO, Self
 
 from services.finetune.errors import InvalidArgument
 from services.finetune.formats import Problem
+from services.finetune.formats.json_rows import json_rows, jsonl_rows, whole
+from services.finetune.formats.text import MAX_LINE_BYTES, Raw, lines_of
 from services.finetune.formats.unpacking import PACKED, PackedError, open_packed
 
-MAX_LINE_BYTES = 64 << 20
-MAX_JSON_BYTES = 2 << 30
 MAX_COLUMNS = 10_000
 BATCH_ROWS = 1024
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 """What Hugging Face's library writes beside rows, about them."""
-BOM = b"\xef\xbb\xbf"
-
-Raw = tuple[int, Mapping[str, Any]] | Problem
 
 
 def raw_rows(file: str, path: Path) -> Iterator[Raw]:
@@ -69,154 +64,6 @@ def _packed_text(file: str, path: Path, kind: str, packed: str) -> Iterator[Raw]
         yield Problem(file, number + 1, "", error.reason, error.message)
 
 
-# ---- text ----
-
-
-def _lines(file: str, source: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
-    """Numbered lines with their endings. A file in UTF-16 is one Problem, not one a line."""
-    number = 0
-    while line := source.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = source.readline(MAX_LINE_BYTES)
-            yield number, Problem(file, number, "", "LINE_TOO_LONG", "the line is longer than 64 MiB; split the row")
-            continue
-        text = _decode(file, number, line.removeprefix(BOM) if number == 1 else line)
-        yield number, text
-        if isinstance(text, Problem) and text.reason == "ENCODING_UTF16":
-            return
-
-
-def _decode(file: str, number: int, data: bytes) -> str | Problem:
-    if number == 1 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return Problem(file, number, "", "ENCODING_UTF16", "the file is UTF-16; save it as UTF-8")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start)
-        where = f"byte {error.start + 1}" + (f" (line {line + 1})" if line else "")
-        message = f"{where} is not UTF-8, as in a Latin-1 file; save the file as UTF-8"
-        return Problem(file, number, "", "ENCODING_INVALID", message)
-    if "\0" in text:
-        return Problem(file, number, "", "NUL_BYTE", "a NUL byte: the file is damaged or UTF-16; save it as UTF-8")
-    return text
-
-
-# ---- JSON ----
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(k for k, count in Counter(k for k, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice[:40]!r} stands twice in one object; remove one")
-    return found
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON; use a number or null")
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
-_LENIENT = json.JSONDecoder()
-
-
-def _value(file: str, number: int, text: str, at: int = 0) -> tuple[Any, int]:
-    """The value that begins at `at`, or a Problem, and where it ends (-1 if that cannot be told)."""
-    try:
-        return _STRICT.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        return Problem(file, number, "", "JSON_INVALID", f"broken JSON at {where}: {error.msg}; mend the row"), -1
-    except RecursionError:
-        return Problem(file, number, "", "JSON_TOO_DEEP", "the JSON is nested too deep; flatten it"), -1
-    except ValueError as error:
-        problem = Problem(file, number, "", "JSON_INVALID", str(error))
-    try:
-        return problem, _LENIENT.raw_decode(text, at)[1]
-    except (ValueError, RecursionError):
-        return problem, -1
-
-
-def _row(file: str, number: int, value: Any) -> Raw:
-    if isinstance(value, Problem):
-        return value
-    if not isinstance(value, Mapping):
-        message = f"a row must be an object, as {{...}}, not {type(value).__name__}"
-        return Problem(file, number, "", "ROW_NOT_OBJECT", message)
-    return number, value
-
-
-def _space(text: str, at: int) -> int:
-    """The next place at or after `at` that is no JSON white space."""
-    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
-        at += 1
-    return at
-
-
-def _whole(file: str, number: int, text: str) -> Any:
-    """The one value that `text` is, or a Problem."""
-    value, end = _value(file, number, text, _space(text, 0))
-    if end < 0 or isinstance(value, Problem) or _space(text, end) == len(text):
-        return value
-    message = f"more text after the JSON at column {_space(text, end) + 1}; put one row on a line"
-    return Problem(file, number, "", "JSON_INVALID", message)
-
-
-def _jsonl(file: str, source: BinaryIO) -> Iterator[Raw]:
-    for number, text in _lines(file, source):
-        if isinstance(text, Problem):
-            yield text
-        elif text.strip():
-            yield _row(file, number, _whole(file, number, text))
-
-
-def _json(file: str, source: BinaryIO) -> Iterator[Raw]:
-    data = source.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        yield Problem(file, 1, "", "FILE_TOO_LARGE", "a .json array is read whole; use .jsonl above 2 GiB")
-        return
-    text = _decode(file, 1, data.removeprefix(BOM))
-    del data
-    if isinstance(text, Problem):
-        yield text
-        return
-    at = _space(text, 0)
-    if text[at : at + 1] == "[":
-        yield from _array(file, text, _space(text, at + 1))
-        return
-    if at == len(text):
-        return
-    value, end = _value(file, 1, text, at)
-    if end >= 0 and _space(text, end) < len(text):
-        # A file of JSON lines with the wrong ending is common and unambiguous.
-        source.seek(0)
-        yield from _jsonl(file, source)
-        return
-    yield _row(file, 1, value)
-
-
-def _array(file: str, text: str, at: int) -> Iterator[Raw]:
-    """The elements from `at`, just behind the opening bracket, to the closing one."""
-    number, closed = 0, text[at : at + 1] == "]"
-    while not closed:
-        number += 1
-        value, end = _value(file, number, text, at)
-        yield _row(file, number, value)
-        if end < 0:
-            return
-        at = _space(text, end)
-        closed = text[at : at + 1] == "]"
-        if not closed and text[at : at + 1] != ",":
-            message = f"no comma or closing bracket after row {number}; is the file cut off?"
-            yield Problem(file, number + 1, "", "JSON_INVALID", message)
-            return
-        at = _space(text, at + 1) if not closed else at
-    if _space(text, at + 1) < len(text):
-        yield Problem(file, number + 1, "", "JSON_INVALID", "more text after the array; remove it")
-
-
 # ---- CSV ----
 
 
@@ -234,7 +81,7 @@ class _CsvLines:
 
     def __init__(self, file: str, source: BinaryIO) -> None:
         self.number = 0
-        self._lines = _lines(file, source)
+        self._lines = lines_of(file, source)
 
     def __iter__(self) -> Self:
         return self
@@ -291,7 +138,7 @@ def _csv_row(file: str, number: int, header: list[str], cells: list[str]) -> Raw
         row[name] = cell
         # XTuner's msagent_react has lists as Python writes them; its format reads them itself.
         if cell[:1] == "[" and cell[:3] != "[{'" and name in _JSON_COLUMNS:
-            row[name] = _whole(file, number, cell)
+            row[name] = whole(file, number, cell)
             if isinstance(row[name], Problem):
                 found: Problem = row[name]
                 return Problem(file, number, name, found.reason, f"in the cell {name}: {found.message}")
@@ -359,9 +206,9 @@ def _check_columns(schema: Any) -> None:
 
 
 _TEXT: Mapping[str, Callable[[str, BinaryIO], Iterator[Raw]]] = {
-    "jsonl": _jsonl,
-    "ndjson": _jsonl,
-    "json": _json,
+    "jsonl": jsonl_rows,
+    "ndjson": jsonl_rows,
+    "json": json_rows,
     "csv": _csv,
     "tsv": partial(_csv, delimiter="\t"),
 }

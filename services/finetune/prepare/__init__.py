@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.finetune import vision
-from services.finetune.config import ArtifactRef, PrepareRun
 from services.finetune.errors import Cancelled, InvalidArgument
 from services.finetune.formats.containers import is_row_file
+from services.finetune.orders import ArtifactRef, PrepareRun
 from services.finetune.prepare import shelf
 from services.finetune.prepare.certificate import META, Certificate, certify
 from services.finetune.prepare.images import REASONS

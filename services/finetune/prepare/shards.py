@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.finetune.formats import Problem, Row, read_rows
-from services.finetune.formats.containers import BOM
+from services.finetune.formats.text import BOM
 
 SHARD_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 20

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from services.finetune.config import PrepareRun
 from services.finetune.errors import Aborted, Cancelled, NotFound, QuartetError
+from services.finetune.orders import PrepareRun
 from services.finetune.prepare.certificate import Certificate
 from services.finetune.progress import dump
 from services.finetune.store.artifacts import load

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.finetune import vision
-from services.finetune.config import ValidateRun
 from services.finetune.errors import InvalidArgument, QuartetError
 from services.finetune.formats import Conversation, Problem, Row, read_rows
+from services.finetune.orders import ValidateRun
 from services.finetune.prepare import holds_rows, local_files, progress, row_files
 from services.finetune.prepare.images import Images
 from services.finetune.prepare.samples import EDGES

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import TrainRun
+from services.finetune.orders import TrainRun
 from services.finetune.progress import Attempt, run_uri
 from services.finetune.train import ranks
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from services.finetune.config import ArtifactRef, RunConfig
+from services.finetune.config import RunConfig
 from services.finetune.errors import InvalidArgument, nearest
 from services.finetune.formats import IMAGE, Message
+from services.finetune.orders import ArtifactRef
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load
 from services.finetune.templates import Template, to_prompt_ids

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from services.finetune.config import TrainRun, from_json, to_json
+from services.finetune.config import from_json, to_json
 from services.finetune.errors import FailedPrecondition
+from services.finetune.orders import TrainRun
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
 from services.finetune.train.steplog import NAME, write_log

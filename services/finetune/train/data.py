@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ArtifactRef, PrepareRun, TrainRun
+from services.finetune.orders import ArtifactRef, PrepareRun, TrainRun
 from services.finetune.packing import HELD_OUT, Blocks
 from services.finetune.prepare import MADE, obtain
 from services.finetune.prepare.certificate import Certificate

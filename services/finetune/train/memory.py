@@ -15,10 +15,12 @@ import torch
 
 from services.finetune import plan as plans
 from services.finetune.config import ModelConfig, RunConfig
+from services.finetune.devices import Device
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import PROJECTOR, TOWER, is_seeing
 from services.finetune.packing import Blocks
-from services.finetune.plan import Batch, Device, Held, Lay, fused_bytes
+from services.finetune.plan import Batch, Held, Lay, fused_bytes
+from services.finetune.shape import Shape, read_shape, tensor_shapes
 from services.finetune.towers import (
     Tower,
     Trained,
@@ -113,20 +115,30 @@ def planned(
     folder: Path, config: RunConfig, blocks: Blocks, steps: int, device: torch.device, dtype: torch.dtype
 ) -> int:
     """The peak that a plan gives for a run on this device, in bytes as flops.peak_memory counts; 0 where it gives none."""
-    shapes: dict[str, list[int]] = {}
+    shape = shape_of(folder)
+    if shape is None:
+        return 0
     try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                shapes |= plans.tensor_shapes(lambda at, length, file=file: os.pread(file.fileno(), length, at))  # type: ignore[misc]
-        shape = plans.read_shape(json.loads((folder / "config.json").read_text()), shapes)
         found = _planned(shape, config, blocks, steps, device, dtype)
     except FailedPrecondition:
         return 0
     return found.peak - (found.runtime if device.type == "cuda" else 0)
 
 
+def shape_of(folder: Path) -> Shape | None:
+    """A base's shape by its files; None if plans know none."""
+    shapes: dict[str, list[int]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                shapes |= tensor_shapes(lambda at, length, file=file: os.pread(file.fileno(), length, at))  # type: ignore[misc]
+        return read_shape(json.loads((folder / "config.json").read_text()), shapes)
+    except FailedPrecondition:
+        return None
+
+
 def _planned(
-    shape: plans.Shape, config: RunConfig, blocks: Blocks, steps: int, device: torch.device, dtype: torch.dtype
+    shape: Shape, config: RunConfig, blocks: Blocks, steps: int, device: torch.device, dtype: torch.dtype
 ) -> plans.Memory:
     count, tokens = config.schedule.batch_size, len(blocks) * int(blocks.ids.shape[1])
     length = int(blocks.ids.shape[1])

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import TrainRun, keys, to_json
+from services.finetune.config import keys, to_json
+from services.finetune.orders import TrainRun
 from services.finetune.progress import Attempt, Event
 from services.finetune.store.artifacts import load, materialise, publish_directory
 from services.finetune.train.curves import draw_losses, write_tensorboard

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -25,14 +25,14 @@ from services.finetune.vision import ImageForm
 from services.inference.engines.adapters import Adapters, Served
 from services.inference.engines.calling import Calling
 from services.inference.engines.calls import find_form
-from services.inference.engines.forms import check_form
 from services.inference.engines.images import Images
 from services.inference.engines.messages import check_choice, read_tools, read_turns
-from services.inference.engines.port import Engine, Form, Likely, Picture, Sampling
+from services.inference.engines.port import Engine, Likely, Picture
+from services.inference.engines.sampling import form_of, read_sampling
+from services.inference.engines.stopping import StopText
 from services.inference.turns import Turns
 
 COALESCE_S = 0.04
-DEFAULT_TOKENS = 512
 MOST_TEXTS = 256
 """To embed at a time: their vectors fit into one message."""
 QUEUE = 1024
@@ -254,9 +254,10 @@ class EngineServicer(InferenceServicer):
         images: Sequence[Picture] = (),
     ) -> AsyncIterator[Any]:
         """Stream an answer, several tokens a message when they come fast. A stop text is never sent, not even in part."""
-        form = calling.form(wanted) if calling else _form(wanted)
-        sampling = self._sampling(wanted, served, len(ids), (*stops, *wanted.stop), form)
-        text = StopText(self._tokenizer, (*stops, *wanted.stop), calling.marks if calling else ())
+        form = calling.form(wanted) if calling else form_of(wanted)
+        stops, whole = (*stops, *wanted.stop), self._engine.context_length
+        sampling = read_sampling(wanted, served, self._tokenizer, len(ids), whole, stops, form)
+        text = StopText(self._tokenizer, stops, calling.marks if calling else ())
         pending_text, pending_ids, count, finish = "", [], 0, ""
         likely: list[pb.TokenLogprobs] = []
         calls: list[pb.ToolCall] = []
@@ -296,56 +297,6 @@ class EngineServicer(InferenceServicer):
         top = [candidate(*other) for other in likely.top]
         return pb.TokenLogprobs(chosen=candidate(token, likely.logprob), top=top)
 
-    def _sampling(
-        self, wanted: pb.Sampling, served: Served, prompt: int, stops: Sequence[str], form: Form | None
-    ) -> Sampling:
-        """What the caller asks for, over what the model says of itself, over greedy."""
-        whole = self._engine.context_length
-        room = whole - prompt
-        if room < 1:
-            raise InvalidArgument(
-                f"the prompt has {prompt} tokens, but prompt and answer together may have {whole}; shorten it",
-                reason="PROMPT_TOO_LONG",
-                metadata={"prompt_tokens": str(prompt), "context_length": str(whole)},
-            )
-        own = {k: v for k, v in served.manifest.meta["generation"].items() if v is not None}
-        given = {f.name: v for f, v in wanted.ListFields() if f.name != "stop"}
-        if not own.get("do_sample", False):
-            own["temperature"] = 0.0
-
-        def pick(name: str, default: float) -> float:
-            return float(given.get(name, own.get(name, default)))
-
-        sampling = Sampling(
-            temperature=pick("temperature", 1.0),
-            top_p=pick("top_p", 1.0),
-            top_k=int(pick("top_k", 0)),
-            max_tokens=min(int(given.get("max_tokens", DEFAULT_TOKENS)), room),
-            repetition_penalty=pick("repetition_penalty", 1.0),
-            seed=wanted.seed if wanted.HasField("seed") else None,
-            eos_ids=self._ends(own, stops, form is not None),
-            logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
-            form=form,
-        )
-        check_sampling(sampling)
-        if sampling.form:
-            check_form(sampling.form)
-            if not sampling.eos_ids:
-                raise FailedPrecondition(
-                    f"{served.name} knows no end token, so an answer could not end when its form is complete",
-                    reason="MODEL_NOT_SERVABLE",
-                )
-        return sampling
-
-    def _ends(self, own: Mapping[str, Any], stops: Sequence[str], formed: bool) -> tuple[int, ...]:
-        """Tokens that end an answer: the model's, and stops that are special tokens, which never come out as text.
-
-        What has a form also ends by the tokenizer's own end token, the only one that is allowed after it.
-        """
-        special = [s for s in stops if s in self._tokenizer.special_texts]
-        ends = {*own["eos_token_id"], *(self._tokenizer.encode(s)[0] for s in special)}
-        return tuple(sorted(ends | set(self._tokenizer.eos_ids if formed else ())))
-
 
 def _elsewhere() -> Unimplemented:
     return Unimplemented(
@@ -353,56 +304,6 @@ def _elsewhere() -> Unimplemented:
     )
 
 
-def _form(wanted: pb.Sampling) -> Form | None:
-    kind = wanted.WhichOneof("form")
-    return Form(kind, getattr(wanted, kind)) if kind else None
-
-
 def _told(calls: Sequence[pb.ToolCall]) -> dict[str, Any]:
     """A field that only a chat's answers have."""
     return {"tool_calls": calls} if calls else {}
-
-
-def check_sampling(s: Sampling) -> None:
-    """InvalidArgument (SAMPLING_INVALID) blaming each field that is out of its range."""
-    rules = {
-        "temperature": (0 <= s.temperature <= 10, "must be from 0 to 10"),
-        "top_p": (0 < s.top_p <= 1, "must be above 0 and at most 1"),
-        "top_k": (s.top_k >= 0, "must not be negative"),
-        "max_tokens": (s.max_tokens >= 1, "must be at least 1"),
-        "repetition_penalty": (0 < s.repetition_penalty <= 10, "must be above 0 and at most 10"),
-        "logprobs": (0 <= (s.logprobs or 0) <= 20, "must be from 0 to 20"),
-    }
-    wrong = [Violation(f"sampling.{k}", why, "SAMPLING_INVALID") for k, (good, why) in rules.items() if not good]
-    if wrong:
-        said = "; ".join(f"{v.field} {v.message}" for v in wrong)
-        raise InvalidArgument(said, reason="SAMPLING_INVALID", violations=wrong)
-
-
-class StopText:
-    """Text as it comes, held back while it may still become a stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], marks: Sequence[str] = ()) -> None:
-        """`marks` are special tokens that shall be seen in the text."""
-        self._stream = tokenizer.stream(marks)
-        self._stops = [s for s in stops if s]
-        self._held = ""
-        self.stopped = False
-
-    def push(self, ids: Sequence[int], last: bool) -> str:
-        self._held += self._stream.push(ids, last)
-        ends = [at for s in self._stops if (at := self._held.find(s)) >= 0]
-        if ends:
-            self.stopped = True
-            return self._held[: min(ends)]
-        keep = 0 if last else max((self._overlap(s) for s in self._stops), default=0)
-        out = self._held[: len(self._held) - keep]
-        self._held = self._held[len(out) :]
-        return out
-
-    def _overlap(self, stop: str) -> int:
-        """How many of the last characters are the beginning of `stop`."""
-        for n in range(min(len(stop) - 1, len(self._held)), 0, -1):
-            if self._held.endswith(stop[:n]):
-                return n
-        return 0

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from services.finetune.config import QuantConfig, from_json
-from services.finetune.convert.modules import auto_class
 from services.finetune.errors import FailedPrecondition
-from services.finetune.modules import is_llava
+from services.finetune.modules import auto_class, is_llava
 from services.finetune.train.model import keep_layout, quantisation, read_config
 from services.inference.engines.forms import Follower, Vocabulary
 from services.inference.engines.port import Likely, Picture, Sampling, Step, no_embeddings
@@ -258,7 +258,7 @@ def _load(folder: Path, dtype: torch.dtype, bits: int) -> Any:
     config = read_config(folder)
     quant = quantisation(from_json(QuantConfig, {"bits": bits}), dtype, is_llava(config))  # as in training
     try:
-        model = auto_class(config).from_pretrained(
+        model: Any = getattr(transformers, auto_class(config)).from_pretrained(
             folder,
             dtype=dtype,
             # Not even None where there is none: it would hide what a quantised model's own config says.

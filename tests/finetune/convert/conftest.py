@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from services.finetune.config import ConvertRun
 from services.finetune.convert import convert
+from services.finetune.orders import ConvertRun
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from tests.tiny import tiny_model

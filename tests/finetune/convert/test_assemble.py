@@ -19,8 +19,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from services.finetune.config import AssembleTask, ImportTask, MergeTask, ReshardTask
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.orders import AssembleTask, ImportTask, MergeTask, ReshardTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.tokenizer import Tokenizer

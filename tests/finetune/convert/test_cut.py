@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from services.finetune.__main__ import work
-from services.finetune.config import ArtifactRef, ConvertRun, ImportTask, MergeTask, to_json
+from services.finetune.config import to_json
+from services.finetune.orders import ArtifactRef, ConvertRun, ImportTask, MergeTask
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, read_segments, run_uri
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import Parent, publish_directory

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from services.finetune.config import ArtifactRef, ExportTask, ImportTask, ReshardTask
 from services.finetune.convert.gguf_write import ARCHITECTURES
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.orders import ArtifactRef, ExportTask, ImportTask, ReshardTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, load, materialise
 from tests.finetune.convert.conftest import Convert, load_whole

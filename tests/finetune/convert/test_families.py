@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.finetune.config import ImportTask
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.orders import ImportTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise
 from tests.finetune.convert.conftest import Convert, load_whole

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from services.finetune.config import AdapterTask, ArtifactRef, ImportTask, MergeTask
 from services.finetune.convert.checkpoints import read_settings
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.orders import AdapterTask, ArtifactRef, ImportTask, MergeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise, publish_directory
 from tests.finetune.convert.conftest import Convert, load_whole

@@ -19,9 +19,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from services.finetune.config import AdapterTask, ExportTask, MergeTask
 from services.finetune.convert.checkpoints import read_part_settings
 from services.finetune.errors import InvalidArgument
+from services.finetune.orders import AdapterTask, ExportTask, MergeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise, publish_directory
 from tests.finetune.convert import towers

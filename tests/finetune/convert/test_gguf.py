@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.finetune.config import ImportTask
 from services.finetune.errors import InvalidArgument
+from services.finetune.orders import ImportTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise
 from services.finetune.tokenizer import Tokenizer

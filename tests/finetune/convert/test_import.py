@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from services.finetune.config import ArtifactRef, ImportTask
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound
+from services.finetune.orders import ArtifactRef, ImportTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise, publish_directory, read_file
 from tests.finetune.convert.conftest import Convert, load_whole

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from services.finetune.config import ArtifactRef, MergeTask
 from services.finetune.convert.merge import merge
+from services.finetune.orders import ArtifactRef, MergeTask
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import Parent, load, publish_directory

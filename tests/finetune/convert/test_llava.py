@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from services.finetune.config import AdapterTask, MergeTask, QuantizeTask
 from services.finetune.errors import FailedPrecondition, InvalidArgument
+from services.finetune.orders import AdapterTask, MergeTask, QuantizeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
 from tests.finetune.convert import towers

@@ -25,12 +25,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.finetune.config import AdapterTask, ArtifactRef, ImportTask
 from services.finetune.convert import unpickle
 from services.finetune.convert.pickles import read_tensors
 from services.finetune.convert.shards import as_torch
 from services.finetune.errors import FailedPrecondition, Internal, InvalidArgument, QuartetError
 from services.finetune.formats import Message
+from services.finetune.orders import AdapterTask, ArtifactRef, ImportTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, materialise, publish_directory
 from services.finetune.templates import load_template, to_prompt_ids

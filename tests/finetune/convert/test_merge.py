@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.finetune.config import AdapterTask, ArtifactRef, ImportTask, MergeTask
 from services.finetune.convert.shards import read_folder
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
+from services.finetune.orders import AdapterTask, ArtifactRef, ImportTask, MergeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
 from services.finetune.tokenizer import Tokenizer

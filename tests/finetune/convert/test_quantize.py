@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from services.finetune.config import ArtifactRef, ImportTask, QuantizeTask
 from services.finetune.convert.compressed import group_of
 from services.finetune.errors import Cancelled, FailedPrecondition
+from services.finetune.orders import ArtifactRef, ImportTask, QuantizeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish
 from tests.finetune.convert.conftest import Convert

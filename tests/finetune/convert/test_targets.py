@@ -15,8 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from services.finetune.config import ExportTask, ImportTask
 from services.finetune.errors import Cancelled, FailedPrecondition, PermissionDenied, Unavailable
+from services.finetune.orders import ExportTask, ImportTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load
 from services.finetune.store.s3 import S3Store

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from services.finetune.config import ImportTask, MergeTask
 from services.finetune.errors import InvalidArgument
+from services.finetune.orders import ImportTask, MergeTask
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Manifest, Parent, load, materialise, publish_directory
 from tests.finetune.convert.conftest import Convert, load_whole

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from services.finetune.config import ArtifactRef, AssembleTask, ImportTask
+from services.finetune.orders import ArtifactRef, AssembleTask, ImportTask
 
 SIDE, PATCH = 28, 14
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from services.finetune.config import ArtifactRef, DataConfig, PrepareRun
+from services.finetune.config import DataConfig
+from services.finetune.orders import ArtifactRef, PrepareRun
 from services.finetune.progress import Attempt, raise_fence, read_segments
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory

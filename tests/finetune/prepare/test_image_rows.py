@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from services.finetune.config import ArtifactRef, DataConfig, PrepareRun, ValidateRun
+from services.finetune.config import DataConfig
 from services.finetune.errors import FailedPrecondition, InvalidArgument
 from services.finetune.formats import Row, read_rows
+from services.finetune.orders import ArtifactRef, PrepareRun, ValidateRun
 from services.finetune.packing import HELD_OUT, IGNORED, Blocks
 from services.finetune.prepare import prepare, shards
 from services.finetune.prepare.pipeline import Built, build

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.finetune.config import PrepareRun, to_json
+from services.finetune.config import to_json
 from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.orders import PrepareRun
 from services.finetune.packing import Blocks
 from services.finetune.prepare import check_weights, prepare
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, run_uri

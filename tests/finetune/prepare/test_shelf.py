@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.finetune.config import ArtifactRef, PrepareRun
 from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.orders import ArtifactRef, PrepareRun
 from services.finetune.prepare import shelf
 from services.finetune.prepare.shelf import find, obtain, shelf_key
 from services.finetune.store import Store

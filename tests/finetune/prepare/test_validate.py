@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.finetune.config import ArtifactRef, PrepareRun, ValidateRun
 from services.finetune.errors import Cancelled, InvalidArgument
 from services.finetune.formats import Conversation, Message, Row
+from services.finetune.orders import ArtifactRef, PrepareRun, ValidateRun
 from services.finetune.prepare import prepare
 from services.finetune.prepare.validate import Twins, validate
 from services.finetune.store import Store

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, MergeTask, RunConfig, TrainRun, override
+from services.finetune.config import RunConfig, override
 from services.finetune.convert import convert
+from services.finetune.orders import AdapterTask, ArtifactRef, ConvertRun, MergeTask, TrainRun
 from services.finetune.progress import Attempt, raise_fence, read_segments
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override
+from services.finetune.config import RunConfig, override
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import Attempt, Event, raise_fence, read_segments
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, load, materialise, publish, publish_directory

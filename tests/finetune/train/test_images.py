@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.finetune.config import ArtifactRef, RunConfig, override
+from services.finetune.config import RunConfig, override
 from services.finetune.errors import InvalidArgument, NotFound
+from services.finetune.orders import ArtifactRef
 from services.finetune.store import Store
 from services.finetune.store.artifacts import load, publish, publish_directory
 from services.finetune.train.answers import shown

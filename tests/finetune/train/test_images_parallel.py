@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.store import open_store
 from services.finetune.store.artifacts import publish_directory
 from services.finetune.train.parallel import ALONE

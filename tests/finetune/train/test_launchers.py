@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from services.finetune.config import TrainRun, override, to_json
+from services.finetune.config import override, to_json
+from services.finetune.orders import TrainRun
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, run_uri
 from services.finetune.store import Store
 from tests.finetune.train.running import order, told

@@ -89,10 +89,10 @@ from services.finetune.train import step
 real = step.Stepper.take
 
 def take(self):
-    # After the first step, which has made whatever is made once; its blocks take about 400 MB at a time.
+    # After the first step, which has made whatever is made once; its blocks take about 200 MB at a time.
     if self.step == 1:
         size = int(open("/proc/self/statm").read().split()[0]) * 4096
-        resource.setrlimit(resource.RLIMIT_AS, (size + 250_000_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (size + 150_000_000, resource.RLIM_INFINITY))
     real(self)
 
 step.Stepper.take = take

@@ -26,12 +26,14 @@ from transformers import (
 )
 
 from services.finetune import packing
-from services.finetune.config import ArtifactRef, RunConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, override, to_json
 from services.finetune.errors import FailedPrecondition, InvalidArgument, out_of_memory
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, read_segments, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory
 from services.finetune.templates import Encoded
+from services.finetune.train.attention import attend_by_document
 from services.finetune.train.model import check_packable, load_model, summed_loss, trainable
 from tests.tiny import tiny_model
 
@@ -86,8 +88,9 @@ def tensors(blocks: packing.Blocks) -> list[torch.Tensor]:
     return [torch.from_numpy(np.array(a)).long() for a in arrays]
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_loss_is_the_models_own_loss_of_each_sample_alone(family: str) -> None:
+def test_packed_loss_is_the_models_own_loss_of_each_sample_alone(family: str, dense: bool) -> None:
     torch.manual_seed(0)
     config = FAMILIES[family]()
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
@@ -101,6 +104,8 @@ def test_packed_loss_is_the_models_own_loss_of_each_sample_alone(family: str) ->
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask[1:]]
             wanted = ids[0, 1:][mask[1:]]
             expected += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        if not dense:
+            attend_by_document(model)
         packed = packing.pack(samples(), 64, True)
         assert len(packed) == 1 and packed.segments.max() == 4
         assert float(summed_loss(Wrapped(model), *tensors(packed))) == pytest.approx(expected, rel=1e-4)

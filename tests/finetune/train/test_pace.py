@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from services.finetune.config import ArtifactRef, RunConfig, ScheduleConfig, TrainRun, override, to_json
+from services.finetune.config import RunConfig, ScheduleConfig, override, to_json
 from services.finetune.errors import FailedPrecondition
+from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.progress import Attempt, raise_fence, read_segments
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, Parent, load, publish, publish_directory

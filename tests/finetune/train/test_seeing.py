@@ -15,7 +15,9 @@ from transformers import AutoModelForImageTextToText
 
 from services.finetune import packing, plan
 from services.finetune.config import RunConfig, override
+from services.finetune.devices import GIB, Device
 from services.finetune.errors import InvalidArgument
+from services.finetune.shape import read_shape
 from services.finetune.store import Store
 from services.finetune.towers import trained_of
 from services.finetune.train import memory, ops_torch
@@ -25,6 +27,7 @@ from services.finetune.train.model import load_model, trainable
 from services.finetune.train.optim import group
 from services.finetune.train.seeing import Seen, features, look_at
 from services.finetune.vision import read_form
+from services.finetune.weights import trained_parameters
 from tests.finetune.train.llava import blocks_with_images, tiny_llava
 
 CPU = torch.device("cpu")
@@ -172,15 +175,15 @@ def test_a_plan_counts_what_is_trained(folder: Path, parts: str) -> None:
     chosen = config_of(**PARTS[parts])
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
-    shape = plan.read_shape(json.loads((folder / "config.json").read_text()), shapes)
+    shape = read_shape(json.loads((folder / "config.json").read_text()), shapes)
     model = load_model(folder, chosen, torch.float32)
-    assert plan.trained_parameters(shape, chosen) == sum(p.numel() for p in trainable(model).values())
+    assert trained_parameters(shape, chosen) == sum(p.numel() for p in trainable(model).values())
     assert shape.tower == memory.tower_of(model.get_base_model())
     assert trained_of(shape.tower, chosen) == memory.trained_beside(model.get_base_model())
-    assert plan.engine(shape, chosen, plan.Device("h100", 80 * plan.GIB), "bfloat16") == "fused"
+    assert plan.engine(shape, chosen, Device("h100", 80 * GIB), "bfloat16") == "fused"
     batch = plan.Batch(1, 256, 100)
     with_images, without = (
-        plan.memory(shape, chosen, b, 10, plan.Device("cpu"), "float32").activations
+        plan.memory(shape, chosen, b, 10, Device("cpu"), "float32").activations
         for b in (replace(batch, images=8), batch)
     )
     assert (with_images > without) == any("vision" in n or "projector" in n for n in trainable(model))

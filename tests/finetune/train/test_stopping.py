@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from services.finetune.config import TrainRun, to_json
+from services.finetune.config import to_json
 from services.finetune.errors import Cancelled
+from services.finetune.orders import TrainRun
 from services.finetune.progress import attempt_key, checkpoints, dump, raise_fence, read_outcome, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import File, Manifest, publish

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from services.finetune import packing
-from services.finetune.config import PrepareRun, TrainRun, override, to_json
+from services.finetune.config import override, to_json
+from services.finetune.orders import PrepareRun, TrainRun
 from services.finetune.prepare.certificate import certify
 from services.finetune.prepare.shelf import shelf_key
 from services.finetune.progress import (

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from services.finetune import packing
-from services.finetune.config import PrepareRun
 from services.finetune.errors import Cancelled, InvalidArgument
+from services.finetune.orders import PrepareRun
 from services.finetune.packing import HELD_OUT, Blocks, held, offsets_of
 from services.finetune.prepare import prepare
 from services.finetune.progress import Attempt, raise_fence

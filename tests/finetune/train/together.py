@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from services.finetune.config import TrainRun, from_json
+from services.finetune.config import from_json
+from services.finetune.orders import TrainRun
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.train.loop import Trainer

@@ -19,6 +19,8 @@ import pytest
 from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1 import inference_pb2_grpc as rpc
 
+from services.common.server import KEEPALIVE
+
 
 class Engine(rpc.InferenceServicer):
     """Says one word, then waits to be left."""
@@ -41,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, int
     """The engine, and the port of the pages in front of it."""
     folder: Path = tmp_path_factory.mktemp("s")
     scripted = Engine()  # type: ignore[abstract]  # the page calls no other rpc here
-    server = grpc.server(ThreadPoolExecutor(4))
+    server = grpc.server(ThreadPoolExecutor(4), options=KEEPALIVE)
     rpc.add_InferenceServicer_to_server(scripted, server)
     server.add_insecure_port(f"unix:{folder}/s")
     server.start()

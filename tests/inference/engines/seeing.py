@@ -21,8 +21,8 @@ from quartet.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_ser
 from transformers import LlavaForConditionalGeneration
 
 from services.common.server import Room
-from services.finetune.config import ConvertRun
 from services.finetune.convert import convert
+from services.finetune.orders import ConvertRun
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import load, materialise

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.finetune.config import ArtifactRef, ConvertRun, ImportTask, QuantizeTask
 from services.finetune.convert import convert
 from services.finetune.errors import FailedPrecondition
+from services.finetune.orders import ArtifactRef, ConvertRun, ImportTask, QuantizeTask
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import open_store
 from services.finetune.store.artifacts import load, materialise
