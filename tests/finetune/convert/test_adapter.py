@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from services.finetune.config import AdapterTask, ArtifactRef, ConvertRun, ImportTask, to_json
+from services.finetune.config import to_json
 from services.finetune.convert.adapter import WEIGHTS
 from services.finetune.convert.shards import DTYPES, recast
 from services.finetune.errors import InvalidArgument
+from services.finetune.orders import AdapterTask, ArtifactRef, ConvertRun, ImportTask
 from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, run_uri
 from services.finetune.store import Store
 from services.finetune.store.artifacts import Parent, load, materialise, publish_directory
