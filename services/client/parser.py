@@ -67,6 +67,7 @@ def _datasets(verbs: Any) -> None:
     _tokens(p)
     p.add_argument("--separate-rows", action="store_true", help="a block for each row")
     p.add_argument("--seed", type=int, default=0, help="training looks under its schedule.seed")
+    p.add_argument("--held-out", type=float, default=0.0, help="part of the rows for validation: its validation.ratio")
     p.add_argument("--detach", action="store_true", help="do not wait for the end")
     p = _verb(group, "repeat", "commands.datasets:repeat", "repeat the rows of a file, or of a dataset")
     given = p.add_mutually_exclusive_group(required=True)

@@ -41,7 +41,7 @@ CONNECTION_AGE_S = 300
 """Clients ask for addresses anew after so long, and find replicas that came later."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 """For every server: by default one ends a connection (too_many_pings) whose client pings more often than every 5 minutes,

@@ -33,6 +33,7 @@ def prepared(record: Record) -> pb.PreparedDataset:
     told = pb.PreparedDataset(
         sources=[pb.PrepareSource(**s) for s in spec["sources"]],
         digest=body.get("digest", ""),
+        held_out=spec.get("held_out", 0.0),  # older records have none
         **{k: spec[k] for k in ("model", "template", "system", "max_length", "separate_rows", "seed")},
         **_life(record),
     )

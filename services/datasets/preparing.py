@@ -107,6 +107,7 @@ class Preparing:
         check_weights(weights, len(datasets))
         max_length = spec["max_length"] or DataConfig().max_length
         check_length(max_length, LEAST_LENGTH)
+        held_out = _held_out(spec.get("held_out", 0.0))  # older records have none
         digest, manifest = self._datasets.model(spec["model"])
         certificate = self._certificate(digest, spec["template"] or manifest.meta.get("template", ""))
         data = DataConfig(
@@ -117,7 +118,9 @@ class Preparing:
             weights=weights,
         )
         model = ArtifactRef(name=spec["model"], digest=digest)
-        return PrepareRun(job="", model=model, datasets=datasets, data=data, seed=spec["seed"]), certificate
+        seed = spec["seed"]
+        run = PrepareRun(job="", model=model, datasets=datasets, data=data, seed=seed, held_out=held_out)
+        return run, certificate
 
     def _dataset(self, n: int, revision: str) -> ArtifactRef:
         found = self._datasets.revision(revision)
@@ -136,3 +139,12 @@ class Preparing:
 
     def _result(self, digest: str) -> dict[str, Any]:
         return {"digest": digest, "meta": dict(load(self._store, digest).meta)}
+
+
+def _held_out(part: float) -> float:
+    """InvalidArgument (CONFIG_VALUE_INVALID) unless it is from 0 to below 1."""
+    if not 0 <= part < 1:
+        why = f"{part:g} is not from 0 to below 1; rows must be left to learn from"
+        blamed = [Violation("held_out", why, "CONFIG_VALUE_INVALID")]
+        raise InvalidArgument(f"held_out: {why}", reason="CONFIG_VALUE_INVALID", violations=blamed)
+    return part

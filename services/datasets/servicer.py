@@ -163,7 +163,8 @@ class Servicer(rpc.DatasetsServicer):
             yield messages.event(sequence, event)
 
     def PrepareDataset(self, request: pb.PrepareDatasetRequest, context: Any) -> pb.PreparedDataset:
-        spec = {k: getattr(request, k) for k in ("model", "template", "system", "max_length", "separate_rows", "seed")}
+        asked_for = ("model", "template", "system", "max_length", "separate_rows", "seed", "held_out")
+        spec = {k: getattr(request, k) for k in asked_for}
         spec["sources"] = [{"revision": s.revision, "weight": s.weight} for s in request.sources]
         asked = (request.request_id, wire.fingerprint(request))
         return messages.prepared(self._preparing.prepare(request.parent, spec, asked, request.validate_only))

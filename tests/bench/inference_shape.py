@@ -27,9 +27,9 @@ from services.finetune.store.artifacts import load, materialise, publish_directo
 from tests.bench.inference import ask, spread
 from tests.bench.train_shapes import SHAPES, VOCABULARY, random_causal
 
-STREAMS = (64, 256)
+STREAMS = [int(n) for n in os.environ.get("STREAMS", "64,256").split(",")]
 PROMPT, TOKENS = 256, 128
-ROUNDS = 5
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 RANK = 64
 PART = "0.42"
 """Of the GPU's memory for each of the two."""
@@ -104,12 +104,16 @@ async def ours(address: str, asked: Sequence[Sequence[int]], adapter: str) -> fl
 # ---------------------------------------------------------------------------------------------- the peer
 
 
-def peer(folder: str, adapter: str) -> None:
-    """LLM.generate, with vLLM's own settings; each line on stdin is a round, each on stdout its tokens a second."""
+def peer() -> None:
+    """LLM.generate, with vLLM's own settings; the first line on stdin names the folders of base and adapter, each further
+    one is a round, each on stdout its tokens a second."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM warns on the standard output
+    folder, adapter = json.loads(sys.stdin.readline())
     llm = LLM(
         folder,
         dtype="bfloat16",
@@ -121,21 +125,27 @@ def peer(folder: str, adapter: str) -> None:
     )
     params = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True, stop_token_ids=[2])
     known = LoRARequest("a", 1, adapter)
-    print("ready", flush=True)
+    print("ready", file=said, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         asked: Any = [TokensPrompt(prompt_token_ids=ids) for ids in order["prompts"]]
         began = time.monotonic()
         made = llm.generate(asked, params, use_tqdm=False, lora_request=known if order["adapter"] else None)
         count = sum(len(one.outputs[0].token_ids) for one in made)
-        print(json.dumps(count / (time.monotonic() - began)), flush=True)
+        print(json.dumps(count / (time.monotonic() - began)), file=said, flush=True)
 
 
 def main(shape: str, tokenizer: str) -> None:
     if shape not in SHAPES:
         raise SystemExit(f"no shape {shape}; there are {', '.join(SHAPES)}")
-    os.environ |= {"QUARTET_ENGINE_GPU_MEMORY": PART, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ |= {"QUARTET_ENGINE_GPU_MEMORY": PART, "VLLM_NO_USAGE_STATS": "1"}
+    # Looking for a GPU the other way makes it useless to the process that vLLM forks off.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     me = [sys.executable, "-m", "tests.bench.inference_shape"]
+    # It imports vLLM meanwhile; it may not take its part of the GPU before the engine has measured its own.
+    other = subprocess.Popen([*me, "peer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None and other.stdout is not None
     with tempfile.TemporaryDirectory() as home:
         made = subprocess.run([*me, "make", shape, tokenizer, home], capture_output=True, text=True, check=True)
         base, adapter = made.stdout.split()[-2:]
@@ -144,12 +154,12 @@ def main(shape: str, tokenizer: str) -> None:
         server, address = serve(store, base, adapter)
         print(f"the engine server answered {time.monotonic() - began:.0f} s after its start", flush=True)
         folders = [materialise(store, load(store, d), Path(home, f"peer-{n}")) for n, d in enumerate((base, adapter))]
-        words = [*me, "peer", *map(str, folders)]
-        other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert other.stdin is not None and other.stdout is not None
+        other.stdin.write(json.dumps([str(folder) for folder in folders]) + "\n")
+        other.stdin.flush()
         while other.stdout.readline() != "ready\n":
             if other.poll() is not None:
                 raise RuntimeError("the peer ended")
+        print(f"the peer was ready after {time.monotonic() - began:.0f} s", flush=True)
         for streams in STREAMS:
             for alias in ("", "a"):
                 rates: list[tuple[float, float]] = []
@@ -161,6 +171,7 @@ def main(shape: str, tokenizer: str) -> None:
                     )
                     other.stdin.flush()
                     rates.append((mine, float(other.stdout.readline())))
+                    print(f"  round {n + 1}: {rates[-1][0]:,.0f} and {rates[-1][1]:,.0f} tok/s", flush=True)
                 ratios = [a / b for a, b in rates[1:]]
                 print(
                     f"{shape} bfloat16, {streams} streams, {PROMPT} in, {TOKENS} out, "
@@ -179,6 +190,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(*sys.argv[2:])
     elif sys.argv[1] == "peer":
-        peer(*sys.argv[2:])
+        peer()
     else:
         main(*sys.argv[1:])

@@ -77,10 +77,10 @@ def speed(store: Store, options: argparse.Namespace, counts: list[int]) -> dict[
             numbers[f"{way.name}, {count}"] = pace
             median, one = statistics.median(pace), numbers.get(f"{way.name.partition(',')[0]}, copies, 1")
             part = f", {median / statistics.median(one):.2f} times one" if one else ""
-            peak = f", {ended.values('peak_memory_bytes')[-1] / 2**30:.1f} GiB" if GPU else ""
+            held = next((text for text in ended.logs if text.startswith("peak memory")), "")
             print(
                 f"{way.name:14} {count} processes: {median:,.0f} tokens/s ({min(pace):,.0f}-{max(pace):,.0f})"
-                f"{part}{peak}",
+                f"{part}; {held}",
                 flush=True,
             )
     return numbers

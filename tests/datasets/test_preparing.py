@@ -132,6 +132,7 @@ def test_what_decides_the_blocks_decides_the_name(datasets: DatasetsStub, model:
         {"seed": 1},
         {"system": "s"},
         {"separate_rows": True},
+        {"held_out": 0.25},
         {"template": "vicuna"},
     ]
     names = [name(**g) for g in different] + [name(sources=[source(revision, 2)]), name(sources=[source(revision)] * 2)]
@@ -153,6 +154,22 @@ def test_weights_and_several_datasets(datasets: DatasetsStub, model: str, revisi
     one, four = len("y") + 1, sum(len(f"a{n}") + 1 for n in range(20))
     assert get(datasets, once.name).counts.learned_count == four + 4 * one
     assert done.counts.learned_count == 2 * four + 2 * one
+
+
+def test_rows_are_held_out(datasets: DatasetsStub, store: Store, model: str, revision: str) -> None:
+    made = datasets.PrepareDataset(request(model, revision, held_out=0.25))
+    watch(datasets, made.name)
+    done = get(datasets, made.name)
+    meta = load(store, done.digest).meta
+    assert done.held_out == 0.25 and done.counts.row_count == 20
+    assert (meta["samples"], meta["held_out"]["samples"]) == (15, 5)
+
+
+@pytest.mark.parametrize("part", [-0.1, 1.0, float("nan")])
+def test_a_senseless_part_is_refused(datasets: DatasetsStub, model: str, revision: str, part: float) -> None:
+    with refused(InvalidArgument, "CONFIG_VALUE_INVALID") as found:
+        datasets.PrepareDataset(request(model, revision, held_out=part))
+    assert [v.field for v in found[0].violations] == ["held_out"]
 
 
 def test_a_failure_is_told_and_tried_again(datasets: DatasetsStub, model: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.e2e.stack import Stack
+from tests.e2e.test_llava import SEEN, taught
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.browser
@@ -119,6 +120,24 @@ def test_an_image_reaches_the_engine(page: Page, tmp_path: Path) -> None:
     say.fill("What colour is it?")
     say.press("Enter")
     expect(bot.last).to_contain_text("sees no images")  # what is served here is blind
+
+
+def test_what_is_seen_in_an_image_is_told(page: Page, stack: Stack, tmp_path: Path) -> None:
+    images = taught(stack, tmp_path)
+    say, bot = page.locator("#say textarea"), page.locator(".message.bot")
+    for colour, answer in SEEN.items():
+        page.reload()
+        expect(page.get_by_label("Model")).to_have_value("left")
+        page.get_by_label("Model").click()
+        page.get_by_role("option", name="e", exact=True).click()
+        page.get_by_label("Temperature").fill("0")
+        page.locator("#say input[type=file]").set_input_files(images / f"{colour}.png")
+        expect(page.locator("#say img")).to_be_visible()
+        say.fill("what?")
+        say.press("Enter")
+        expect(bot.last).to_contain_text(answer)  # as over gRPC: tests/e2e/test_llava.py
+        shot(page, f"seen-{colour}")
+    assert stack.quartet("endpoint", "delete", "e").returncode == 0
 
 
 def test_two_endpoints_answer_side_by_side(page: Page) -> None:

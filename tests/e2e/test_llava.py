@@ -14,10 +14,11 @@ from tests.tiny import tiny_model
 SEEN = {"red": "it is red", "blue": "it is blue"}
 
 
-def test_what_was_learned_of_images_is_said_of_them(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "tiny")
-    towers.clip(tmp_path / "clip")
-    data = tmp_path / "data"
+def taught(stack: Stack, folder: Path) -> Path:
+    """Serve a tiny model as `e` that knows SEEN; the folder of <colour>.png."""
+    tiny_model(folder / "tiny")
+    towers.clip(folder / "clip")
+    data = folder / "data"
     (data / "images").mkdir(parents=True)
     rows = []
     for colour, answer in SEEN.items():
@@ -25,7 +26,6 @@ def test_what_was_learned_of_images_is_said_of_them(tmp_path: Path) -> None:
         said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": answer}]
         rows.append({"id": colour, "image": f"images/{colour}.png", "conversations": said})
     (data / "rows.json").write_text(json.dumps(rows))
-    stack = Stack(tmp_path / "home", env={"OMP_NUM_THREADS": "1"}).start()
     options = {
         "method": "full",
         "model.dtype": "float32",
@@ -39,21 +39,27 @@ def test_what_was_learned_of_images_is_said_of_them(tmp_path: Path) -> None:
         "report.prompts": "[]",
     }
     given = [f"{key}={value}" for key, value in options.items()]
+    for words in (
+        ["model", "import", str(folder / "tiny"), "--name", "language"],
+        ["model", "import", str(folder / "clip"), "--name", "clip"],
+        ["convert", "assemble", "language", "clip", "--name", "llava"],
+        ["dataset", "create", "d", str(data / "rows.json"), str(data / "images")],
+        ["train", "smollm2_135m_lora_assistant_e1", "--base", "llava", "--data", "d", "--name", "job",
+         "--cfg-options", *given],
+        ["convert", "pth_to_hf", "job", "tuned", "--fp32"],
+        ["endpoint", "create", "tuned", "--name", "e"],
+    ):  # fmt: skip
+        done = stack.quartet(*words)
+        assert done.returncode == 0, done.stderr + done.stdout
+    return data / "images"
+
+
+def test_what_was_learned_of_images_is_said_of_them(tmp_path: Path) -> None:
+    stack = Stack(tmp_path / "home", env={"OMP_NUM_THREADS": "1"}).start()
     try:
-        for words in (
-            ["model", "import", str(tmp_path / "tiny"), "--name", "tiny"],
-            ["model", "import", str(tmp_path / "clip"), "--name", "clip"],
-            ["convert", "assemble", "tiny", "clip", "--name", "llava"],
-            ["dataset", "create", "d", str(data / "rows.json"), str(data / "images")],
-            ["train", "smollm2_135m_lora_assistant_e1", "--base", "llava", "--data", "d", "--name", "job",
-             "--cfg-options", *given],
-            ["convert", "pth_to_hf", "job", "tuned", "--fp32"],
-            ["endpoint", "create", "tuned", "--name", "e"],
-        ):  # fmt: skip
-            done = stack.quartet(*words)
-            assert done.returncode == 0, done.stderr + done.stdout
+        images = taught(stack, tmp_path)
         for colour, answer in SEEN.items():
-            image = ["--image", str(data / "images" / f"{colour}.png")]
+            image = ["--image", str(images / f"{colour}.png")]
             told = stack.quartet("chat", "e", "-m", "what?", *image, "--temperature", "0", "--max-new-tokens", "16")
             assert told.returncode == 0, told.stderr
             assert told.stdout.strip() == answer

@@ -19,7 +19,7 @@ def test_training_finds_what_was_prepared(tmp_path: Path, rows: Path) -> None:
         ):
             done = stack.quartet(*words)
             assert done.returncode == 0, done.stderr
-        how = ["--model", "tiny", "--max-length", "64", "--system", "Be kind.", "--seed", "3"]
+        how = ["--model", "tiny", "--max-length", "64", "--system", "Be kind.", "--seed", "3", "--held-out", "0.2"]
         prepared = stack.quartet("dataset", "prepare", "d=2", *how, "--json")
         assert prepared.returncode == 0, prepared.stderr
         counts = json.loads(prepared.stdout)["counts"]
@@ -28,6 +28,7 @@ def test_training_finds_what_was_prepared(tmp_path: Path, rows: Path) -> None:
             "data.weights=[2]",
             "data.system=Be kind.",
             "lora.rank=2",
+            "validation.ratio=0.2",
             "schedule.max_steps=2",
         ]
         words = ["train", "smollm2_135m_lora_assistant_e1", "--base", "tiny", "--data", "d", "--seed", "3"]

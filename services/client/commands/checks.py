@@ -35,7 +35,7 @@ def validate(a: Namespace) -> int:
 
 
 def prepare(a: Namespace) -> int:
-    how = {k: getattr(a, k) for k in ("template", "system", "max_length", "separate_rows", "seed")}
+    how = {k: getattr(a, k) for k in ("template", "system", "max_length", "separate_rows", "seed", "held_out")}
     with connect(a) as client:
         made = client.prepare(read_weights(a.datasets), a.model, **how)
         if a.detach:

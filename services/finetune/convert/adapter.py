@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from services.finetune.convert.modules import as_modules
-from services.finetune.convert.shards import DTYPES, Stored, parse_header
+from services.finetune.convert.shards import DTYPES, NAMES, WIDTHS, Stored, order, parse_header, raw, recast, write_file
 from services.finetune.errors import Cancelled, FailedPrecondition, InvalidArgument
 from services.finetune.modules import LLAVA, parts_of
 from services.finetune.orders import AdapterTask, ArtifactRef
@@ -47,8 +47,7 @@ def make_adapter(task: AdapterTask, attempt: Attempt, stop: threading.Event, wor
 
 
 def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: threading.Event, workdir: Path) -> str:
-    from safetensors.torch import load_file
-
+    """Without torch, whose start takes longer than all of this: a new adapter is waited for."""
     store = attempt.store
     checkpoint = load(store, named.digest)
     if checkpoint.kind != "checkpoint":
@@ -57,8 +56,7 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
         from services.finetune.convert.whole import make_whole
 
         return make_whole(task, named, checkpoint, attempt, stop)
-    folder = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS, CONFIG))
-    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    tensors, config = _own_tensors(store, checkpoint), json.loads(read_file(store, checkpoint, CONFIG))
     base_parent = next(p for p in checkpoint.parents if p.role == "base")
     base = load(store, base_parent.digest)
     stored = base_tensors(store, base)
@@ -69,9 +67,9 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
     if stop.is_set():
         raise Cancelled("stopped before anything was kept", reason="STOPPED")
     config.update(base_model_name_or_path=base_parent.name, inference_mode=True)
-    files = store_files(store, tensors, config, task.dtype, workdir)
-    done = next(f.size for f in files if f.path == WEIGHTS)
-    attempt.emit("progress", done_bytes=done, total_bytes=done)
+    weights = _cast_weights(store, checkpoint, tensors, task.dtype, workdir)
+    attempt.emit("progress", done_bytes=weights.size, total_bytes=weights.size)
+    files = [weights, _store_config(store, config)]
     files += [f for f in base.files if f.path in TOKENIZER_FILES]
     parents = (*checkpoint.parents, Parent("checkpoint", named.digest, named.name))
     meta = {
@@ -80,10 +78,37 @@ def _make_own(task: AdapterTask, named: ArtifactRef, attempt: Attempt, stop: thr
         "generation": base.meta["generation"],
         "context_length": base.meta["context_length"],
         "dtype": task.dtype,
-        "parameters": sum(v.numel() for v in tensors.values()),
+        "parameters": sum(t.count for t in tensors.values()),
         **parts_meta(base, tensors),
     }
     return publish(store, Manifest("adapter", tuple(sorted(files, key=lambda f: f.path)), parents, meta))
+
+
+def _own_tensors(store: Store, checkpoint: Manifest) -> dict[str, Stored]:
+    """The tensors of a checkpoint's adapter by its header. InvalidArgument (WEIGHTS_MALFORMED, ADAPTER_INCOMPLETE)."""
+    file = checkpoint.file(WEIGHTS)
+    found = {t.name: t for t in parse_header(functools.partial(_read, store, file.digest), WEIGHTS)}
+    for name, tensor in found.items():
+        whole = tensor.dtype in NAMES and tensor.nbytes == tensor.count * WIDTHS[tensor.dtype]
+        if not whole or tensor.start + tensor.nbytes > file.size:
+            raise _incomplete(f"{name} is no whole tensor of {', '.join(DTYPES)}", name)
+    return found
+
+
+def _cast_weights(store: Store, checkpoint: Manifest, tensors: Mapping[str, Stored], dtype: str, workdir: Path) -> File:
+    """The file of these tensors in `dtype`: the checkpoint's own where they have it already."""
+    cast = order(t.cast(dtype) for t in tensors.values())
+    if all(t.dtype == tensors[t.name].dtype for t in cast):
+        return checkpoint.file(WEIGHTS)
+    source = materialise(store, checkpoint, workdir / "checkpoint", (WEIGHTS,)) / WEIGHTS
+
+    def data(tensor: Stored) -> Iterable[bytes]:
+        own = replace(tensors[tensor.name], file=source)
+        return [recast(b"".join(raw(own)), own.dtype, tensor.dtype)]
+
+    write_file(workdir / WEIGHTS, cast, data, lambda tensor: None)
+    blob = store.put_file(workdir / WEIGHTS)
+    return File(WEIGHTS, blob.digest, blob.size)
 
 
 def parts_meta(base: Manifest, names: Iterable[str]) -> dict[str, list[str]]:
@@ -100,8 +125,12 @@ def store_files(
     cast = {k: v.to(getattr(torch, dtype)).contiguous() for k, v in tensors.items()}
     save_file(cast, workdir / WEIGHTS, metadata={"format": "pt"})
     weights = store.put_file(workdir / WEIGHTS)
+    return [File(WEIGHTS, weights.digest, weights.size), _store_config(store, config)]
+
+
+def _store_config(store: Store, config: Mapping[str, Any]) -> File:
     about = store.put_blob(json.dumps(config, sort_keys=True, indent=1, ensure_ascii=False).encode())
-    return [File(WEIGHTS, weights.digest, weights.size), File(CONFIG, about.digest, about.size)]
+    return File(CONFIG, about.digest, about.size)
 
 
 def base_tensors(store: Store, base: Manifest) -> list[Stored]:
@@ -146,7 +175,7 @@ def check_pairs(tensors: Mapping[str, Any], rank: int) -> None:
     for name, value in sorted(tensors.items()):
         a = name.replace(".lora_B.", ".lora_A.")
         b = name.replace(".lora_A.", ".lora_B.")
-        whole = a != b and a in tensors and b in tensors and tensors[a].ndim == tensors[b].ndim == 2
+        whole = a != b and a in tensors and b in tensors and len(tensors[a].shape) == len(tensors[b].shape) == 2
         if (
             not whole
             or tensors[a].shape[0] != tensors[b].shape[1]

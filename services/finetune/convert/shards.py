@@ -210,6 +210,27 @@ def cast_bytes(tensor: Stored, dtype: str) -> Iterable[bytes | memoryview]:
     return [to_bytes(as_torch(tensor).to(getattr(torch, dtype)))]
 
 
+def recast(data: bytes, source: str, dtype: str) -> bytes:
+    """Numbers of one of DTYPES' words in another, rounded once and to even as torch does, without torch."""
+    import numpy as np
+
+    if source == dtype:
+        return data
+    if source == "BF16":
+        wide = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        wide = np.frombuffer(data, "<f2" if source == "F16" else "<f4").astype("<f4", copy=False)
+    if dtype == "F32":
+        return wide.tobytes()
+    if dtype == "F16":
+        with np.errstate(over="ignore"):  # becomes infinite, as in torch
+            return wide.astype("<f2").tobytes()
+    bits = wide.view("<u4")
+    # The upper half, and one more where the lower is above a half, or is one and the upper odd.
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+    return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded).astype("<u2").tobytes()
+
+
 def plan(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
     """Tensors by file, in their order; no file above `limit` bytes unless one tensor alone is."""
     shards: list[list[Stored]] = []
@@ -237,7 +258,7 @@ def write(
     """
     named = dict(zip(shard_names(len(shards)), shards, strict=True))
     for name, shard in named.items():
-        _write_file(out / name, shard, data, done)
+        write_file(out / name, shard, data, done)
     if len(shards) > 1:
         (out / INDEX).write_text(index_text(named))
 
@@ -264,12 +285,13 @@ def order(shard: Iterable[Stored]) -> list[Stored]:
     return sorted(shard, key=lambda t: (-(t.nbytes // max(t.count, 1)), t.name))
 
 
-def _write_file(
+def write_file(
     path: Path,
     shard: Sequence[Stored],
     data: Callable[[Stored], Iterable[bytes | memoryview]],
     done: Callable[[Stored], None],
 ) -> None:
+    """Write one file, as `write` does. InvalidArgument (WEIGHTS_MALFORMED) if a tensor's bytes come out too few or many."""
     ordered = order(shard)
     with path.open("xb") as file:
         file.write(header(ordered))

@@ -5,6 +5,7 @@ Letters in shapes: I inputs, O outputs of a group, N adapted projections of a gr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,9 +103,9 @@ def _stack(bases: Sequence[Any], shape: tuple[int, int]) -> Tensor | None:
         raise Uncovered("projections of one input of which some are quantised")
     if quantised == {True}:
         return None
-    if len(bases) == 1:
-        whole: Tensor = bases[0].weight.data
-        return whole
+    weights: list[Tensor] = [base.weight.data for base in bases]
+    if _side_by_side(weights):
+        return weights[0].as_strided(shape, (shape[1], 1))
     stacked = torch.empty(shape, dtype=bases[0].weight.dtype, device=bases[0].weight.device)
     at = 0
     for base in bases:
@@ -113,6 +114,14 @@ def _stack(bases: Sequence[Any], shape: tuple[int, int]) -> Tensor | None:
         base.weight.data = rows
         at += base.out_features
     return stacked
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> bool:
+    """Whether matrices lie in one storage without holes between them, as those of one layer do that were stacked before."""
+    first = weights[0]
+    starts = itertools.accumulate((w.nbytes for w in weights), initial=first.data_ptr())
+    one = {w.untyped_storage().data_ptr() for w in weights} == {first.untyped_storage().data_ptr()}
+    return one and all(w.is_contiguous() and w.data_ptr() == at for w, at in zip(weights, starts, strict=False))
 
 
 def _bias(bases: Sequence[Any]) -> Tensor | None:

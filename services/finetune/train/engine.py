@@ -17,6 +17,7 @@ from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.attention import attends_by_document
 from services.finetune.train.batch import Flat, flatten
+from services.finetune.train.dealt import Dealt
 from services.finetune.train.images import Images
 from services.finetune.train.model import causal_of, computing, summed_loss
 from services.finetune.train.parallel import ALONE, Batch, Group
@@ -32,6 +33,8 @@ class Engine(Protocol):
 
     collective: bool
     """Whether each micro-step is taken by all ranks together."""
+    dealt: bool
+    """Whether no rank has the whole model, so that its own forward too is a thing for all together."""
 
     def begin(self, tokens: int, reserved: int) -> str:
         """Make gradients zero. `tokens` is the most that a micro-step will have, `reserved` the bytes that others will
@@ -64,7 +67,7 @@ class Engine(Protocol):
 class Autograd:
     """Any model, through its own forward."""
 
-    collective = False
+    collective = dealt = False
 
     def __init__(
         self,
@@ -119,9 +122,9 @@ class Autograd:
 
 
 class Handmade:
-    """Llama-shaped models on a GPU; see fused.py. Vision tower and projector go by autograd, on both sides of it."""
+    """Llama-shaped models on a GPU; see fused.py. Vision tower and projector go by autograd, on both sides of it.
 
-    collective = False
+    With `dealt` the layers' frozen weights are dealt out over the ranks, and a rank without blocks goes along."""
 
     def __init__(
         self,
@@ -133,13 +136,13 @@ class Handmade:
         group: Group = ALONE,
         images: Images | None = None,
         ops: Any = None,
+        dealt: Dealt | None = None,
     ) -> None:
         from services.finetune.train.fused import Fused
 
-        if ops is None:
-            from services.finetune.train import ops_triton as ops
         self.model = model
-        self.fused = Fused(model, ops, positions)
+        self.fused = Fused(model, ops or operations(), positions, dealt)
+        self.collective = self.dealt = dealt is not None
         self.blocks = blocks
         self.device = device
         self.config = config
@@ -163,6 +166,7 @@ class Handmade:
 
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
         if not len(batch):
+            self.fused.go_along()
             return torch.zeros((), device=self.device)
         flat, features_MD = self._read(self.blocks, batch)
         if features_MD is None or flat.images_M is None:
@@ -185,6 +189,9 @@ class Handmade:
         optimizer.step()
 
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
+        if not len(batch):
+            self.fused.go_along(backward=False)
+            return torch.zeros((), device=self.device)
         self.fused.adapters.begin()
         self.model.eval()
         with torch.no_grad():
@@ -217,6 +224,24 @@ def tensors(blocks: Blocks, batch: Batch, device: torch.device) -> list[Tensor]:
     return [ids, labels, positions, segments]
 
 
+def operations() -> Any:
+    """What the fused path computes with. ImportError."""
+    from services.finetune.train import ops_triton
+
+    return ops_triton
+
+
+def unfused(device: torch.device, dtype: torch.dtype, fixed: bool) -> str:
+    """Why the fused path is for no model here, or "". `fixed` asks for sums in a fixed order, which flash attention's
+    backward does not have."""
+    if device.type != "cuda":
+        return "no GPU"
+    if fixed:
+        return "sums in a fixed order are asked for"
+    known = dtype in (torch.bfloat16, torch.float16)
+    return "" if known else f"flash attention knows no {str(dtype).removeprefix('torch.')}"
+
+
 def choose(
     model: Any,
     blocks: Blocks,
@@ -227,20 +252,20 @@ def choose(
     fixed: bool = False,
     group: Group = ALONE,
     images: Images | None = None,
+    dealt: Dealt | None = None,
 ) -> tuple[Engine, str]:
-    """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` asks for sums in a
-    fixed order, which flash attention's backward does not have. FailedPrecondition (MODEL_NOT_TRAINABLE) as
-    memory.recompute."""
-    why = "no GPU" if device.type != "cuda" else ""
-    if fixed:
-        why = why or "sums in a fixed order are asked for"
-    if dtype not in (torch.bfloat16, torch.float16):
-        why = why or f"flash attention knows no {str(dtype).removeprefix('torch.')}"
+    """(engine, which and why). `longest` is the length of other blocks that will be looked at, `fixed` as unfused has it;
+    `dealt` has the model's layers. FailedPrecondition (MODEL_NOT_TRAINABLE) as memory.recompute."""
+    why = unfused(device, dtype, fixed)
     if not why:
         try:
-            made = Handmade(model, blocks, device, config, max(longest, int(blocks.ids.shape[1])), group, images)
-            return made, "fused kernels, attention by document"
+            positions = max(longest, int(blocks.ids.shape[1]))
+            made = Handmade(model, blocks, device, config, positions, group, images, dealt=dealt)
+            over = f" over layers dealt out to {group.world} processes" if dealt else ""
+            return made, f"fused kernels{over}, attention by document"
         except (Uncovered, ImportError) as error:
+            if dealt:
+                raise
             why = f"not covered by the fused kernels: {error}"
     twice = memory.recompute(causal_of(model), config, device)
     masks = "attention by document" if attends_by_document(causal_of(model)) else "over dense masks"

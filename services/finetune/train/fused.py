@@ -21,6 +21,7 @@ from services.finetune.plan import HEAD_ROWS
 from services.finetune.shape import FUSED
 from services.finetune.train.adapters import Adapters, Group, Uncovered, make_group
 from services.finetune.train.batch import Flat
+from services.finetune.train.dealt import Dealt
 from services.finetune.train.ops_torch import Drop, Heads, Source, Turns
 from services.finetune.train.seeing import sees
 
@@ -70,11 +71,12 @@ class Kept(NamedTuple):
 class Fused:
     """A PEFT model's training step. Uncovered where the model has something that this code does not know."""
 
-    def __init__(self, model: Any, ops: Any, positions: int) -> None:
+    def __init__(self, model: Any, ops: Any, positions: int, dealt: Dealt | None = None) -> None:
         if not hasattr(model, "get_base_model"):
             raise Uncovered("weights that are trained whole")
         causal = model.get_base_model()
-        check_covered(causal)
+        self.layers = layers_of(causal, dealt)
+        self.dealt = dealt
         decoder, config = decoder_of(causal), causal.config.get_text_config()
         self.ops = ops
         self.dtype = causal.dtype
@@ -82,7 +84,6 @@ class Fused:
         self.embedding: Tensor = decoder.embed_tokens.weight
         self.head: Tensor = causal.lm_head.weight
         self.norm: Tensor = decoder.norm.weight
-        self.layers = [_layer(layer, config) for layer in decoder.layers]
         device = self.head.device
         self.adapters = Adapters([g for layer in self.layers for g in layer.groups], self.dtype, device)
         named = [(n, p) for n, p in causal.named_parameters() if p.requires_grad]
@@ -115,7 +116,10 @@ class Fused:
         `seed` decides the dropout, together with layer and projection.
         """
         if not self.adapters.master.numel():
-            return self.loss(flat) / learned  # rows without an image, and nothing of the language model is trained
+            # Rows without an image, and nothing of the language model is trained: there is nothing to go back for.
+            loss = self.loss(flat) / learned
+            self.go_along(forward=False)
+            return loss
         return self.backprop_from(self.embed(flat), flat, learned, seed, scale)[0]
 
     @torch.no_grad()
@@ -126,7 +130,7 @@ class Fused:
         turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
         delta_TD: Tensor | None = None
         kept: list[Any] = []
-        for n, layer in enumerate(self.layers):
+        for n, layer in self._forwards():
             if n < self.recomputed:
                 h_TD = h_TD if delta_TD is None else h_TD + delta_TD
                 kept.append(h_TD)
@@ -136,7 +140,7 @@ class Fused:
                 kept.append(saved)
         loss, grad_TD = self._loss(h_TD, delta_TD, flat, learned, scale)
         del h_TD, delta_TD
-        for n, layer in reversed(list(enumerate(self.layers))):
+        for n, layer in self._backwards():
             saved = kept.pop()
             if n < self.recomputed:
                 saved = self._forward(layer, saved, None, turns, flat, _mixed(seed, n))[2]
@@ -149,11 +153,31 @@ class Fused:
         turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
         h_TD, delta_TD = self.embed(flat, features_MD), None
         with self._without_dropout():
-            for layer in self.layers:
+            for _, layer in self._forwards():
                 h_TD, delta_TD, _ = self._forward(layer, h_TD, delta_TD, turns, flat, 0)
         x_KD = self.ops.add_norm(h_TD, delta_TD, self.norm, self.eps)[1].index_select(0, flat.where_K)
         pairs = zip(x_KD.split(self.head_rows), flat.wanted_K.split(self.head_rows), strict=True)
         return torch.cat([self.ops.cross_entropy(rows @ self.head.t(), wanted, 1.0) for rows, wanted in pairs]).sum()
+
+    def go_along(self, forward: bool = True, backward: bool = True) -> None:
+        """Take part in what other ranks compute: where weights are dealt out, they need this one's part of each layer."""
+        for _ in self._forwards() if forward else ():
+            pass
+        for _ in self._backwards() if backward else ():
+            pass
+
+    def _forwards(self) -> Iterator[tuple[int, Layer]]:
+        """The layers by number, each with its weights in place until the next is asked for."""
+        for n, layer in enumerate(self.layers):
+            if self.dealt is not None:
+                self.dealt.enter(n, n + 1)
+            yield n, layer
+
+    def _backwards(self) -> Iterator[tuple[int, Layer]]:
+        for n, layer in reversed(list(enumerate(self.layers))):
+            if self.dealt is not None:
+                self.dealt.enter(n, n - 1)
+            yield n, layer
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -172,7 +196,7 @@ class Fused:
         """[T, V], with the dropout of seed 0."""
         turns = Turns(self.tables[0], self.tables[1], flat.positions_T)
         h_TD, delta_TD = functional.embedding(flat.ids_T, self.embedding), None
-        for n, layer in enumerate(self.layers):
+        for n, layer in self._forwards():
             h_TD, delta_TD, _ = self._forward(layer, h_TD, delta_TD, turns, flat, _mixed(0, n))
         logits: Tensor = self.ops.add_norm(h_TD, delta_TD, self.norm, self.eps)[1] @ self.head.t()
         return logits
@@ -313,6 +337,16 @@ def check_covered(causal: Any) -> None:
         raise Uncovered(f"attention heads of size {head}")
     if type(decoder.embed_tokens) is not torch.nn.Embedding or type(causal.lm_head) is not torch.nn.Linear:
         raise Uncovered("an adapted embedding or head")
+
+
+def layers_of(causal: Any, dealt: Dealt | None = None) -> list[Layer]:
+    """The layers of a model with its adapters. Uncovered."""
+    check_covered(causal)
+    layers = [_layer(layer, causal.config.get_text_config()) for layer in decoder_of(causal).layers]
+    weights = [g.weight for layer in layers for g in layer.groups if g.weight is not None]
+    if dealt is not None and not all(map(dealt.owns, weights)):
+        raise Uncovered("projections of one input that are not side by side")
+    return layers
 
 
 def _layer(layer: Any, config: Any) -> Layer:

@@ -29,11 +29,11 @@ from services.finetune.train.data import prepare
 from services.finetune.train.engine import Engine, choose
 from services.finetune.train.flops import cost, peak, peak_memory
 from services.finetune.train.images import Images, Look, come_again
-from services.finetune.train.memory import forget_peak, give_back, planned, recompute
-from services.finetune.train.model import causal_of, choose_dtype, load_model, trainable
+from services.finetune.train.memory import give_back, planned, recompute
+from services.finetune.train.model import causal_of, choose_dtype, trainable
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.report import Report, Silent
-from services.finetune.train.stage import choose_stage
+from services.finetune.train.stage import choose_stage, load_base
 from services.finetune.train.step import Stepper, Told
 from services.finetune.train.steplog import NAME, Replay, StepLog, read_lines
 from services.finetune.train.validation import Looks, mean_loss
@@ -159,8 +159,7 @@ class Trainer:
         self._begin_nothing_more()
         dtype, why = choose_dtype(self.config.model.dtype)
         self.report.log(f"computing in {str(dtype).removeprefix('torch.')}: {why}")
-        self.model = load_model(folder, self.config, dtype)
-        forget_peak()
+        self.model, self.dealt = load_base(folder, self.config, dtype, fixed, self.group, self.report.log)
         self.parameters = trainable(self.model)
         self.device = next(iter(self.parameters.values())).device
         form = read_form(folder)
@@ -203,7 +202,7 @@ class Trainer:
 
     def _engine(self, dtype: torch.dtype, longest: int, fixed: bool, form: ImageForm | None) -> tuple[Engine, str]:
         self.zero: Zero | None = None
-        stage, why = choose_stage(self.config, self.model, self.group)
+        stage, why = ("", "") if self.dealt else choose_stage(self.config, self.model, self.group)
         sets = (self.data.blocks, *self.data.validation)
         if form is not None and any(blocks.image_files for blocks in sets):
             look = Look(self.device, dtype, fixed=fixed, inside="zero3" in stage, again=come_again(sets, self.config))
@@ -218,7 +217,8 @@ class Trainer:
             twice = recompute(causal_of(self.model), self.config.model, self.device)
             return self.zero, f"torch's autograd, by {stage} over {self.group.world} processes ({why}); {twice}"
         model, blocks, wanted = self.model, self.data.blocks, self.config.model
-        engine, how = choose(model, blocks, self.device, dtype, wanted, longest, fixed, self.group, self.images)
+        shared = (self.group, self.images, self.dealt)
+        engine, how = choose(model, blocks, self.device, dtype, wanted, longest, fixed, *shared)
         return engine, how + (f"; {why}" if why else "")
 
     def _begin_nothing_more(self) -> None:
@@ -383,7 +383,7 @@ class Trainer:
     def _sample(self) -> None:
         """Let the model answer the recipe's prompts, greedily, and report what it says."""
         # Where the weights are dealt out, all ranks answer together, and none may leave early.
-        together = self.zero is not None and self.zero.stage == 3
+        together = self.engine.dealt
         if not (self.group.speaks or together):
             return
         self.group.beat(False)

@@ -46,13 +46,6 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def forget_peak() -> None:
-    """Begin a host's peak anew. A base whose files have another dtype was mapped whole while it was cast: pages that the
-    kernel takes back as soon as anyone wants them, and yet they count as resident."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def plan(fused: Any, tokens: int, free: int) -> Held:
     """What micro-steps of up to `tokens` tokens hold in `free` bytes of the fused path's own device."""
     layer = fused.layers[0]
@@ -122,16 +115,26 @@ def planned(
     folder: Path, config: RunConfig, blocks: Blocks, steps: int, device: torch.device, dtype: torch.dtype
 ) -> int:
     """The peak that a plan gives for a run on this device, in bytes as flops.peak_memory counts; 0 where it gives none."""
+    shape = shape_of(folder)
+    if shape is None:
+        return 0
+    try:
+        found = _planned(shape, config, blocks, steps, device, dtype)
+    except FailedPrecondition:
+        return 0
+    return found.peak - (found.runtime if device.type == "cuda" else 0)
+
+
+def shape_of(folder: Path) -> Shape | None:
+    """A base's shape by its files; None if plans know none."""
     shapes: dict[str, list[int]] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
             with path.open("rb") as file:
                 shapes |= tensor_shapes(lambda at, length, file=file: os.pread(file.fileno(), length, at))  # type: ignore[misc]
-        shape = read_shape(json.loads((folder / "config.json").read_text()), shapes)
-        found = _planned(shape, config, blocks, steps, device, dtype)
+        return read_shape(json.loads((folder / "config.json").read_text()), shapes)
     except FailedPrecondition:
-        return 0
-    return found.peak - (found.runtime if device.type == "cuda" else 0)
+        return None
 
 
 def _planned(

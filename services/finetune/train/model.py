@@ -18,6 +18,8 @@ from services.finetune.devices import cpu_has_bfloat16
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import auto_class, is_llava
 from services.finetune.train.attention import attend_by_document, documents
+from services.finetune.train.dealt import Dealt
+from services.finetune.train.fused import check_covered, decoder_of, layers_of
 from services.finetune.train.methods import adapt, check_writable, unfreeze
 from services.finetune.train.seeing import UNQUANTISED, Seen, language_of, with_images
 
@@ -39,10 +41,11 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, str]:
     return getattr(torch, wanted), told[wanted]
 
 
-def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
-    """The base with what is to be trained in float32: fresh LoRA weights, or the base's own.
+def load_model(directory: Path, config: RunConfig, dtype: torch.dtype, dealt: Dealt | None = None) -> Any:
+    """The base with what is to be trained in float32: fresh LoRA weights, or the base's own. `dealt` takes the layers'
+    frozen weights as they come; no device ever holds all of them.
 
-    FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID).
+    FailedPrecondition (MODEL_NOT_TRAINABLE), InvalidArgument (CONFIG_VALUE_INVALID); Uncovered, with `dealt` alone.
     """
     import transformers
 
@@ -51,11 +54,12 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
     whole, seeing = config.method == "full", is_llava(about)
     kind = getattr(transformers, auto_class(about))
     try:
-        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+        device = {"": torch.cuda.current_device()} if torch.cuda.is_available() and not dealt else None
         model = kind.from_pretrained(
             directory,
-            dtype=torch.float32 if whole else dtype,
-            quantization_config=quantisation(config.quant, dtype, seeing),
+            # In its own dtype the base needs no memory: it lies in the files' pages, which all ranks of a machine share.
+            dtype="auto" if dealt else torch.float32 if whole else dtype,
+            quantization_config=None if dealt else quantisation(config.quant, dtype, seeing),
             device_map=device,
             trust_remote_code=False,
             local_files_only=True,
@@ -68,14 +72,54 @@ def load_model(directory: Path, config: RunConfig, dtype: torch.dtype) -> Any:
             f"transformers cannot load this model: {str(error).splitlines()[0]}", reason="MODEL_NOT_TRAINABLE"
         ) from error
     check_packable(model, config)
-    if device is None and isolates(model):
+    if not torch.cuda.is_available() and isolates(model):
         attend_by_document(model)
+    if dealt:
+        deal(model, config.quant, dtype, dealt)
     keep_layout(model, every=True)
     if not whole:
-        return adapt(model, config)
+        model = adapt(model, config)
+        if dealt:
+            layers_of(causal_of(model), dealt)
+        return model
     model = unfreeze(model, config, dtype)
     check_writable(model, directory)
     return model
+
+
+def deal(causal: Any, quant: QuantConfig, dtype: torch.dtype, dealt: Dealt) -> None:
+    """Deal the layers of a base in host memory out, one by one, and bring the rest of it to the device. Uncovered."""
+    check_covered(causal)
+    decoder = decoder_of(causal)
+    layers, decoder.layers = decoder.layers, torch.nn.ModuleList()
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        if quant.bits:
+            quantise(layer, quant, dtype, dealt.device)
+        dealt.add(layer)
+        layer.to(dealt.device)
+    for parameter in causal.parameters():
+        parameter.data = parameter.data.to(dealt.device, dtype)
+    decoder.layers = layers
+    causal.to(dealt.device)  # buffers keep their dtype
+    if quant.bits:
+        causal.is_loaded_in_4bit = True  # as PEFT asks
+
+
+def quantise(layer: torch.nn.Module, quant: QuantConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Put 4-bit layers in the place of all linear ones, as transformers' loading does."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    for name, old in [(n, m) for n, m in layer.named_modules() if type(m) is torch.nn.Linear]:
+        kinds: dict[str, Any] = {"compress_statistics": quant.double_quant, "quant_type": quant.kind}
+        with torch.device("meta"):
+            new: Any = Linear4bit(old.in_features, old.out_features, False, dtype, **kinds)
+        fresh: Any = Params4bit(old.weight.data, requires_grad=False, module=new, **kinds)
+        new.weight = fresh.to(device)
+        new.bias = old.bias
+        layer.set_submodule(name, new)
 
 
 def quantisation(quant: QuantConfig, dtype: torch.dtype, seeing: bool) -> Any:

@@ -39,6 +39,11 @@ class Group:
         self.beat = beat
 
     @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
     def speaks(self) -> bool:
         """Whether this is the rank that saves and tells."""
         return self.rank == 0

@@ -53,6 +53,7 @@ class Zero:
         self.group = group
         self.settings = dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
+        self.dealt = self.stage == 3
         self.dtype = dtype
         self.images = images
         self.engine: Any = None

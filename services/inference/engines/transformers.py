@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import math
 import threading
 from collections import deque
@@ -56,6 +57,8 @@ class TransformersEngine:
         self._adapter: str | None = None  # which one the layers are set to; nobody knows at first
         for key, path in list(adapters.items())[:MOST_ADAPTERS]:
             self.load(key, path)
+        # It takes a second or more, which the first adapter that is loaded beside answers should not wait for.
+        threading.Thread(target=importlib.import_module, args=("peft",), name="peft", daemon=True).start()
 
     def load(self, key: str, folder: Path) -> None:
         with self._turns.turn():

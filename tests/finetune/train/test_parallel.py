@@ -109,11 +109,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, TrainRun, Pa
 
 
 def together(run: TrainRun, folder: Path, ways: Sequence[str]) -> Told:
-    """What two processes tell of some WAYS. No compiler is to be found."""
+    """What two processes tell of some WAYS."""
     orders = {
         name: {"run": to_json(replace(run, config=override(run.config, WAYS[name][0]))), "resume": WAYS[name][1]}
         for name in ways
     }
+    return launch(folder, orders, "tests.finetune.train.together")
+
+
+def launch(folder: Path, orders: Mapping[str, Any], module: str) -> Told:
+    """What two processes of a module tell. No compiler is to be found."""
     (folder / "orders.json").write_text(json.dumps(orders))
     shared = {
         **os.environ,
@@ -126,7 +131,7 @@ def together(run: TrainRun, folder: Path, ways: Sequence[str]) -> Told:
         "CXX": "/nonexistent",
         "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
     }
-    command = [sys.executable, "-m", "tests.finetune.train.together", str(folder)]
+    command = [sys.executable, "-m", module, str(folder)]
     ranks = [subprocess.Popen(command, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
     try:
         assert [r.wait(900) for r in ranks] == [0, 0]

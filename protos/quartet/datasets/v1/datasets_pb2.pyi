@@ -1719,6 +1719,7 @@ class PreparedDataset(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    HELD_OUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workspaces/{workspace}/preparedDatasets/{prepared_dataset}"""
     model: _builtins.str
@@ -1741,6 +1742,8 @@ class PreparedDataset(_message.Message):
     """Output only: the attempt now running or last run, from 1; 0 before the first, and if it was there already."""
     etag: _builtins.str
     """Output only: changes whenever the prepared dataset does."""
+    held_out: _builtins.float
+    """Part of the distinct rows that is kept apart for validation; `counts` leave them out."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareSource]:
         """What it is made of, `revisions/latest` resolved."""
@@ -1795,10 +1798,11 @@ class PreparedDataset(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        held_out: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "counts", b"counts", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "certificate", b"certificate", "counts", b"counts", "create_time", b"create_time", "digest", b"digest", "end_time", b"end_time", "error", b"error", "etag", b"etag", "max_length", b"max_length", "model", b"model", "name", b"name", "progress", b"progress", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "start_time", b"start_time", "state", b"state", "system", b"system", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "certificate", b"certificate", "counts", b"counts", "create_time", b"create_time", "digest", b"digest", "end_time", b"end_time", "error", b"error", "etag", b"etag", "held_out", b"held_out", "max_length", b"max_length", "model", b"model", "name", b"name", "progress", b"progress", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "start_time", b"start_time", "state", b"state", "system", b"system", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2329,6 +2333,7 @@ class PrepareDatasetRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    HELD_OUT_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """workspaces/{workspace}"""
     model: _builtins.str
@@ -2347,6 +2352,10 @@ class PrepareDatasetRequest(_message.Message):
     """A UUID; equal requests have one answer anyway."""
     validate_only: _builtins.bool
     """Check, answer, change nothing."""
+    held_out: _builtins.float
+    """Part of the distinct rows that is kept apart, drawn by the seed, from 0 to below 1: what a job looks for whose
+    validation.ratio is the same.
+    """
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareSource]:
         """What to prepare; `revisions/latest` is resolved now."""
@@ -2364,10 +2373,11 @@ class PrepareDatasetRequest(_message.Message):
         seed: _builtins.int = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        held_out: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_length", b"max_length", "model", b"model", "parent", b"parent", "request_id", b"request_id", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "system", b"system", "template", b"template", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_out", b"held_out", "max_length", b"max_length", "model", b"model", "parent", b"parent", "request_id", b"request_id", "seed", b"seed", "separate_rows", b"separate_rows", "sources", b"sources", "system", b"system", "template", b"template", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -389,12 +389,12 @@ class DatasetsServicer:
 
     def PrepareDataset(self, request, context):
         """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
-        (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
-        work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
-        What ended FAILED or CANCELLED is tried again.
+        (revisions, weights, template, tokenizer, lengths, seed, rows held out), so the same request never computes twice:
+        it returns the work under way, or the one done before at once, also when a training job did it. Training finds it
+        by itself. What ended FAILED or CANCELLED is tried again.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
-        CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
+        CONFIG_VALUE_INVALID: a weight, or held_out; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -141,12 +141,12 @@ class DatasetsStub:
     """
     PrepareDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PreparedDataset]
     """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
-    (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
-    work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
-    What ended FAILED or CANCELLED is tried again.
+    (revisions, weights, template, tokenizer, lengths, seed, rows held out), so the same request never computes twice:
+    it returns the work under way, or the one done before at once, also when a training job did it. Training finds it
+    by itself. What ended FAILED or CANCELLED is tried again.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
-    CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
+    CONFIG_VALUE_INVALID: a weight, or held_out; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
     """
     GetPreparedDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]
     """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -284,12 +284,12 @@ class DatasetsAsyncStub(DatasetsStub):
     """
     PrepareDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
     """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
-    (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
-    work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
-    What ended FAILED or CANCELLED is tried again.
+    (revisions, weights, template, tokenizer, lengths, seed, rows held out), so the same request never computes twice:
+    it returns the work under way, or the one done before at once, also when a training job did it. Training finds it
+    by itself. What ended FAILED or CANCELLED is tried again.
     Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
-    CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-    TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
+    CONFIG_VALUE_INVALID: a weight, or held_out; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+    FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
     """
     GetPreparedDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetPreparedDatasetRequest, _datasets_pb2.PreparedDataset]  # type: ignore[assignment]
     """Returns prepared data, or how far its preparation is. Errors: NOT_FOUND (JOB_NOT_FOUND)."""
@@ -556,12 +556,12 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.PreparedDataset, _abc.Awaitable[_datasets_pb2.PreparedDataset]]:
         """Tokenises, masks and packs revisions into memory-mapped blocks. The result has a name made of all that decides it
-        (revisions, weights, template, tokenizer, lengths, seed), so the same request never computes twice: it returns the
-        work under way, or the one done before at once, also when a training job did it. Training finds it by itself.
-        What ended FAILED or CANCELLED is tried again.
+        (revisions, weights, template, tokenizer, lengths, seed, rows held out), so the same request never computes twice:
+        it returns the work under way, or the one done before at once, also when a training job did it. Training finds it
+        by itself. What ended FAILED or CANCELLED is tried again.
         Errors: NOT_FOUND (REVISION_NOT_FOUND, MODEL_NOT_FOUND), INVALID_ARGUMENT (DATASET_MISSING, DATASET_EMPTY,
-        CONFIG_VALUE_INVALID: a weight; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED), FAILED_PRECONDITION (TEMPLATE_MISSING,
-        TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
+        CONFIG_VALUE_INVALID: a weight, or held_out; MAX_LENGTH_INVALID, TEMPLATE_UNKNOWN, REQUEST_ID_REUSED),
+        FAILED_PRECONDITION (TEMPLATE_MISSING, TOKENIZER_MISSING), ABORTED (ORDER_CHANGED: as ValidateRevision).
         """
 
     @_abc_1.abstractmethod

@@ -308,7 +308,9 @@ class Plan(_message.Message):
     """Seconds of training, from and to; both 0 if nothing tells the device's speed."""
     most_s: _builtins.float
     engine: _builtins.str
-    """"fused" (kernels of ours, on a GPU), "autograd" (torch's), or the preset of ZeRO that deals the run out."""
+    """"fused" (kernels of ours, on a GPU), "dealt" (these, over layers dealt out to the processes), "autograd" (torch's), or the
+    preset of ZeRO that deals the run out through DeepSpeed.
+    """
     dtype: _builtins.str
     """"bfloat16", "float16", "float32": what is computed in."""
     @_builtins.property
