@@ -8,8 +8,7 @@ ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_FIND_LINKS=""
 COPY docker/locks/inference-${VARIANT}.txt /lock.txt
 RUN python -m venv --without-pip /opt/venv \
- && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt \
- && rm -rf /opt/venv/lib/python3*/site-packages/kubernetes/aio
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --require-hashes -r /lock.txt
 # What the image holds, as CycloneDX; the tool that writes it stays behind.
 COPY docker/locks/sbom.txt /sbom.txt
 RUN python -m venv --without-pip /opt/sbom \

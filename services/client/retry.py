@@ -71,6 +71,7 @@ class Room:
         """Wait before the next try, or raise our error where another is of no use."""
         error = self._explain(raised)
         if not isinstance(error, Unavailable):
+            self._met = True  # a refusal is an answer too
             raise error from raised
         # Nobody listens: waiting would not help a person who forgot to start the server.
         hopeless = attempt >= retries or error.reason == "NOBODY_LISTENS"

@@ -245,8 +245,10 @@ class ParallelConfig:
     """How the processes of one run share the work. Their number changes no step: it reads the same blocks, dealt out."""
 
     deepspeed: Deepspeed = ""
-    """A preset's name. Empty is the cheapest way that fits: whole copies of the model that add up their gradients, else the
-    lowest stage of ZeRO (Rajbhandari et al. 2020) with which model and optimizer fit the GPUs."""
+    """A preset's name. Empty is the cheapest way that fits: whole copies of the model that add up their gradients, else
+    frozen layers dealt out under the fused kernels, or where these do not cover the model the lowest stage of ZeRO
+    (Rajbhandari et al. 2020) with which model and optimizer fit the GPUs. deepspeed_zero3 is the fused kernels' own as well
+    where they cover the model, and DeepSpeed's elsewhere."""
     processes: int = 0
     """Processes on a machine; 0 is one a GPU, and one where there is none."""
     nodes: int = 1

@@ -17,7 +17,16 @@ from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import is_seeing
 from services.finetune.shape import FUSED, Shape
 from services.finetune.towers import images_bytes, trained_of
-from services.finetune.weights import ITEM, adapted, lora_parameters, meant, trained_parameters, weight_bytes, whole
+from services.finetune.weights import (
+    ITEM,
+    adapted,
+    dealt_bytes,
+    lora_parameters,
+    meant,
+    trained_parameters,
+    weight_bytes,
+    whole,
+)
 
 _SCALE = 4 / 256
 """Of 8-bit state: a float32 for 256 numbers."""
@@ -120,7 +129,8 @@ def stage_of(shape: Shape, config: RunConfig, device: Device, dtype: str) -> str
     frozen, room = 0 if config.method == "full" else weight_bytes(shape, config, dtype), ROOM * device.memory
     trained = trained_parameters(shape, config)
     needs = needed_bytes(frozen, trained, world)
-    if covered(shape, config, device, dtype) and needs[""] > room >= 16 * trained + dealt_bytes(shape, config, dtype):
+    dealt = 16 * trained + dealt_bytes(shape, config, dtype, world)
+    if needs[""] > room >= dealt and covered(shape, config, device, dtype):
         return "deepspeed_zero3"  # the fused path's own: the lower ones save little of frozen weights
     if config.optim.name not in ("adamw", "paged_adamw_32bit"):
         return ""
@@ -139,15 +149,6 @@ def needed_bytes(frozen: int, trainable: int, world: int) -> Mapping[str, float]
         "deepspeed_zero3": (frozen + 20 * trainable) / world,
         "deepspeed_zero3_offload": 0.0,
     }
-
-
-def dealt_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
-    """The base as each process has it where the fused path deals layers out: its part of them, the two that are put
-    together, and all else whole."""
-    linear = sum(one.parameters for one in shape.linears.values())
-    rest = (shape.parameters - linear) * ITEM[dtype]
-    layers = weight_bytes(shape, config, dtype) - rest
-    return rest + layers // processes(config) + 2 * layers // shape.layers
 
 
 def state_bytes(config: RunConfig) -> float:
@@ -171,7 +172,7 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
     beside = trained_of(shape.tower, config)
     if way in ("fused", "dealt"):
-        weights = dealt_bytes(shape, config, dtype) if way == "dealt" else weights
+        weights = dealt_bytes(shape, config, dtype, processes(config)) if way == "dealt" else weights
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
         adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62

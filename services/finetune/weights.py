@@ -80,3 +80,12 @@ def weight_bytes(shape: Shape, config: RunConfig, dtype: str) -> int:
     if config.quant.bits == 8:
         small = linear + sum(4 * one.count * one.outputs for one in shape.linears.values())
     return int(base - linear * ITEM[dtype] + small)
+
+
+def dealt_bytes(shape: Shape, config: RunConfig, dtype: str, world: int) -> int:
+    """The base as each of `world` processes has it where the fused path deals layers out: its part of them, the two that are
+    put together, and all else whole."""
+    linear = sum(one.parameters for one in shape.linears.values())
+    rest = (shape.parameters - linear) * ITEM[dtype]
+    layers = weight_bytes(shape, config, dtype) - rest
+    return rest + layers // world + 2 * layers // shape.layers

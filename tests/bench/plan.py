@@ -50,6 +50,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "qzero2": {**FOUR, "parallel.deepspeed": "deepspeed_zero2"},
     "zero3": {"parallel.deepspeed": "deepspeed_zero3"},
     "qzero3": {**FOUR, "parallel.deepspeed": "deepspeed_zero3"},
+    "lora4zero3": {"schedule.batch_size": 4, "parallel.deepspeed": "deepspeed_zero3"},
+    "qlora4zero3": {**FOUR, "schedule.batch_size": 4, "parallel.deepspeed": "deepspeed_zero3"},
     "fullzero1": {**FULL, "parallel.deepspeed": "deepspeed_zero1"},
     "fullzero2": {**FULL, "parallel.deepspeed": "deepspeed_zero2"},
     "fullzero3": {**FULL, "parallel.deepspeed": "deepspeed_zero3"},

@@ -126,17 +126,19 @@ def test_unavailable_is_tried_again_with_the_same_request_id(monkeypatch: pytest
     assert [r.request_id for r in servicer.asked] == ["one"] * 4
 
 
-def test_one_that_answered_before_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is being replaced, or comes back: not what a person forgot to start."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_one_that_answered_before_is_waited_for(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is being replaced, or comes back: not what a person forgot to start. A refusal is an answer too."""
     monkeypatch.setattr("services.client.retry.pause_s", lambda attempt: 0.01)
     request = datasets_pb2.CreateDatasetRequest(parent="workspaces/default")
-    servicer = datasets(times=0)
+    servicer = datasets(NotFound("no such workspace", reason="WORKSPACE_NOT_FOUND"), times=int(refused))
 
     def add(server: grpc.Server) -> None:
         datasets_pb2_grpc.add_DatasetsServicer_to_server(servicer, server)
 
     with serving(add) as address, Client(address) as client:
-        client.datasets.CreateDataset(request)
+        with pytest.raises(NotFound) if refused else contextlib.nullcontext():
+            client.datasets.CreateDataset(request)
         servicer.error, servicer.times = Unavailable("the store is away", reason="STORE_UNREACHABLE"), 12
         assert client.datasets.CreateDataset(request).name.endswith("/d")
         assert len(servicer.asked) == 14

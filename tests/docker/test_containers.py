@@ -121,4 +121,4 @@ def test_sizes_and_starts_are_told(host: Host, stack: Stack, capsys: pytest.Capt
             print(f"{pod:20} +{over / 1e6:5.0f} MB" + (f"  serving after {start_s:.1f} s" if start_s else ""))
             if start_s:
                 # docs/decisions/0080: they read Parquet, by Arrow and numpy.
-                assert over / 1e6 < (420 if pod in ("quartet-datasets", "quartet-training") else 200), pod
+                assert over / 1e6 < (290 if pod in ("quartet-datasets", "quartet-training") else 200), pod

@@ -57,7 +57,17 @@ def wanted_by(extras: Iterable[str], known: Mapping[str, list[str]]) -> Iterator
 def test_a_service_loads_nothing_that_its_image_lacks(service: str) -> None:
     """All modules of its room and what they stand on, with every other service's packages out of reach."""
     own = pins(service)[0].keys()
-    absent = {"numpy", "pyarrow", "tokenizers", "fastokens", "jinja2", "huggingface-hub", "torch"} - own
+    absent = {
+        "numpy",
+        "pyarrow",
+        "tokenizers",
+        "fastokens",
+        "jinja2",
+        "huggingface-hub",
+        "torch",
+        "aiohttp",
+        "yarl",
+    } - own
     names = [name.replace("-", "_") for name in absent]
     code = (
         f"import sys, pkgutil, importlib; sys.modules.update(dict.fromkeys({names!r}))\n"
@@ -65,6 +75,8 @@ def test_a_service_loads_nothing_that_its_image_lacks(service: str) -> None:
         "    for found in pkgutil.iter_modules(importlib.import_module(room).__path__, room + '.'):\n"
         "        if not found.ispkg:\n"
         "            importlib.import_module(found.name)\n"
+        "gone = ('kubernetes.aio', 'kubernetes.client.api.', 'kubernetes.client.models.')\n"
+        "assert not [name for name in sys.modules if name.startswith(gone)]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]

@@ -145,6 +145,7 @@ MEASURED = [
     ("7B", "offload", 1, 6.56), ("1.8B", "lora4", 1, 14.48), ("1.8B", "saved", 1, 11.80), ("1.8B", "adam8", 1, 6.90),
     ("1.8B", "full", 1, 27.45), ("1.8B", "full8", 1, 17.24), ("135M", "dora", 1, 1.75), ("135M", "int8", 1, 2.02),
     ("135M", "fp4", 1, 1.60), ("135M", "fullzero2", 2, 3.40), ("135M", "fullzero3", 2, 4.03),
+    ("7B", "lora4zero3", 2, 32.17), ("7B", "qlora4zero3", 2, 27.23),
 ]  # fmt: skip
 """GiB that workers held of an H100 (docs/benchmarks.md): shape, case of tests/bench/plan.py, processes."""
 

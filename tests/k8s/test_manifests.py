@@ -265,6 +265,27 @@ def test_gpu_overlay_asks_for_gpus_and_shared_memory() -> None:
     assert all("nvidia.com/gpu" not in c["resources"]["limits"] for _, c, _ in containers(overlay("local")))
 
 
+def test_the_quota_has_room_for_as_many_workers_as_it_has_gpus() -> None:
+    """Beside all services at their most; one pod more of each is there while they are replaced."""
+    manifests = overlay("gpu")
+    [quota] = of_kind(manifests, "ResourceQuota")
+    replicas = {
+        m["metadata"]["name"]: m["spec"]["maxReplicas"] + 1 for m in of_kind(manifests, "HorizontalPodAutoscaler")
+    }
+    replicas |= dict.fromkeys(LAUNCHING.values(), int(quota["spec"]["hard"]["requests.nvidia.com/gpu"]))
+
+    def number(amount: str) -> float:
+        digits, unit = re.fullmatch(r"(\d+)(m|Mi|Gi|)", amount).groups()  # type: ignore[union-attr]
+        return int(digits) * {"m": 0.001, "": 1, "Mi": 2**20, "Gi": 2**30}[unit]
+
+    for what in ("requests.cpu", "requests.memory", "limits.memory"):
+        which, _, resource = what.partition(".")
+        each = {n.partition("/")[0]: number(c["resources"][which][resource]) for n, c, _ in containers(manifests)}
+        most = sum(replicas.get(name, 3) * amount for name, amount in each.items() if name != "quartet-engine")
+        assert most <= number(quota["spec"]["hard"][what]), what
+        assert each["quartet-engine"] <= each["quartet-worker"]
+
+
 def test_kueue_gets_suspended_jobs_with_a_queue() -> None:
     jobs = {
         m["metadata"]["name"]: m["spec"]["jobTemplate"] for m in of_kind(with_components("gpu", ("kueue",)), "CronJob")

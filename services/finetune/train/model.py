@@ -94,7 +94,8 @@ def deal(causal: Any, quant: QuantConfig, dtype: torch.dtype, dealt: Dealt) -> N
     layers, decoder.layers = decoder.layers, torch.nn.ModuleList()
     for layer in layers:
         for parameter in layer.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         if quant.bits:
             quantise(layer, quant, dtype, dealt.device)
         dealt.add(layer)

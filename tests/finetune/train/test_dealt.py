@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from services.finetune.config import RunConfig, override, to_json
 from services.finetune.orders import ArtifactRef, TrainRun
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import publish_directory
-from services.finetune.train.parallel import ALONE
+from services.finetune.train.dealt import Dealt
+from services.finetune.train.model import load_model
+from services.finetune.train.parallel import ALONE, Group
+from services.finetune.train.ranks import Place
+from services.finetune.train.stage import load_base
 from tests.finetune.train.dealing import fused_here
 from tests.finetune.train.llava import rows_with_images, tiny_llava
 from tests.finetune.train.test_images_parallel import PROJECTOR, SEEING
-from tests.finetune.train.test_parallel import META, QLORA, Told, launch, losses, norms, order
+from tests.finetune.train.test_parallel import META, PLAIN, QLORA, Told, launch, losses, norms, order
 from tests.finetune.train.together import checkpoints, go
+from tests.tiny import tiny_model
 
 DEALT = {"parallel.deepspeed": "deepspeed_zero3"}
 # As many blocks to look at as there are, too, are odd: one rank has nothing to read while it gives what it has.
@@ -112,3 +118,39 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     half = ArtifactRef(name="half", digest=checkpoints(told[kind])[3])
     after = go(store, f"after-{kind}", to_json(replace(runs[kind], resume=half)), ALONE, folder / f"after-{kind}")
     assert losses(trained(after)) == pytest.approx(losses(trained(alone[kind]))[3:], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [{}, QLORA])
+def test_what_all_keep_of_a_layer_is_that_layer(tmp_path: Path, method: dict[str, Any]) -> None:
+    """No rank has another's part, and parts end in the middle of weights."""
+    folder, config = tiny_model(tmp_path, hidden_size=64), override(RunConfig(), {**PLAIN, **method})
+    dealt = [Dealt(Group(Place(rank, 3, rank)), torch.device("cpu")) for rank in range(3)]
+    loaded = [load_model(folder, config, torch.float32, one) for one in dealt]
+    whole = load_model(folder, config, torch.float32).get_base_model()
+    for number, layer in enumerate(whole.model.layers):
+        # What a gather does, into the place of the first rank's own views.
+        torch.cat([one.parts[number] for one in dealt], out=dealt[0].places[number % 2])
+        ours = loaded[0].get_base_model().model.layers[number]
+        for name, parameter in layer.named_parameters():
+            mine = ours.get_parameter(name)
+            assert torch.equal(mine, parameter), name
+            if hasattr(parameter, "quant_state"):
+                state, theirs = mine.quant_state, parameter.quant_state
+                assert torch.equal(state.absmax, theirs.absmax) and torch.equal(
+                    state.state2.absmax, theirs.state2.absmax
+                )
+    (size,) = {len(part) for one in dealt for part in one.parts}
+    assert all(one.places.shape == (2, 3 * size) for one in dealt)
+
+
+def test_what_the_fused_path_does_not_know_is_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused_here(monkeypatch)
+    changes = {**PLAIN, **DEALT, "lora.rank_pattern": {"q_proj": 2}}  # unlike k and v, which share its input
+    said: list[str] = []
+    group, folder = Group(Place(0, 2, 0)), tiny_model(tmp_path)
+    model, dealt = load_base(folder, override(RunConfig(), changes), torch.float32, False, group, said.append)
+    assert dealt is None and said == [
+        "not dealt out under the fused kernels: projections of one input with different LoRA settings"
+    ]
+    whole = load_model(folder, override(RunConfig(), changes), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
