@@ -72,8 +72,10 @@ test-all: install ## all tests but those in containers, on a cluster or an API s
 
 install-vllm: install .venv-vllm/.installed ## make .venv-vllm, whose Python serves by vLLM without a GPU: quartet up --vllm-python
 
-test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM
+test-vllm: install-vllm ## the suite of engines, and endpoints, on vLLM; the openai SDK and Node against it
 	.venv-vllm/bin/python -m pytest -W default -m vllm tests/inference
+	QUARTET_STACK_FLAGS='--engine vllm --vllm-python $(CURDIR)/.venv-vllm/bin/python' $(BIN)/python -m pytest \
+	  tests/e2e/test_openai.py tests/e2e/test_foreign_clients.py
 
 # apt-get install podman buildah crun runc catatonit uidmap iptables netavark aardvark-dns mmdebstrap
 test-containers: VARIANT := cpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> Iterator[Stack]:
-    """A running Quartet that has SmolLM2 as the model `smollm2`."""
-    running = Stack(tmp_path_factory.mktemp("home")).start()
+    """A running Quartet that has SmolLM2 as the model `smollm2`. QUARTET_STACK_FLAGS may name another engine."""
+    running = Stack(tmp_path_factory.mktemp("home"), *os.environ.get("QUARTET_STACK_FLAGS", "").split()).start()
     done = running.quartet("model", "import", str(gguf), "--name", "smollm2", "--json")
     assert done.returncode == 0, done.stderr
     yield running
