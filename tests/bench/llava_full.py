@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from services.client.easy_vqa import SIDE, Drawing, captions, drawings, questions, write_tower
+from services.client.easy_vqa import Drawing, captions, drawings, questions, write_tower
 from services.client.quickstart import gguf
-from services.client.quickstart_llava import FINETUNE, PRETRAIN, QUESTIONS_EACH
+from services.client.quickstart_llava import FINETUNE, PRETRAIN, PROJECTOR, QUESTIONS_EACH
 from services.finetune.formats import IMAGE, Message
 from services.finetune.orders import AdapterTask, ArtifactRef, AssembleTask, ImportTask, MergeTask
 from services.finetune.store import Store, open_store
@@ -40,9 +40,8 @@ from services.inference.engines.port import Picture, Sampling
 from tests.bench.jobs import GPU, convert, job, order
 
 Rows = Iterable[Mapping[str, Any]]
-TOWER = {"lora.targets": ["all-linear", "model.vision_tower.*"]}
 FAST: Mapping[str, Any] = {"data.max_length": 1024, "schedule.batch_size": 8, "schedule.accumulate": 1}
-PACE: Mapping[str, Any] = {"quant.bits": 0, "report.log_every": 50, **(FAST if GPU else {})}
+PACE: Mapping[str, Any] = {"quant.bits": 0, "report.log_every": 50}
 MOST_TOKENS = 8
 AT_ONCE = 256 if GPU else 16
 """Questions that are answered together."""
@@ -57,7 +56,6 @@ class Variant:
     rows: Callable[[list[Drawing]], Rows]
     changes: Mapping[str, Any] = field(default_factory=dict)
     """From the quickstart's second stage."""
-    side: int = SIDE
     images: int = 0
     """Learn from so many; 0 is all."""
 
@@ -66,24 +64,15 @@ def talks(found: list[Drawing]) -> Rows:
     return questions(found, QUESTIONS_EACH)
 
 
-def mixed(found: list[Drawing]) -> Rows:
-    return questions(found, QUESTIONS_EACH, mixed=True)
-
-
 def single(found: list[Drawing]) -> Rows:
     """Each question in a row of its own."""
     return questions([dataclasses.replace(d, talk=(said,)) for d in found for said in d.talk], 1)
 
 
-SMALL: Mapping[str, Any] = {"data.max_length": 512, "schedule.batch_size": 1, "schedule.accumulate": 2}
 VARIANTS: Mapping[str, Variant] = {
-    "single": Variant(single, {"schedule.epochs": 3}),
-    "tower": Variant(single, {"schedule.epochs": 3, **TOWER}),
-    "fine": Variant(single, {"schedule.epochs": 2}, side=168),
-    "mixed": Variant(mixed, {"schedule.epochs": 6}),
-    "quick": Variant(talks, SMALL, images=160),
-    "quickmixed": Variant(mixed, SMALL, images=160),
-    "quicksingle": Variant(single, SMALL, images=64),
+    "quick": Variant(talks, images=160),
+    "more": Variant(talks, images=800),
+    "single": Variant(single, {"optim.lr": 3e-4, "optim.lr_pattern": {PROJECTOR: 3e-4}, **FAST}),
 }
 
 
@@ -99,16 +88,14 @@ class Pair:
         self.told: dict[str, Any] = {"variants": {}}
         self._asking = threading.Lock()
 
-    def base(self, side: int) -> str:
+    def base(self) -> str:
         """Assembled, with a projector that has learned nothing."""
         with tempfile.TemporaryDirectory() as folder:
-            language = self._convert(
-                f"language-{side}", import_model=ImportTask(local_path=str(gguf()), dtype="float32")
-            )
-            tower = write_tower(Path(folder) / "dinov2-small", side)
-            seeing = self._convert(f"tower-{side}", import_model=ImportTask(local_path=str(tower), dtype="float32"))
+            language = self._convert("language", import_model=ImportTask(local_path=str(gguf()), dtype="float32"))
+            tower = write_tower(Path(folder) / "dinov2-small")
+            seeing = self._convert("tower", import_model=ImportTask(local_path=str(tower), dtype="float32"))
         task = AssembleTask(language_model=_ref(language), vision_tower=_ref(seeing))
-        return self._convert(f"base-{side}", assemble=task)
+        return self._convert("base", assemble=task)
 
     def learn(self, name: str, base: str, rows: Rows, images: list[Drawing], changes: Mapping[str, Any]) -> str:
         """The merged model."""
@@ -254,7 +241,7 @@ def _ref(digest: str) -> ArtifactRef:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("variants", nargs="*", default=["single"], help=", ".join(VARIANTS))
+    parser.add_argument("variants", nargs="*", default=["more", "single"], help=", ".join(VARIANTS))
     parser.add_argument("--images", type=int, default=4000, help="of the training set")
     parser.add_argument("--judged", type=int, default=400, help="of these, held out to choose a variant by")
     parser.add_argument("--questions", type=int, default=0, help="ask no more than so many; 0 asks all")
@@ -267,19 +254,15 @@ def main() -> None:
         print(
             f"{len(pair.learned)} images to learn from, {len(pair.judged)} and {len(pair.test)} questions", flush=True
         )
-        captioned = {}
-        for side in sorted({one.side for one in chosen.values()}):
-            base = pair.base(side)
-            pair.ask(f"untouched {side}", base, pair.judged)
-            captioned[side] = pair.learn(
-                f"captions-{side}", base, captions(pair.learned), pair.learned, {**PRETRAIN, **PACE}
-            )
-            pair.ask(f"captions {side}", captioned[side], pair.judged)
+        base = pair.base()
+        pair.ask("untouched", base, pair.judged)
+        first = pair.learn("captions", base, captions(pair.learned), pair.learned, {**PRETRAIN, **PACE})
+        pair.ask("captions", first, pair.judged)
 
         def run(name: str) -> tuple[float, str]:
             one = chosen[name]
             seen = pair.learned[: one.images or None]
-            model = pair.learn(name, captioned[one.side], one.rows(seen), seen, {**FINETUNE, **PACE, **one.changes})
+            model = pair.learn(name, first, one.rows(seen), seen, {**FINETUNE, **PACE, **one.changes})
             return pair.ask(name, model, pair.judged), model
 
         with ThreadPoolExecutor(len(chosen)) as pool:

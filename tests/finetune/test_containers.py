@@ -311,7 +311,7 @@ def test_answers_may_be_left_unlearned_and_systems_stand_beside(tmp_path: Path) 
         st.dictionaries(
             st.text(max_size=4),
             st.recursive(
-                st.none() | st.text() | st.floats(allow_nan=False) | st.integers(),
+                st.none() | st.text() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
                 lambda inner: st.lists(inner, max_size=3),
                 max_leaves=4,
             ),
