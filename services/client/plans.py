@@ -23,7 +23,7 @@ def lines(job: training_pb2.TrainingJob) -> Iterator[str]:
         about = "about " if data.get("sampled_rows") else ""
         yield (
             f"data    {data['rows']:,} rows, {about}{data['samples']:,} samples in {about}{data['blocks']:,} blocks of "
-            f"{data['block_length']:,} tokens"
+            f"{data['block_length']:,} tokens" + (f" with {data['images']:,} images" if data.get("images") else "")
         )
         yield (
             f"        {about}{data['tokens']:,} tokens an epoch, {about}{data.get('learned_tokens', 0):,} learned; "

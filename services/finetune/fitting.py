@@ -29,8 +29,8 @@ def changes(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: D
     for overrides, told in _candidates(config):
         other = override(config, overrides)
         blocks, length = other.schedule.batch_size, min(batch.length, other.data.max_length)
-        learned = math.ceil(batch.learned * blocks * length / max(1, batch.tokens))
-        peak = memory(shape, other, Batch(blocks, length, learned), steps, device, dtype).peak
+        learned, images = (math.ceil(n * blocks * length / max(1, batch.tokens)) for n in (batch.learned, batch.images))
+        peak = memory(shape, other, Batch(blocks, length, learned, images), steps, device, dtype).peak
         if peak <= device.memory:
             found.append(Change(overrides, told, peak))
             break

@@ -122,18 +122,22 @@ def _steps(made: Planned, config: RunConfig) -> None:
     made.steps = schedule.max_steps or made.steps_per_epoch * schedule.epochs
 
 
-def _batch(made: Planned, config: RunConfig) -> Batch:
-    """The largest micro-step: full blocks, learned as the mean is."""
+def _batch(made: Planned, shape: Shape, config: RunConfig) -> Batch:
+    """The largest micro-step: full blocks, learned as the mean is, with as many images."""
     data, blocks = made.data, config.schedule.batch_size
     if data is None:
-        made.assumptions.append("blocks are taken as full, and every token as learned")
-        return Batch(blocks, config.data.max_length, blocks * config.data.max_length)
+        tokens = blocks * config.data.max_length
+        images = tokens // shape.tower.given if shape.tower else 0
+        shown = f" and as {images} images" if images else ""
+        made.assumptions.append(f"blocks are taken as full, and every token as learned{shown}")
+        return Batch(blocks, config.data.max_length, tokens, images)
     tokens = blocks * data.block_length
-    return Batch(blocks, data.block_length, min(tokens, math.ceil(tokens * data.learned_tokens / data.tokens)))
+    learned = min(tokens, math.ceil(tokens * data.learned_tokens / data.tokens))
+    return Batch(blocks, data.block_length, learned, math.ceil(blocks * data.images / data.blocks))
 
 
 def _memory(made: Planned, shape: Shape, config: RunConfig) -> None:
-    batch, device = _batch(made, config), made.device
+    batch, device = _batch(made, shape, config), made.device
     made.engine = plan.engine(shape, config, device, made.dtype)
     made.memory = plan.memory(shape, config, batch, made.steps, device, made.dtype)
     if made.engine in ("fused", "dealt"):

@@ -47,6 +47,7 @@ class Figures:
     truncated_rows: int
     dropped_rows: int
     sampled_rows: int = 0
+    images: int = 0
 
 
 def figures(store: Store, run: TrainRun) -> Figures:
@@ -85,6 +86,7 @@ def _known(prepared: Manifest, config: RunConfig) -> Figures:
         learned_tokens=meta["learned"],
         truncated_rows=meta["truncated"],
         dropped_rows=meta["dropped"],
+        images=_images(meta),
     )
 
 
@@ -126,7 +128,13 @@ def _scaled(at: Mapping[str, Any], grown: float, weight: float, rows: int, pack:
         truncated_rows=round(at["truncated"] * grown),
         dropped_rows=round(at["dropped"] * grown),
         sampled_rows=round(at["rows"]),
+        images=round(_images(at) * times),
     )
+
+
+def _images(at: Mapping[str, Any]) -> int:
+    shown: int = at.get("images", {}).get("count", 0)
+    return shown
 
 
 def _some_rows(store: Store, dataset: ArtifactRef, manifest: Manifest, seed: int, folder: Path) -> Source:

@@ -122,7 +122,9 @@ class Pair:
             self.told["variants"][name] = {"right": part, "asked": len(asked)}
             if engine:
                 same = sum(a == b for a, b in zip(by_engine(whole, asked[:engine]), said, strict=False))
-                print(f"{name}: the engine of endpoints says the same to {same} of {engine}", flush=True)
+                print(
+                    f"{name}: the engine of endpoints says the same to {same} of {min(engine, len(asked))}", flush=True
+                )
         if self._options.json:
             Path(self._options.json).write_text(json.dumps(self.told))
         return part

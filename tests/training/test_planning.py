@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from services.common import names, wire
 from services.common.jobs import Jobs
 from services.common.records import Record, Records
 from services.common.server import Room
-from services.finetune.config import RunConfig, from_json
+from services.finetune import plan as planning
+from services.finetune.config import RunConfig, from_json, override
 from services.finetune.devices import GIB, Device
 from services.finetune.errors import InvalidArgument, ResourceExhausted
 from services.finetune.orders import ArtifactRef, PrepareRun, TrainRun
@@ -25,12 +28,13 @@ from services.finetune.prepare import prepare
 from services.finetune.progress import Attempt, raise_fence
 from services.finetune.store import Store, open_store
 from services.finetune.store.artifacts import File, Manifest, publish, publish_directory, put_ref
-from services.training.planning import Planner
+from services.training.planning import Planner, _batch
 from services.training.sampling import figures
 from services.training.servicer import Servicer
 from services.training.usecases import Training
 from tests.common.jobbing import ScriptLauncher
 from tests.common.serving import W, put_dataset, put_model, refused, serve
+from tests.finetune.train.llava import rows_with_images, tiny_llava
 from tests.tiny import tiny_model, tiny_sight
 
 ROWS = 3000
@@ -131,7 +135,9 @@ def test_images_count_as_their_tokens(store: Store, tmp_path: Path) -> None:
             store, "base", tiny_sight(tmp_path / str(side), side=side), meta={"template": "tokenizer"}
         )
         run = TrainRun(job="j", config=RunConfig(), base=ArtifactRef(name="m", digest=base), datasets=(rows,))
-        tokens.append(figures(store, run).tokens)
+        found = figures(store, run)
+        tokens.append(found.tokens)
+        assert found.images == 9
     assert tokens[1] - tokens[0] == 9 * (16 - 4)
 
 
@@ -202,3 +208,18 @@ def test_time_goes_by_earlier_jobs_of_the_shape(room: TrainingStub, training: Tr
     tokens = made.data.tokens * 2
     assert (made.least_s, made.most_s) == pytest.approx((tokens / 2400, tokens / 800))
     assert plan(room, more={"lora.rank": 4}).plan.most_s == 0, "another shape tells nothing"
+
+
+def test_what_images_keep_is_planned(store: Store, tmp_path: Path) -> None:
+    changes = {"method": "lora", "quant.bits": 0, "lora.modules_to_save": ["multi_modal_projector"]}
+    config = override(RunConfig(), {**changes, "data.max_length": 96, "schedule.batch_size": 2})
+    base = publish_directory(store, "base", tiny_llava(tmp_path / "m"), meta={"template": "tokenizer"})
+    rows = ArtifactRef(name="d", digest=rows_with_images(store))
+    run = TrainRun(job="j", config=config, base=ArtifactRef(name="m", digest=base), datasets=(rows,))
+    planner = Planner(store, Device("cpu", 16 * GIB))
+    made = planner.plan(run, None, ())
+    assert made.data is not None and made.data.images == 8 and made.memory is not None
+    batch = _batch(made, planner._shape(base), config)
+    assert batch.images == math.ceil(2 * 8 / made.data.blocks)
+    blind = planning.memory(planner._shape(base), config, replace(batch, images=0), made.steps, made.device, made.dtype)
+    assert made.memory.activations > blind.activations

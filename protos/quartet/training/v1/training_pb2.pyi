@@ -368,6 +368,7 @@ class DataFigures(_message.Message):
     TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
     DROPPED_ROWS_FIELD_NUMBER: _builtins.int
     SAMPLED_ROWS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows in all datasets."""
     samples: _builtins.int
@@ -382,6 +383,8 @@ class DataFigures(_message.Message):
     dropped_rows: _builtins.int
     sampled_rows: _builtins.int
     """0 if the data was prepared before and the figures are exact; else they are scaled up from so many rows."""
+    images: _builtins.int
+    """Images in all samples, as often as they are shown."""
     def __init__(
         self,
         *,
@@ -394,10 +397,11 @@ class DataFigures(_message.Message):
         truncated_rows: _builtins.int = ...,
         dropped_rows: _builtins.int = ...,
         sampled_rows: _builtins.int = ...,
+        images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_length", b"block_length", "blocks", b"blocks", "dropped_rows", b"dropped_rows", "learned_tokens", b"learned_tokens", "rows", b"rows", "sampled_rows", b"sampled_rows", "samples", b"samples", "tokens", b"tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_length", b"block_length", "blocks", b"blocks", "dropped_rows", b"dropped_rows", "images", b"images", "learned_tokens", b"learned_tokens", "rows", b"rows", "sampled_rows", b"sampled_rows", "samples", b"samples", "tokens", b"tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
