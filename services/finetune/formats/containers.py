@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Self
 from services.finetune.errors import InvalidArgument
 from services.finetune.formats import Problem
 from services.finetune.formats.json_rows import json_rows, jsonl_rows, whole
-from services.finetune.formats.text import MAX_LINE_BYTES, Raw, lines_of
+from services.finetune.formats.text import MAX_LINE_BYTES, Raw, Spoiled, lines_of
 from services.finetune.formats.unpacking import PACKED, PackedError, open_packed
 
 MAX_COLUMNS = 10_000
@@ -70,12 +70,6 @@ def _packed_text(file: str, path: Path, kind: str, packed: str) -> Iterator[Raw]
 _JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "history", "images")
 
 
-class _BadLine(ValueError):
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
-
-
 class _CsvLines:
     """Lines for csv.reader. A generator would end at its first error; this goes on with the next line."""
 
@@ -89,7 +83,7 @@ class _CsvLines:
     def __next__(self) -> str:
         self.number, text = next(self._lines)
         if isinstance(text, Problem):
-            raise _BadLine(text)
+            raise Spoiled(text)
         return text
 
 
@@ -104,7 +98,7 @@ def _csv(file: str, source: BinaryIO, delimiter: str = ",") -> Iterator[Raw]:
             cells = next(reader)
         except StopIteration:
             return
-        except _BadLine as error:
+        except Spoiled as error:
             yield error.problem
             continue
         except csv.Error as error:

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from services.finetune.formats import Problem
-from services.finetune.formats.text import BOM, HAS_NUL, IS_UTF16, MAX_LINE_BYTES, UTF16, Raw, lines_of, not_utf8
+from services.finetune.formats.text import (
+    BOM,
+    HAS_NUL,
+    IS_UTF16,
+    MAX_LINE_BYTES,
+    UTF16,
+    Raw,
+    Spoiled,
+    lines_of,
+    not_utf8,
+)
 
 CHUNK_BYTES = 4 << 20
 
@@ -97,7 +107,7 @@ def json_rows(file: str, source: BinaryIO) -> Iterator[Raw]:
                 yield from jsonl_rows(file, source)
                 return
             yield _row(file, 1, value)
-    except _Spoiled as spoiled:
+    except Spoiled as spoiled:
         yield spoiled.problem
 
 
@@ -120,14 +130,6 @@ def _array(window: _Window) -> Iterator[Raw]:
     window.at += 1
     if window.next():
         yield Problem(file, window.number + 1, "", "JSON_INVALID", "more text after the array; remove it")
-
-
-class _Spoiled(Exception):
-    """What comes next in the file is no text."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
 
 
 class _Window:
@@ -175,7 +177,7 @@ class _Window:
 
     def _more(self) -> None:
         if self._spoiled:
-            raise _Spoiled(self._problem(*self._spoiled))
+            raise Spoiled(self._problem(*self._spoiled))
         gone = self._text[: self.at]
         lines, column = gone.count("\n"), len(gone) - gone.rfind("\n") - 1
         self._before = (self._before[0] + lines, column + (0 if lines else self._before[1]))
@@ -188,7 +190,7 @@ class _Window:
         """Text, up to what is none: that is told when it is reached."""
         if not self._read:
             if data[:2] in UTF16:
-                raise _Spoiled(self._problem("ENCODING_UTF16", IS_UTF16))
+                raise Spoiled(self._problem("ENCODING_UTF16", IS_UTF16))
             data, self._read = data.removeprefix(BOM), len(BOM) if data.startswith(BOM) else 0
         try:
             text, used = codecs.utf_8_decode(data, "strict", self._ended)

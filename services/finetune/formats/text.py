@@ -16,6 +16,14 @@ HAS_NUL = "a NUL byte: the file is damaged or UTF-16; save it as UTF-8"
 Raw = tuple[int, Mapping[str, Any]] | Problem
 
 
+class Spoiled(Exception):
+    """What comes next in a file is no text."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
 def lines_of(file: str, source: BinaryIO) -> Iterator[tuple[int, str | Problem]]:
     """Numbered lines with their endings. A file in UTF-16 is one Problem, not one a line."""
     number = 0

@@ -43,6 +43,7 @@ def attend_by_document(causal: Any) -> None:
 
 
 def attends_by_document(causal: Any) -> bool:
+    """Whether the language model does, where it is called with documents."""
     return bool(language_of(causal).config.get_text_config()._attn_implementation == BY_DOCUMENT)
 
 

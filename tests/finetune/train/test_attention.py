@@ -11,16 +11,8 @@ from transformers.integrations import sdpa_attention
 
 from services.finetune.train.attention import attend_by_document, attends_by_document
 from services.finetune.train.model import summed_loss
+from tests.finetune.train.test_model import SMALL
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 3 + [3] * 4, [1] * 12 + [0] * 4])
 
 
