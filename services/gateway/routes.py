@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from services.common import auth, requests
+from services.common import auth, requests, tracing
 from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
@@ -144,6 +144,21 @@ class Gateway:
             return _Closing(events, pieces)
         done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
         return JSONResponse(answer.whole([choice for choice, _ in done], done[0][1]))
+
+
+class _Traced:
+    """A response at whose end its span ends."""
+
+    def __init__(self, response: Sends, span: tracing.Span) -> None:
+        self._response, self._span = response, span
+        self.status_code, self.headers = response.status_code, response.headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._span.tell(http__response__status_code=self.status_code)
+            self._span.end(str(self.status_code) if self.status_code >= 500 else "")
 
 
 class _Closing:
@@ -281,6 +296,7 @@ def _guarded(handler: Handler, token: str, metrics: Metrics) -> Handler:
     async def guarded(request: Request) -> Sends:
         begun = time.perf_counter()
         number = request.state.number = requests.given_or_made(request.headers.get(requests.KEY, ""))
+        span = _span(request, number)
         try:
             if token:
                 auth.check(token, [("authorization", request.headers.get("authorization", ""))])
@@ -297,9 +313,20 @@ def _guarded(handler: Handler, token: str, metrics: Metrics) -> Handler:
         log.info(
             "request %s: %s %s %d after %.3f s", number, request.method, request.url.path, response.status_code, took
         )
-        return response
+        return _Traced(response, span)
 
     return guarded
+
+
+def _span(request: Request, number: str) -> tracing.Span:
+    route = "/v1" + request.scope["route"].path
+    return tracing.begin(
+        f"{request.method} {route}",
+        request.headers.items(),
+        http__request__method=request.method,
+        http__route=route,
+        quartet__request_id=number,
+    )
 
 
 def _told(error: QuartetError) -> Response:
