@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
 from services.gateway.embeddings import read_embeddings
+from services.gateway.errors import error_object, status_of
 from services.gateway.images import Fetch, fetch_images
 from services.gateway.reach import Reach
 from services.gateway.tools import call_objects
@@ -36,6 +38,8 @@ MAX_BODY_BYTES = 4 << 20
 
 GONE_S = 0.5
 """Seconds between looks at whether a caller that waits for a whole answer is still there."""
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 T = TypeVar("T")
 
@@ -143,7 +147,8 @@ class Gateway:
             events = StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
             return _Closing(events, pieces)
         done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
-        return JSONResponse(answer.whole([choice for choice, _ in done], done[0][1]))
+        prompt = sum(tokens for _, tokens in done[:: asked.n])
+        return JSONResponse(answer.whole([choice for choice, _ in done], prompt))
 
 
 class _Traced:
@@ -251,12 +256,13 @@ async def _events(asked: Asked, answer: Answer, first: Any, rest: AsyncIterator[
                     begun.add(index)
                     called[index] += len(calls)
                 if finish:
-                    prompt, completion = piece.usage.prompt_tokens, completion + piece.usage.completion_tokens
+                    prompt += 0 if index % asked.n else piece.usage.prompt_tokens
+                    completion += piece.usage.completion_tokens
                     yield _event(answer.chunk(index, None, finish))
         if asked.usage:
             yield _event(answer.counts(prompt, completion))
     except QuartetError as error:
-        yield _event(wire.error_object(error))
+        yield _event(error_object(error))
         return
     yield "data: [DONE]\n\n"
 
@@ -282,7 +288,11 @@ async def _body(request: Request) -> Any:
         if len(data) > MAX_BODY_BYTES:
             raise ResourceExhausted("a body may have 4 MiB; shorten the conversation", reason="BODY_TOO_LARGE")
     try:
-        return json.loads(data)
+        # Strictly: json would let half of a surrogate pair through, and no text of ours can hold one.
+        body = json.loads(data.decode())
+        if _ESCAPED_SURROGATE.search(data):
+            json.dumps(body, ensure_ascii=False).encode()
+        return body
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"the body is no JSON: {str(error)[:200]}", reason="BODY_MALFORMED") from error
 
@@ -330,9 +340,8 @@ def _span(request: Request, number: str) -> tracing.Span:
 
 
 def _told(error: QuartetError) -> Response:
-    status = 413 if error.reason == "BODY_TOO_LARGE" else wire.STATUS.get(error.code, 500)
     wait = error.metadata.get("retry_after_s")
-    return JSONResponse(wire.error_object(error), status, {"retry-after": wait} if wait else None)
+    return JSONResponse(error_object(error), status_of(error), {"retry-after": wait} if wait else None)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
