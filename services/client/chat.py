@@ -25,19 +25,21 @@ def chat(a: Namespace) -> None:
         system = _system(a)
         history: list[tuple[str, str]] = [("system", system)] if system else []
         if a.message:
-            answer = _turn(client, endpoint, adapter, [*history, ("user", a.message)], a)
+            answer, _ = _turn(client, endpoint, adapter, [*history, ("user", a.message)], [], a)
             if a.json:
                 out({"answer": answer})
             return
+        said: list[list[int]] = []  # the answers' tokens: their texts alone might become others
         for text in typed():
             if text == "RESET":
+                said = []
                 history = history[:1] if system else []
                 if not a.json:
                     print("forgotten")
                 continue
             asked = [*history, ("user", text)]
             try:
-                answer = _turn(client, endpoint, adapter, asked, a)
+                answer, ids = _turn(client, endpoint, adapter, asked, said, a)
             except InvalidArgument as error:
                 # A text too long, say: a person may try another, a script should hear of it.
                 if not sys.stdin.isatty():
@@ -47,6 +49,7 @@ def chat(a: Namespace) -> None:
             if a.json:
                 out({"answer": answer})
             history = [*asked, ("assistant", answer)]
+            said.append(ids)
 
 
 def _check_served(endpoint: inference_pb2.Endpoint, a: Namespace) -> None:
@@ -74,17 +77,21 @@ def sampling(a: Namespace) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if v is not None}
 
 
-def _turn(client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], a: Namespace) -> str:
-    answer = ""
+def _turn(
+    client: Client, endpoint: str, adapter: str, messages: list[tuple[str, str]], said: list[list[int]], a: Namespace
+) -> tuple[str, list[int]]:
+    """An answer and its tokens."""
+    answer, ids = "", list[int]()
     images = [read_image(path) for path in a.image]
-    more = {"images": images, "stop": a.stop_words, **sampling(a)}
+    more = {"images": images, "said": said, "stop": a.stop_words, **sampling(a)}
     for piece in client.chat(endpoint, messages, adapter, a.prompt_template, **more):
         answer += piece.text
+        ids += piece.token_ids
         if not (a.json or a.no_streamer):
             print(piece.text, end="", flush=True)
     if not a.json:
         print(answer if a.no_streamer else "")
-    return answer
+    return answer, ids
 
 
 def _system(a: Namespace) -> str:

@@ -57,8 +57,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self.asked.append(request)
         if request.messages[-1].content[0].text == "too long":
             _abort(context, InvalidArgument("the prompt is too long", reason="PROMPT_TOO_LONG"))
-        yield inference_pb2.ChatResponse(text="seen ")
-        yield inference_pb2.ChatResponse(text=str(len(request.messages)))
+        yield inference_pb2.ChatResponse(text="seen ", token_ids=[7, 8])
+        yield inference_pb2.ChatResponse(text=str(len(request.messages)), token_ids=[len(request.messages)])
 
 
 def _abort(context: Any, error: QuartetError) -> None:
@@ -97,6 +97,9 @@ def test_history_is_kept_and_forgotten(
         [system, ("USER", "one\ntwo"), ("ASSISTANT", "seen 2"), ("USER", "three")],
         [system, ("USER", "four")],
     ]
+    # An answer is told in the tokens in which it was given.
+    said = [[list(m.token_ids) for m in request.messages] for request in inference.asked]
+    assert said == [[[], []], [[], [], [7, 8, 2], []], [[], []]]
 
 
 def test_json_is_a_line_an_answer(quartet: Quartet, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
