@@ -202,7 +202,9 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
     except ImportError as error:
         raise FailedPrecondition(
             f"vLLM is not installed beside this engine server ({error}): install quartet[vllm] there, or choose the "
@@ -210,6 +212,7 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
             reason="ENGINE_MISSING",
         ) from error
     _check_weights(folder, dtype, bits)
+    on_cpu = current_platform.is_cpu()
     try:
         args = AsyncEngineArgs(
             model=str(folder),
@@ -223,13 +226,16 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
             max_cpu_loras=HELD_ADAPTERS,
             gpu_memory_utilization=_gpu_part(),
             # On a processor compiling takes longer than it saves until thousands of tokens later.
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=on_cpu,
+            # There vLLM would have the model in a process apart, and a core spent on looking whether it is done.
+            distributed_executor_backend=UniProcExecutor if on_cpu else None,
             enable_log_requests=False,
             disable_log_stats=True,
             trust_remote_code=False,
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
-        return AsyncLLM.from_engine_args(args, stat_loggers=loggers)
+        # It chooses the sizes of its steps by who uses it, and takes far smaller ones for those it does not know.
+        return AsyncLLM.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers)
     except (ValueError, KeyError, OSError) as error:
         raise FailedPrecondition(
             f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
