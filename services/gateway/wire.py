@@ -349,7 +349,7 @@ def model_object(served: pb.ServedModel) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": 0,
+        "created": served.create_time.seconds,
         "owned_by": served.endpoint.split("/")[1],
         "root": served.model,
     }

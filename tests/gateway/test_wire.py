@@ -208,10 +208,11 @@ def test_what_no_endpoint_can_be_called_is_a_model_that_is_not_there(model: str)
 
 def test_models_and_streams_have_openais_shapes() -> None:
     served = pb.ServedModel(endpoint="workspaces/w/endpoints/e", adapter="v2", model="workspaces/w/models/m")
+    served.create_time.seconds = 1764000000
     assert model_object(served) == {
         "id": "e:v2",
         "object": "model",
-        "created": 0,
+        "created": 1764000000,
         "owned_by": "w",
         "root": "workspaces/w/models/m",
     }

@@ -1299,6 +1299,7 @@ class ServedModel(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     """workspaces/{workspace}/endpoints/{endpoint}"""
     adapter: _builtins.str
@@ -1309,6 +1310,10 @@ class ServedModel(_message.Message):
     """sha256:<hex> of its manifest."""
     context_length: _builtins.int
     """Tokens that a prompt and its answer may have together."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When its endpoint was made. An engine server leaves it out."""
+
     def __init__(
         self,
         *,
@@ -1317,10 +1322,11 @@ class ServedModel(_message.Message):
         model: _builtins.str = ...,
         digest: _builtins.str = ...,
         context_length: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "context_length", b"context_length", "digest", b"digest", "endpoint", b"endpoint", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "context_length", b"context_length", "create_time", b"create_time", "digest", b"digest", "endpoint", b"endpoint", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
