@@ -35,19 +35,19 @@ SAMPLING = {
     "top_p": float,
     "top_k": int,
     "repetition_penalty": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "min_p": float,
     "max_tokens": int,
     "max_completion_tokens": int,
     "seed": int,
 }
 WHOLE_BELOW = {"seed": 2**63}
 """Whole numbers end at 2³¹ otherwise."""
-COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING}
+COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", "logit_bias", *SAMPLING}
 NOTES = {"user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that change no answer."""
 NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "functions": ([],),
     "modalities": (["text"],),
     "echo": (False,),
@@ -157,7 +157,12 @@ def _asked(body: Mapping[str, Any], **own: Any) -> Asked:
         n=n,
         stream=body.get("stream", False),
         usage=bool(options.get("include_usage")),
-        sampling={**_sampling(body), **_logprobs(body, "messages" in own), **_form(body.get("response_format"))},
+        sampling={
+            **_sampling(body),
+            **_bias(body.get("logit_bias", {})),
+            **_logprobs(body, "messages" in own),
+            **_form(body.get("response_format")),
+        },
         stop=_stop(body.get("stop", [])),
         **own,
     )
@@ -175,6 +180,17 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
                 raise bad(name, why)
             found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
     return found
+
+
+def _bias(given: Any) -> dict[str, dict[int, float]]:
+    """By tokens, which JSON can only write as texts."""
+    good = isinstance(given, dict) and all(
+        key.isdecimal() and len(key) < 10 and isinstance(value, int | float) and not isinstance(value, bool)
+        for key, value in given.items()
+    )
+    if not good:
+        raise bad("logit_bias", 'must be an object of token ids and numbers, as {"42": -100}')
+    return {"logit_bias": {int(key): float(value) for key, value in given.items()}} if given else {}
 
 
 def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, int]:

@@ -127,7 +127,7 @@ def test_errors_are_the_sdks_own_classes(client: openai.OpenAI, base_url: str) -
         client.completions.create(model="paris", prompt="word " * 9000)
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as wrong:
-        client.chat.completions.create(model="paris", messages=[FRANCE], frequency_penalty=0.5)
+        client.chat.completions.create(model="paris", messages=[FRANCE], frequency_penalty=2.5)
     assert wrong.value.param == "frequency_penalty"
     with pytest.raises(openai.BadRequestError, match="serve an encoder"):
         client.embeddings.create(model="paris", input="Paris")

@@ -94,7 +94,10 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"logprobs": 3}, "logprobs", "FIELD_INVALID"),
         ({"top_logprobs": 3}, "top_logprobs", "FIELD_INVALID"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "FIELD_INVALID"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "FIELD_UNSUPPORTED"),
+        ({"presence_penalty": "0.5"}, "presence_penalty", "FIELD_INVALID"),
+        ({"logit_bias": {"the": 1}}, "logit_bias", "FIELD_INVALID"),
+        ({"logit_bias": [1]}, "logit_bias", "FIELD_INVALID"),
+        ({"logit_bias": {"1": True}}, "logit_bias", "FIELD_INVALID"),
         ({"service_tier": "flex"}, "service_tier", "FIELD_UNSUPPORTED"),
         ({"store": True}, "store", "FIELD_UNSUPPORTED"),
     ],
@@ -107,7 +110,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], param: str, reason: str)
 
 
 def test_values_that_ask_for_nothing_are_taken() -> None:
-    neutral = {"presence_penalty": 0, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "seed": None}
+    neutral = {"logit_bias": {}, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "seed": None}
     notes = {"user": "u", "safety_identifier": "u", "prompt_cache_key": "k", "service_tier": "auto", "store": False}
     assert read_chat({**CHAT, **neutral, **notes}).sampling == {}
 

@@ -129,6 +129,10 @@ def test_wrong_requests_are_blamed(engine: InferenceStub) -> None:
         generate(engine, temperature=-1, top_p=0, top_k=-1, max_tokens=0, repetition_penalty=0)
     blamed = ["temperature", "top_p", "top_k", "max_tokens", "repetition_penalty"]
     assert [v.field for v in error[0].violations] == [f"sampling.{name}" for name in blamed]
+    with refused(InvalidArgument, "SAMPLING_INVALID") as error:
+        generate(engine, frequency_penalty=3, presence_penalty=-3, min_p=2, logit_bias={259: 1})
+    blamed = ["frequency_penalty", "presence_penalty", "min_p", "logit_bias"]
+    assert [v.field for v in error[0].violations] == [f"sampling.{name}" for name in blamed]
     for wrong in (
         {"json_schema": "{"},
         {"json_schema": '{"type": "no such type"}'},

@@ -14,6 +14,8 @@ from services.inference.engines.forms import check_form
 from services.inference.engines.port import Form, Sampling
 
 DEFAULT_TOKENS = 512
+MOST_BIASED = 300
+"""As in OpenAI's API."""
 
 
 def read_sampling(
@@ -22,6 +24,7 @@ def read_sampling(
     tokenizer: Tokenizer,
     prompt: int,
     whole: int,
+    vocabulary: int,
     stops: Sequence[str],
     form: Form | None,
 ) -> Sampling:
@@ -54,8 +57,12 @@ def read_sampling(
         eos_ids=_ends(tokenizer, own, stops, form is not None),
         logprobs=wanted.logprobs if wanted.HasField("logprobs") else None,
         form=form,
+        frequency_penalty=wanted.frequency_penalty,
+        presence_penalty=wanted.presence_penalty,
+        min_p=wanted.min_p,
+        logit_bias=dict(wanted.logit_bias),
     )
-    check_sampling(sampling)
+    check_sampling(sampling, vocabulary)
     if sampling.form:
         check_form(sampling.form)
         if not sampling.eos_ids:
@@ -82,8 +89,9 @@ def form_of(wanted: pb.Sampling) -> Form | None:
     return Form(kind, getattr(wanted, kind)) if kind else None
 
 
-def check_sampling(s: Sampling) -> None:
+def check_sampling(s: Sampling, vocabulary: int) -> None:
     """InvalidArgument (SAMPLING_INVALID) blaming each field that is out of its range."""
+    bias = s.logit_bias
     rules = {
         "temperature": (0 <= s.temperature <= 10, "must be from 0 to 10"),
         "top_p": (0 < s.top_p <= 1, "must be above 0 and at most 1"),
@@ -91,6 +99,13 @@ def check_sampling(s: Sampling) -> None:
         "max_tokens": (s.max_tokens >= 1, "must be at least 1"),
         "repetition_penalty": (0 < s.repetition_penalty <= 10, "must be above 0 and at most 10"),
         "logprobs": (0 <= (s.logprobs or 0) <= 20, "must be from 0 to 20"),
+        "frequency_penalty": (-2 <= s.frequency_penalty <= 2, "must be from -2 to 2"),
+        "presence_penalty": (-2 <= s.presence_penalty <= 2, "must be from -2 to 2"),
+        "min_p": (0 <= s.min_p <= 1, "must be from 0 to 1"),
+        "logit_bias": (
+            len(bias) <= MOST_BIASED and all(0 <= i < vocabulary and -100 <= b <= 100 for i, b in bias.items()),
+            f"must be from -100 to 100 for {MOST_BIASED} tokens at most, which are from 0 to {vocabulary - 1}",
+        ),
     }
     wrong = [Violation(f"sampling.{k}", why, "SAMPLING_INVALID") for k, (good, why) in rules.items() if not good]
     if wrong:

@@ -255,8 +255,10 @@ class EngineServicer(InferenceServicer):
     ) -> AsyncIterator[Any]:
         """Stream an answer, several tokens a message when they come fast. A stop text is never sent, not even in part."""
         form = calling.form(wanted) if calling else form_of(wanted)
-        stops, whole = (*stops, *wanted.stop), self._engine.context_length
-        sampling = read_sampling(wanted, served, self._tokenizer, len(ids), whole, stops, form)
+        stops, engine = (*stops, *wanted.stop), self._engine
+        sampling = read_sampling(
+            wanted, served, self._tokenizer, len(ids), engine.context_length, engine.vocabulary, stops, form
+        )
         text = StopText(self._tokenizer, stops, calling.marks if calling else ())
         pending_text, pending_ids, count, finish = "", [], 0, ""
         likely: list[pb.TokenLogprobs] = []

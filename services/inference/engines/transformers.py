@@ -127,7 +127,7 @@ class TransformersEngine:
             generator.manual_seed(sampling.seed)
         follower = Follower(self._vocabulary(sampling.eos_ids), sampling.form) if sampling.form else None
         cache = DynamicCache(config=self._model.config)
-        feed, seen = list(ids), list(ids)
+        feed, said = list(ids), list[int]()
         features = list[Tensor]()
         for picture in images:
             features += self._look(picture, adapter)
@@ -138,13 +138,13 @@ class TransformersEngine:
             yield Step([])
         for n in range(sampling.max_tokens):
             logits = self._forward(feed, cache, adapter, features)
-            token = choose(follower.allow(logits) if follower else logits, seen, sampling, generator)
+            token = choose(follower.allow(logits) if follower else logits, ids, said, sampling, generator)
             if token in sampling.eos_ids:
                 yield Step([], "stop")
                 return
             if follower:
                 follower.push(token)
-            seen.append(token)
+            said.append(token)
             feed = [token]
             likely = [] if sampling.logprobs is None else [how_likely(logits, token, sampling.logprobs)]
             yield Step([token], "length" if n + 1 == sampling.max_tokens else "", likely)
@@ -226,24 +226,43 @@ class FairLock:
                     self._queue[0].set()
 
 
-def choose(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token by temperature, top-k, then top-p (Holtzman et al. 2020), after the repetition penalty
-    (Keskar et al. 2019); the likeliest one at temperature 0."""
-    if sampling.repetition_penalty != 1.0:
-        logits_V = logits_V.clone()
-        ids = torch.tensor(sorted(set(seen)))
-        old = logits_V[ids]
-        penalty = sampling.repetition_penalty
-        logits_V[ids] = torch.where(old > 0, old / penalty, old * penalty)
+def choose(
+    logits_V: Tensor, prompt: Sequence[int], said: Sequence[int], sampling: Sampling, generator: torch.Generator
+) -> int:
+    """The next token after `prompt` and `said` by temperature, min-p (Nguyen et al. 2024), top-k, then top-p (Holtzman et
+    al. 2020), after biases and penalties; the likeliest one at temperature 0."""
+    logits_V = _weighed(logits_V, prompt, said, sampling)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
+    if sampling.min_p > 0:
+        logits_V[logits_V < logits_V.max() + math.log(sampling.min_p)] = -torch.inf
     if 0 < sampling.top_k < logits_V.numel():
         logits_V[logits_V < logits_V.topk(sampling.top_k).values[-1]] = -torch.inf
     probabilities_V, order_V = logits_V.softmax(-1).sort(descending=True)
     # A token stays while the mass before it is below top_p: the likeliest always stays.
     probabilities_V[probabilities_V.cumsum(-1) - probabilities_V >= sampling.top_p] = 0
     return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def _weighed(logits_V: Tensor, prompt: Sequence[int], said: Sequence[int], sampling: Sampling) -> Tensor:
+    """In vLLM's order: biases; the repetition penalty (Keskar et al. 2019), of prompt and answer; OpenAI's penalties, of the
+    answer alone."""
+    bias, repetition = sampling.logit_bias, sampling.repetition_penalty
+    frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+    if not bias and repetition == 1.0 and not (said and (frequency or presence)):
+        return logits_V
+    logits_V = logits_V.clone()
+    if bias:
+        logits_V[list(bias)] += torch.tensor(list(bias.values()), dtype=logits_V.dtype)
+    if repetition != 1.0:
+        ids = torch.tensor(sorted({*prompt, *said}))
+        old = logits_V[ids]
+        logits_V[ids] = torch.where(old > 0, old / repetition, old * repetition)
+    if said:
+        ids, counts = torch.tensor(said).unique(return_counts=True)
+        logits_V[ids] -= frequency * counts + presence
+    return logits_V
 
 
 def how_likely(logits_V: Tensor, token: int, count: int) -> Likely:

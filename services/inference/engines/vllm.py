@@ -315,6 +315,10 @@ def _params(s: Sampling) -> Any:
         top_k=s.top_k or -1,
         max_tokens=s.max_tokens,
         repetition_penalty=s.repetition_penalty,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        min_p=s.min_p,
+        logit_bias=dict(s.logit_bias) or None,
         seed=s.seed,
         # The ends are those of our template and model, and texts are made here.
         stop_token_ids=list(s.eos_ids),

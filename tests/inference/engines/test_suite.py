@@ -100,6 +100,31 @@ def test_the_repetition_penalty_is_transformers(running: Running, folders: tuple
     assert running.answer(replace(GREEDY, repetition_penalty=1.5))[0] == wanted
 
 
+def test_penalties_are_openais(running: Running, folders: tuple[Path, Path, Path]) -> None:
+    """logit - count x frequency - (count > 0) x presence, of the answer's tokens alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    for frequency, presence in ((1.5, 0.0), (0.0, 1.5), (-2.0, 0.5)):
+        said: list[int] = []
+        for _ in range(GREEDY.max_tokens):
+            with torch.inference_mode():
+                logits_V = model(torch.tensor([PROMPT + said])).logits[0, -1]
+            count_V = torch.tensor(said, dtype=torch.int64).bincount(minlength=len(logits_V))
+            said.append(int((logits_V - frequency * count_V - presence * (count_V > 0)).argmax()))
+        assert said != running.answer(GREEDY)[0]
+        assert running.answer(replace(GREEDY, frequency_penalty=frequency, presence_penalty=presence))[0] == said
+
+
+def test_min_p_of_one_is_greedy(running: Running) -> None:
+    assert running.answer(replace(WARM, min_p=1.0))[0] == running.answer(GREEDY)[0] != running.answer(WARM)[0]
+
+
+def test_a_bias_forbids_and_forces(running: Running) -> None:
+    plain, _ = running.answer(GREEDY)
+    without, _ = running.answer(replace(GREEDY, logit_bias={plain[0]: -100.0}))
+    assert without[0] != plain[0] and plain[0] not in without
+    assert set(running.answer(replace(GREEDY, logit_bias={plain[3]: 100.0}))[0]) == {plain[3]}
+
+
 def test_adapters_are_pefts_and_do_not_mix(running: Running, folders: tuple[Path, Path, Path]) -> None:
     base, one, two = (reference(folders[0], adapter) for adapter in (None, folders[1], folders[2]))
     assert len({tuple(base), tuple(one), tuple(two)}) == 3

@@ -73,7 +73,7 @@ def test_the_last_adapter_leaves_the_bare_model(folders: tuple[Path, Path]) -> N
 
 def draws(sampling: Any, logits: Sequence[float]) -> set[int]:
     generator = torch.Generator().manual_seed(0)
-    return {choose(torch.tensor(logits), [], sampling, generator) for _ in range(300)}
+    return {choose(torch.tensor(logits), [], [], sampling, generator) for _ in range(300)}
 
 
 def test_top_k_and_top_p_leave_the_tail_out() -> None:
