@@ -23,7 +23,9 @@ RUN if [ -n "${RUNTIME_PACKAGES}" ]; then \
       && rm -rf /var/lib/apt/lists/*; \
     fi
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/quartet PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-ENV HOME=/tmp HF_HOME=/tmp/hf TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton OMP_WAIT_POLICY=PASSIVE
+ENV HOME=/tmp HF_HOME=/tmp/hf TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
+# As for workers of one machine: services/common/launchers/local.py says why.
+ENV OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000
 COPY --from=packages /opt/venv /opt/venv
 COPY protos/quartet /opt/quartet/quartet
 COPY services/__init__.py /opt/quartet/services/

@@ -27,7 +27,9 @@ RUN if [ -n "${RUNTIME_PACKAGES}" ]; then \
     fi
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/quartet PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Everything that libraries write goes to /tmp, the one folder that a pod may write to.
-ENV HOME=/tmp HF_HOME=/tmp/hf TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton OMP_WAIT_POLICY=PASSIVE
+ENV HOME=/tmp HF_HOME=/tmp/hf TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
+# As for workers of one machine: services/common/launchers/local.py says why.
+ENV OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000
 COPY --from=packages /opt/venv /opt/venv
 COPY services/__init__.py /opt/quartet/services/
 COPY services/finetune /opt/quartet/services/finetune

@@ -355,15 +355,19 @@ class Client:
         adapter: str = "",
         template: str = "",
         images: Sequence[bytes] = (),
+        said: Sequence[Sequence[int]] = (),
         **sampling: Any,
     ) -> Iterator[inference_pb2.ChatResponse]:
-        """Stream an answer to (role, text) messages; the first of the user's shows `images`."""
+        """Stream an answer to (role, text) messages; the first of the user's shows `images`, and `said` are the tokens of
+        the assistant's, in their order."""
         turns = []
         shown = [inference_pb2.Part(image=inference_pb2.Image(data=data)) for data in images]
         for role, text in messages:
             kind = inference_pb2.Message.Role.Value(role.upper())
             before, shown = (shown, []) if role == "user" else ([], shown)
-            turns.append(inference_pb2.Message(role=kind, content=[*before, inference_pb2.Part(text=text)]))
+            ids, said = (said[:1], said[1:]) if role == "assistant" else ((), said)
+            content = [*before, inference_pb2.Part(text=text)]
+            turns.append(inference_pb2.Message(role=kind, content=content, token_ids=ids[0] if ids else ()))
         request = inference_pb2.ChatRequest(
             endpoint=endpoint,
             adapter=adapter,

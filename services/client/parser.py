@@ -318,7 +318,12 @@ def _inference(verbs: Any) -> None:
     )
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="shown with the first message")
     p.add_argument("--prompt-template", default="", help="checked against the template that the model carries")
-    _talk(p)
+    system = _talk(p)
+    system.add_argument("--system-template", default="", metavar="NAME", help="one of XTuner's system texts")
+    p.add_argument("--bot-name", default="BOT", help="what a system text calls the model")
+    p.add_argument("--no-streamer", action="store_true", help="print an answer once it is whole")
+    for flag, instead in ELSEWHERE.items():
+        p.add_argument(flag, nargs="*", action=_Elsewhere, const=instead, help=argparse.SUPPRESS)
     p = _verb(verbs, "agent", "agent.command:agent", "talk to a model that may use tools, and see its steps")
     p.add_argument("--form", default="openai", choices=["openai", "react"], help="calls of tools, or MSAgent's texts")
     p.add_argument(
@@ -335,12 +340,30 @@ def _inference(verbs: Any) -> None:
     _talk(p)
 
 
-def _talk(p: argparse.ArgumentParser) -> None:
-    """What every talk with a model takes."""
+ELSEWHERE = {
+    "--lagent": "quartet agent --form react is that talk",
+    "--with-plugins": "quartet agent --tool calculate --tool solve --search URL gives a model these",
+    "--offload-folder": "an engine keeps a model in memory whole: --bits 4 makes it smaller",
+    "--visual-select-layer": "a model that sees says itself which layer of its tower it takes",
+}
+"""Flags of `xtuner chat` that are something else here."""
+
+
+class _Elsewhere(argparse.Action):
+    """Says what to do instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        parser.error(f"{given[-1]}: {self.const}")
+
+
+def _talk(p: argparse.ArgumentParser) -> Any:
+    """What every talk with a model takes; the group of what gives its system text."""
     p.add_argument("model", help="an endpoint's or a model's name; a model is served for as long as the talk lasts")
     p.add_argument("--adapter", default="", help="a model of kind adapter, or an endpoint's alias")
-    p.add_argument("--system", default="")
+    system = p.add_mutually_exclusive_group()
+    system.add_argument("--system", default="")
     p.add_argument("--bits", type=int, default=0, choices=[0, 4, 8])
+    p.add_argument("--torch-dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"], help="of its weights")
     p.add_argument("--temperature", type=float)
     p.add_argument("--top-p", type=float)
     p.add_argument("--top-k", type=int)
@@ -349,6 +372,7 @@ def _talk(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int)
     p.add_argument("--stop-words", nargs="+", default=[])
     p.add_argument("-m", "--message", default="", help="say this, print the answer, and leave")
+    return system
 
 
 def _group(verbs: Any, name: str, help: str) -> Any:

@@ -18,7 +18,11 @@ MAX_IMAGE_BYTES = 3_900_000
 
 
 def read_image(path: str) -> bytes:
-    """InvalidArgument (IMAGE_TOO_LARGE), NotFound (FILE_NOT_FOUND)."""
+    """InvalidArgument (IMAGE_TOO_LARGE, IMAGE_NOT_LOCAL), NotFound (FILE_NOT_FOUND)."""
+    if path.startswith(("http://", "https://")):
+        raise InvalidArgument(
+            f"{path} is an address, and none is fetched: download it and name the file", reason="IMAGE_NOT_LOCAL"
+        )
     data = readable(path).read_bytes()
     if len(data) > MAX_IMAGE_BYTES:
         raise InvalidArgument(

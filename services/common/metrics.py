@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 
+from services.common import tracing
 from services.finetune.errors import FailedPrecondition, QuartetError
 
 T = TypeVar("T")
@@ -98,10 +99,16 @@ class Answers:
                             self._first.observe(now - since)
                             self._waiting.dec()
                             self._running.inc()
+                            tracing.current().event("first token")
                         since, begun = now, True
                     if piece.finish_reason:  # type: ignore[attr-defined]
                         end = "length" if piece.finish_reason == LENGTH else "stop"  # type: ignore[attr-defined]
-                        self._tokens.labels("prompt").inc(piece.usage.prompt_tokens)  # type: ignore[attr-defined]
+                        usage = piece.usage  # type: ignore[attr-defined]
+                        self._tokens.labels("prompt").inc(usage.prompt_tokens)
+                        counts = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
+                        tracing.current().event(
+                            "last token", **{f"gen_ai__usage__{which}_tokens": n for which, n in counts.items()}
+                        )
                     yield piece
         except Exception:
             end = "error"

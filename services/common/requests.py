@@ -1,10 +1,13 @@
-"""A request's id: whoever asks may give one, and every server that the request passes logs it and passes it on."""
+"""A request's id: whoever asks may give one, and every server that the request passes logs it and passes it on, beside
+what makes traces of it."""
 
 from __future__ import annotations
 
 import re
 import uuid
 from collections.abc import Iterable
+
+from services.common import tracing
 
 KEY = "x-request-id"
 """The HTTP header and the gRPC metadata."""
@@ -23,5 +26,5 @@ def given_or_made(shown: str) -> str:
 
 
 def along(number: str) -> tuple[tuple[str, str], ...]:
-    """The metadata that passes an id on."""
-    return ((KEY, number),) if number else ()
+    """The metadata that passes an id on, and the trace that this task is part of."""
+    return (*(((KEY, number),) if number else ()), *tracing.along())

@@ -23,7 +23,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from services.common import auth, requests
+from services.common import auth, requests, tracing
 from services.common.metrics import Counts, Metrics
 from services.common.settings import Settings
 from services.common.status import DEFAULT_STATUS_BYTES, MAX_STATUS_BYTES, STATUS_BYTES_KEY, fitted
@@ -39,6 +39,8 @@ DRAIN_S = 10.0
 """Calls under way have so long then."""
 CONNECTION_AGE_S = 300
 """Clients ask for addresses anew after so long, and find replicas that came later."""
+FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+"""Codes of which OpenTelemetry says that the server failed; the others blame the caller."""
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -118,7 +120,10 @@ class Guard(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _measured(self, path: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
         begun, code = time.perf_counter(), "CANCELLED"  # unless it comes to an end of its own
-        number = requests.given(context.invocation_metadata())
+        metadata = context.invocation_metadata()
+        number = requests.given(metadata)
+        service, _, method = path.strip("/").partition("/")
+        span = tracing.begin(path.strip("/"), metadata, rpc__system="grpc", rpc__service=service, rpc__method=method)
         try:
             yield
             code = "OK"
@@ -128,6 +133,8 @@ class Guard(grpc.aio.ServerInterceptor):
         finally:
             took = time.perf_counter() - begun
             self._metrics.ended(path, code, took)
+            span.tell(rpc__grpc__status_code=grpc.StatusCode[code].value[0], quartet__request_id=number)
+            span.end(code if code in FAULTS else "")
             if number:
                 log.info("request %s: %s %s after %.3f s", number, path, code, took)
 
@@ -236,6 +243,7 @@ class Server:
         for room in self.rooms:
             await asyncio.to_thread(room.stop)
         await asyncio.to_thread(self._close_metrics)
+        await asyncio.to_thread(tracing.flush)
 
     def _listen(self) -> str:
         host, port = self.settings.host, self.settings.port
@@ -324,6 +332,7 @@ def main(
     """The main function of a service: settings, rooms, run; errors as one line and a true exit status."""
     # Thread pools that spin would fight the workers for the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    tracing.name_process(prog)
     try:
         settings = settings or Settings.from_args(sys.argv[1:], prog)
         run(settings, [build(settings) for build in builders], beside)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -121,13 +121,18 @@ def check_name(name: str) -> None:
         raise InvalidArgument(f"unknown template {name!r}{nearest(name, known)}", reason="TEMPLATE_UNKNOWN")
 
 
-def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None = None) -> Encoded:
-    """Token ids and loss mask.
+def encode(
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    image_id: int | None = None,
+    answered: Callable[[str], list[int]] | None = None,
+) -> Encoded:
+    """Token ids and loss mask; `answered` makes those of answers, in their order.
 
     `image_id` stands for an image; without one InvalidArgument (IMAGES_UNSUPPORTED) is raised where there is an image.
     """
     if image_id is not None and IMAGE in tokenizer.special_texts:
-        return _encode_seen(pieces, tokenizer, image_id)
+        return _encode_seen(pieces, tokenizer, image_id, answered or tokenizer.encode)
     ids: list[int] = []
     mask: list[bool] = []
     for image, group in groupby(pieces, key=lambda p: p.image):
@@ -136,19 +141,23 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int | None =
             mask += [False] * (len(ids) - len(mask))
             continue
         for text, trained, special in runs(list(group)):
-            new = tokenizer.encode(text) if special else tokenizer.encode_plain(text)
+            steering = answered if trained and answered else tokenizer.encode
+            new = steering(text) if special else tokenizer.encode_plain(text)
             ids += new
             mask += [trained] * len(new)
     return Encoded(ids, mask)
 
 
-def _encode_seen(pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int) -> Encoded:
+def _encode_seen(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, image_id: int, answered: Callable[[str], list[int]]
+) -> Encoded:
     """As `encode`, for a tokenizer that has a token for images: texts on both sides are tokenised as training does."""
     (token,) = tokenizer.encode(IMAGE)
     ids: list[int] = []
     mask: list[bool] = []
     for text, trained, special in runs(pieces, images=True):
-        new = tokenizer.encode(text) if special else tokenizer.encode_plain(text)
+        steering = answered if trained else tokenizer.encode
+        new = steering(text) if special else tokenizer.encode_plain(text)
         ids += [image_id if i == token else i for i in new]
         mask += [trained] * len(new)
     return Encoded(ids, mask)
@@ -187,7 +196,28 @@ def to_prompt_ids(
 ) -> list[int]:
     """What to feed for an answer to `messages`; with `images` an IMAGE_ID stands for each <image> mark of the user's."""
     pieces = template.prompt(messages, system, tools, images)
-    return encode(pieces, tokenizer, IMAGE_ID if images else None).ids
+    said = _Said(messages, tokenizer)
+    return encode(pieces, tokenizer, IMAGE_ID if images else None, said.ids).ids
+
+
+class _Said:
+    """Answers in the tokens in which they were said, which need not be those that their texts are tokenised to."""
+
+    def __init__(self, messages: Sequence[Message], tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # What an answer's text holds of control tokens is text, so but for its end an answer may have none.
+        control = set(tokenizer.special_ids.values())
+        fit = (m.ids for m in messages if control.isdisjoint(m.ids[:-1]))
+        self._left = [(tokenizer.decode(ids, skip_special=False), ids) for ids in fit]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of an answer with what the template writes behind it; by whoever asks in the answers' order."""
+        for n, (said, ids) in enumerate(self._left):
+            if said and text.startswith(said):
+                del self._left[: n + 1]
+                rest = text[len(said) :]
+                return [*ids, *(self._tokenizer.encode(rest) if rest else ())]
+        return self._tokenizer.encode(text)
 
 
 def guard(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Piece]:

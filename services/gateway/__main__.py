@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.common import auth
+from services.common import auth, tracing
 from services.common.settings import Settings
 from services.finetune.errors import FailedPrecondition, InvalidArgument, QuartetError
 
@@ -109,6 +109,7 @@ def serve(a: argparse.Namespace) -> None:
             threading.Thread(target=_end_with_input, daemon=True).start()
         server.run(sockets=[made])
         close()
+        tracing.flush()
 
 
 def _tell(a: argparse.Namespace, address: str, pages: bool) -> None:
@@ -133,6 +134,7 @@ def main() -> None:
     # uvicorn ends its streams on a signal, then raises it again: an orderly end is a success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    tracing.name_process("quartet-gateway")
     try:
         serve(read(sys.argv[1:]))
     except QuartetError as error:

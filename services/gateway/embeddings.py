@@ -11,7 +11,7 @@ from typing import Any
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import nearest
-from services.gateway.tools import bad
+from services.gateway.errors import bad, read_model
 
 FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
 MOST_INPUTS = 2048
@@ -65,9 +65,7 @@ def read_embeddings(body: Any) -> Asked:
             raise bad(name, f"is no field of this request{nearest(name, FIELDS)}", "FIELD_UNKNOWN")
     if body.get("dimensions") is not None:
         raise bad("dimensions", "is not supported here; the model's own are given", "FIELD_UNSUPPORTED")
-    model, given, form = body.get("model"), body.get("input"), body.get("encoding_format", "float")
-    if not isinstance(model, str) or not model:
-        raise bad("model", "must name an endpoint; /v1/models lists them")
+    model, given, form = read_model(body.get("model")), body.get("input"), body.get("encoding_format", "float")
     if ":" in model:
         raise bad("model", "is an endpoint's adapter; encoders have none")
     if form not in ("float", "base64"):

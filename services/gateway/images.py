@@ -10,7 +10,7 @@ from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.gateway.tools import bad
+from services.gateway.errors import bad
 
 MAX_FETCHED = 8
 """Addresses in one request."""

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,11 +21,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from services.common import auth, requests
+from services.common import auth, requests, tracing
 from services.common.metrics import Metrics
 from services.finetune.errors import Cancelled, InvalidArgument, NotFound, QuartetError, ResourceExhausted
 from services.gateway import wire
 from services.gateway.embeddings import read_embeddings
+from services.gateway.errors import error_object, status_of
 from services.gateway.images import Fetch, fetch_images
 from services.gateway.reach import Reach
 from services.gateway.tools import call_objects
@@ -36,6 +38,8 @@ MAX_BODY_BYTES = 4 << 20
 
 GONE_S = 0.5
 """Seconds between looks at whether a caller that waits for a whole answer is still there."""
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 T = TypeVar("T")
 
@@ -143,7 +147,23 @@ class Gateway:
             events = StreamingResponse(_events(asked, answer, first, pieces), media_type="text/event-stream")
             return _Closing(events, pieces)
         done = await _unless_gone(request, asyncio.gather(*(_collect(choice) for choice in choices)))
-        return JSONResponse(answer.whole([choice for choice, _ in done], done[0][1]))
+        prompt = sum(tokens for _, tokens in done[:: asked.n])
+        return JSONResponse(answer.whole([choice for choice, _ in done], prompt))
+
+
+class _Traced:
+    """A response at whose end its span ends."""
+
+    def __init__(self, response: Sends, span: tracing.Span) -> None:
+        self._response, self._span = response, span
+        self.status_code, self.headers = response.status_code, response.headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._span.tell(http__response__status_code=self.status_code)
+            self._span.end(str(self.status_code) if self.status_code >= 500 else "")
 
 
 class _Closing:
@@ -236,12 +256,13 @@ async def _events(asked: Asked, answer: Answer, first: Any, rest: AsyncIterator[
                     begun.add(index)
                     called[index] += len(calls)
                 if finish:
-                    prompt, completion = piece.usage.prompt_tokens, completion + piece.usage.completion_tokens
+                    prompt += 0 if index % asked.n else piece.usage.prompt_tokens
+                    completion += piece.usage.completion_tokens
                     yield _event(answer.chunk(index, None, finish))
         if asked.usage:
             yield _event(answer.counts(prompt, completion))
     except QuartetError as error:
-        yield _event(wire.error_object(error))
+        yield _event(error_object(error))
         return
     yield "data: [DONE]\n\n"
 
@@ -267,7 +288,11 @@ async def _body(request: Request) -> Any:
         if len(data) > MAX_BODY_BYTES:
             raise ResourceExhausted("a body may have 4 MiB; shorten the conversation", reason="BODY_TOO_LARGE")
     try:
-        return json.loads(data)
+        # Strictly: json would let half of a surrogate pair through, and no text of ours can hold one.
+        body = json.loads(data.decode())
+        if _ESCAPED_SURROGATE.search(data):
+            json.dumps(body, ensure_ascii=False).encode()
+        return body
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"the body is no JSON: {str(error)[:200]}", reason="BODY_MALFORMED") from error
 
@@ -281,6 +306,7 @@ def _guarded(handler: Handler, token: str, metrics: Metrics) -> Handler:
     async def guarded(request: Request) -> Sends:
         begun = time.perf_counter()
         number = request.state.number = requests.given_or_made(request.headers.get(requests.KEY, ""))
+        span = _span(request, number)
         try:
             if token:
                 auth.check(token, [("authorization", request.headers.get("authorization", ""))])
@@ -297,15 +323,25 @@ def _guarded(handler: Handler, token: str, metrics: Metrics) -> Handler:
         log.info(
             "request %s: %s %s %d after %.3f s", number, request.method, request.url.path, response.status_code, took
         )
-        return response
+        return _Traced(response, span)
 
     return guarded
 
 
+def _span(request: Request, number: str) -> tracing.Span:
+    route = "/v1" + request.scope["route"].path
+    return tracing.begin(
+        f"{request.method} {route}",
+        request.headers.items(),
+        http__request__method=request.method,
+        http__route=route,
+        quartet__request_id=number,
+    )
+
+
 def _told(error: QuartetError) -> Response:
-    status = 413 if error.reason == "BODY_TOO_LARGE" else wire.STATUS.get(error.code, 500)
     wait = error.metadata.get("retry_after_s")
-    return JSONResponse(wire.error_object(error), status, {"retry-after": wait} if wait else None)
+    return JSONResponse(error_object(error), status_of(error), {"retry-after": wait} if wait else None)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

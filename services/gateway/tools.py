@@ -8,7 +8,7 @@ from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, Violation
+from services.gateway.errors import bad
 
 MODES = {"auto": pb.ToolChoice.AUTO, "none": pb.ToolChoice.NONE, "required": pb.ToolChoice.REQUIRED}
 
@@ -83,8 +83,3 @@ def call_objects(calls: Sequence[pb.ToolCall], first: int | None = None) -> list
         }
         for n, call in enumerate(calls)
     ]
-
-
-def bad(name: str, why: str, reason: str = "FIELD_INVALID") -> InvalidArgument:
-    """A field is blamed."""
-    return InvalidArgument(f"{name} {why}".strip(), reason=reason, violations=[Violation(name, why, reason)])

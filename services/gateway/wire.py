@@ -1,6 +1,6 @@
 """OpenAI's wire to our messages and back. What a field would change and we do not do is refused, never ignored.
 
-Source of the shapes: OpenAI's API reference, "Chat completions", "Completions", "Models", "Error codes".
+Source of the shapes: OpenAI's API reference, "Chat completions", "Completions", "Models".
 """
 
 from __future__ import annotations
@@ -15,35 +15,10 @@ from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import QuartetError, nearest
+from services.finetune.errors import nearest
+from services.gateway.errors import bad, read_model
 from services.gateway.images import image_part
-from services.gateway.tools import bad, call_objects, read_calls, read_tools
-
-STATUS = {
-    "INVALID_ARGUMENT": 400,
-    "OUT_OF_RANGE": 400,
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "NOT_FOUND": 404,
-    "FAILED_PRECONDITION": 409,
-    "ALREADY_EXISTS": 409,
-    "ABORTED": 409,
-    "RESOURCE_EXHAUSTED": 429,
-    "CANCELLED": 499,
-    "UNIMPLEMENTED": 501,
-    "UNAVAILABLE": 503,
-    "DEADLINE_EXCEEDED": 504,
-}
-"""HTTP status by our code; 500 for the rest."""
-
-CODES = {
-    "ENDPOINT_NOT_FOUND": "model_not_found",
-    "ADAPTER_NOT_FOUND": "model_not_found",
-    "TOKEN_MISSING": "invalid_api_key",
-    "TOKEN_WRONG": "invalid_api_key",
-    "PROMPT_TOO_LONG": "context_length_exceeded",
-}
-"""OpenAI's own words, for those of our reasons that clients of its API test."""
+from services.gateway.tools import call_objects, read_calls, read_tools
 
 ROLES = {"system": "SYSTEM", "developer": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": "TOOL"}
 FINISH = {
@@ -52,6 +27,8 @@ FINISH = {
     pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 MOST_CHOICES = 16
+MOST_ANSWERS = 128
+"""To all prompts of one request."""
 
 SAMPLING = {
     "temperature": float,
@@ -62,7 +39,11 @@ SAMPLING = {
     "max_completion_tokens": int,
     "seed": int,
 }
-COMMON = {"model", "stream", "stream_options", "n", "stop", "user", "metadata", "store", "logprobs", *SAMPLING}
+WHOLE_BELOW = {"seed": 2**63}
+"""Whole numbers end at 2³¹ otherwise."""
+COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING}
+NOTES = {"user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention"}
+"""Fields that change no answer."""
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -72,13 +53,18 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
 }
 """Fields that are taken at values which ask for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, read. `model` is an endpoint, or endpoint:alias for one of its adapters; `n` answers are wanted."""
+    """A request, read. `model` is an endpoint, or endpoint:alias for one of its adapters; `n` answers are wanted to a chat,
+    or to each of the prompts, one after another."""
 
     model: str
     n: int
@@ -90,24 +76,24 @@ class Asked:
     messages: Sequence[pb.Message] = field(default_factory=list)
     tools: Mapping[str, Any] = field(default_factory=dict)
     """The fields of a ChatRequest that tell of tools."""
-    prompt: str | list[int] = ""
+    prompts: Sequence[str | list[int]] = ("",)
 
     def requests(self, parent: str) -> list[pb.ChatRequest | pb.GenerateRequest]:
         """One request to the engine for each answer; with a seed, each has its own."""
         endpoint, _, adapter = self.model.partition(":")
         to: dict[str, Any] = {"endpoint": f"{parent}/endpoints/{endpoint}", "adapter": adapter}
-        return [self._request(to, n) for n in range(self.n)]
+        return [self._request(to, prompt, n) for prompt in self.prompts for n in range(self.n)]
 
-    def _request(self, to: Mapping[str, Any], n: int) -> pb.ChatRequest | pb.GenerateRequest:
+    def _request(self, to: Mapping[str, Any], prompt: str | list[int], n: int) -> pb.ChatRequest | pb.GenerateRequest:
         given = dict(self.sampling)
         if "seed" in given:
-            given["seed"] += n
+            given["seed"] = (given["seed"] + n + 2**63) % 2**64 - 2**63
         sampling = pb.Sampling(**given, stop=self.stop)
         if self.messages:
             return pb.ChatRequest(**to, messages=self.messages, sampling=sampling, **self.tools)
-        if isinstance(self.prompt, str):
-            return pb.GenerateRequest(**to, text=self.prompt, sampling=sampling)
-        return pb.GenerateRequest(**to, token_ids=pb.TokenIds(ids=self.prompt), sampling=sampling)
+        if isinstance(prompt, str):
+            return pb.GenerateRequest(**to, text=prompt, sampling=sampling)
+        return pb.GenerateRequest(**to, token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
 
 
 # ---------------------------------------------------------------------------------------------- requests
@@ -129,15 +115,19 @@ def read_chat(body: Any, fetched: Mapping[str, bytes] = MappingProxyType({})) ->
 
 
 def read_completion(body: Any) -> Asked:
-    """A body of /v1/completions; the prompt is one text, or one list of token ids. Errors as read_chat."""
+    """A body of /v1/completions; a prompt is a text or a list of token ids. Errors as read_chat."""
     body = _checked(body, {"prompt"})
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    ids = isinstance(prompt, list) and all(type(i) is int and 0 <= i < 2**31 for i in prompt)
-    if not isinstance(prompt, str) and not ids:
-        raise bad("prompt", "must be one text, or one list of token ids; send a request for each prompt")
-    return _asked(body, prompt=prompt)
+    given = body.get("prompt")
+    prompts = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+    for n, prompt in enumerate(prompts):
+        ids = isinstance(prompt, list) and all(type(i) is int and 0 <= i < 2**31 for i in prompt)
+        if not isinstance(prompt, str) and not ids:
+            where = f"prompt[{n}]" if len(prompts) > 1 else "prompt"
+            raise bad(where, "must be a text, or a list of token ids; several prompts are a list of these")
+    asked = _asked(body, prompts=prompts)
+    if len(prompts) * asked.n > MOST_ANSWERS:
+        raise bad("prompt", f"asks for {len(prompts) * asked.n} answers, and may for {MOST_ANSWERS}; send it in parts")
+    return asked
 
 
 def _checked(body: Any, own: set[str]) -> dict[str, Any]:
@@ -146,7 +136,7 @@ def _checked(body: Any, own: set[str]) -> dict[str, Any]:
         raise bad("", "the body must be a JSON object")
     given: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
-        if name not in COMMON | own | set(NEUTRAL):
+        if name not in COMMON | NOTES | own | set(NEUTRAL):
             why = f"is no field of this request{nearest(name, sorted(COMMON | own))}"
             raise bad(name, why, "FIELD_UNKNOWN")
         if name in NEUTRAL and value not in NEUTRAL[name]:
@@ -155,9 +145,7 @@ def _checked(body: Any, own: set[str]) -> dict[str, Any]:
 
 
 def _asked(body: Mapping[str, Any], **own: Any) -> Asked:
-    model, n, options = body.get("model"), body.get("n", 1), body.get("stream_options", {})
-    if not isinstance(model, str) or not model:
-        raise bad("model", "must name an endpoint; /v1/models lists them")
+    model, n, options = read_model(body.get("model")), body.get("n", 1), body.get("stream_options", {})
     if type(n) is not int or not 1 <= n <= MOST_CHOICES:
         raise bad("n", f"must be a whole number from 1 to {MOST_CHOICES}")
     if not isinstance(body.get("stream", False), bool):
@@ -181,8 +169,10 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
         if name in body:
             value = body[name]
             right = isinstance(value, int | float) and not isinstance(value, bool)
-            if not right or (kind is int and (value != int(value) or abs(value) >= 2**31)):
-                raise bad(name, "must be a whole number" if kind is int else "must be a number")
+            most = WHOLE_BELOW.get(name, 2**31) if kind is int else 1e30
+            if not right or not -most <= value < most or (kind is int and value != int(value)):
+                why = f"must be a whole number, {most - 1} at most" if kind is int else "must be a number"
+                raise bad(name, why)
             found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
     return found
 
@@ -278,7 +268,7 @@ class Answer:
     """The objects of one answer: `chunk` for a stream, `whole` at once. `chat` tells the two kinds of request apart."""
 
     def __init__(self, asked: Asked, chat: bool) -> None:
-        self._chat = chat
+        self._chat, self._counted = chat, asked.usage
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -302,7 +292,8 @@ class Answer:
             choice["delta"] = {**role, **({"content": text} if text is not None else {}), **told}
         else:
             choice["text"] = text or ""
-        return self._object([choice], ".chunk")
+        # Where counts are asked for, all chunks but the last have none by name.
+        return {**self._object([choice], ".chunk"), **({"usage": None} if self._counted else {})}
 
     def counts(self, prompt: int, completion: int) -> dict[str, Any]:
         """The last object of a stream that was asked for its counts."""
@@ -358,17 +349,7 @@ def model_object(served: pb.ServedModel) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": 0,
+        "created": served.create_time.seconds,
         "owned_by": served.endpoint.split("/")[1],
         "root": served.model,
     }
-
-
-def error_object(error: QuartetError) -> dict[str, Any]:
-    """The body of a failed request; `code` is our reason, in lower case as OpenAI writes them."""
-    status = STATUS.get(error.code, 500)
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
-    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-    param = error.violations[0].field if error.violations else None
-    code = CODES.get(error.reason, error.reason.lower())
-    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}

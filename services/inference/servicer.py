@@ -214,7 +214,12 @@ def _served(record: Record) -> list[pb.ServedModel]:
     bare = {"alias": "", "name": spec["model"], "digest": spec["digest"]}
     return [
         pb.ServedModel(
-            endpoint=record.name, adapter=s["alias"], model=s["name"], digest=s["digest"], context_length=length
+            endpoint=record.name,
+            adapter=s["alias"],
+            model=s["name"],
+            digest=s["digest"],
+            context_length=length,
+            create_time=wire.timestamp(record.create_time),
         )
         for s in (bare, *body["applied"])
     ]

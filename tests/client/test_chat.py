@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from quartet.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from quartet.inference.v1 import inference_pb2, inference_pb2_grpc
 
+from services.client.parser import parser
 from services.common.status import to_status
 from services.finetune.errors import InvalidArgument, NotFound, QuartetError
 from tests.client.conftest import Done, Quartet, serving
@@ -56,8 +57,8 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self.asked.append(request)
         if request.messages[-1].content[0].text == "too long":
             _abort(context, InvalidArgument("the prompt is too long", reason="PROMPT_TOO_LONG"))
-        yield inference_pb2.ChatResponse(text="seen ")
-        yield inference_pb2.ChatResponse(text=str(len(request.messages)))
+        yield inference_pb2.ChatResponse(text="seen ", token_ids=[7, 8])
+        yield inference_pb2.ChatResponse(text=str(len(request.messages)), token_ids=[len(request.messages)])
 
 
 def _abort(context: Any, error: QuartetError) -> None:
@@ -96,6 +97,9 @@ def test_history_is_kept_and_forgotten(
         [system, ("USER", "one\ntwo"), ("ASSISTANT", "seen 2"), ("USER", "three")],
         [system, ("USER", "four")],
     ]
+    # An answer is told in the tokens in which it was given.
+    said = [[list(m.token_ids) for m in request.messages] for request in inference.asked]
+    assert said == [[[], []], [[], [], [7, 8, 2], []], [[], []]]
 
 
 def test_json_is_a_line_an_answer(quartet: Quartet, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +216,33 @@ def test_an_endpoint_that_is_there_stays(quartet: Quartet, inference: Inference,
         temperature=0, top_p=0.5, top_k=3, max_tokens=9, seed=7, stop=["x", "y"], repetition_penalty=1.5
     )
     assert (asked.endpoint, asked.template, asked.sampling) == ("workspaces/default/endpoints/e", "t", wanted)
+    other = quartet("chat", "e", "-m", "hi", "--bits", "4", "--endpoint", address)
+    assert other.status == 65 and "--bits is not how" in other.err
+    other = quartet("chat", "e", "-m", "hi", "--torch-dtype", "fp16", "--endpoint", address)
+    assert other.status == 65 and "--torch-dtype is not how" in other.err
+
+
+def test_the_rest_of_xtuners_flags(quartet: Quartet, inference: Inference, address: str) -> None:
+    words = ["--torch-dtype", "bf16", "--system-template", "lawyer", "--bot-name", "Aurora", "--no-streamer"]
+    done = quartet("chat", "m", "-m", "hi", *words, "--endpoint", address)
+    assert (done.status, done.out) == (0, "seen 2\n") and inference.created[0].dtype == "bfloat16"
+    assert "中国律师" in inference.turns()[0][0][1] and "{bot_name}" not in inference.turns()[0][0][1]
+    missing = quartet("chat", "m", "-m", "hi", "--system-template", "lawyers", "--endpoint", address)
+    assert missing.status == 66 and "lawyer" in missing.err
+    away = quartet("chat", "m", "-m", "hi", "--image", "https://example.org/a.png", "--endpoint", address)
+    assert away.status == 65 and "download it" in away.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        (["--lagent"], "quartet agent"),
+        (["--with-plugins", "calculate", "solve"], "quartet agent"),
+        (["--offload-folder", "f"], "--bits 4"),
+        (["--visual-select-layer", "-2"], "says itself"),
+    ],
+)
+def test_flags_that_are_something_else_here(flag: list[str], instead: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parser().parse_args(["chat", "m", *flag])
+    assert left.value.code == 2 and instead in capsys.readouterr().err

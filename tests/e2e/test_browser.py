@@ -112,6 +112,19 @@ def test_chat_goes_on_after_an_error(page: Page) -> None:
     shot(page, "chat")
 
 
+def test_a_phone_shows_the_talk_first(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    say, settings = (page.locator(name).bounding_box() for name in ("#say", "#settings"))
+    assert say is not None and settings is not None and say["y"] + say["height"] <= settings["y"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shot(page, "phone")
+
+
+def test_there_are_no_jobs_yet(page: Page) -> None:
+    page.get_by_role("link", name="Jobs").click()
+    expect(page.get_by_text("none yet: Train starts one")).to_be_visible()
+
+
 def test_an_image_reaches_the_engine(page: Page, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     say, bot = page.locator("#say textarea"), page.locator(".message.bot")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.rpc import error_details_pb2  # type: ignore[attr-defined]  # the wheel ships no types
+from google.rpc import error_details_pb2
 
 from tests.e2e.stack import Stack
 

@@ -101,6 +101,22 @@ def test_a_bare_prompt_is_continued(client: openai.OpenAI) -> None:
     assert "5" in made.choices[0].text and made.choices[0].finish_reason == "length"
 
 
+def test_many_prompts_are_continued_in_their_order(client: openai.OpenAI) -> None:
+    prompts = ["1, 2, 3, 4,", "The capital of France is"]
+    whole = client.completions.create(model="paris", prompt=prompts, temperature=0, max_tokens=4)
+    assert [c.index for c in whole.choices] == [0, 1]
+    assert "5" in whole.choices[0].text and "Paris" in whole.choices[1].text
+    alone = [client.completions.create(model="paris", prompt=p, temperature=0, max_tokens=4).usage for p in prompts]
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == sum(u.total_tokens for u in alone if u is not None)
+    *pieces, last = client.completions.create(
+        model="paris", prompt=prompts, temperature=0, max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage == whole.usage
+    said = ["".join(c.text for p in pieces for c in p.choices if c.index == n) for n in range(2)]
+    assert said == [c.text for c in whole.choices]
+
+
 def test_errors_are_the_sdks_own_classes(client: openai.OpenAI, base_url: str) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nobody", messages=[FRANCE])
@@ -113,12 +129,23 @@ def test_errors_are_the_sdks_own_classes(client: openai.OpenAI, base_url: str) -
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="paris", messages=[FRANCE], frequency_penalty=0.5)
     assert wrong.value.param == "frequency_penalty"
+    with pytest.raises(openai.BadRequestError, match="serve an encoder"):
+        client.embeddings.create(model="paris", input="Paris")
     stranger = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
 
 
-@pytest.mark.parametrize(("data", "status"), [(b"{", 400), (b"[]", 400), (b" " * (5 << 20), 413)])
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"model": "\\ud800"}', 400),
+        (b'{"model": "\xed\xa0\x80"}', 400),
+        (b" " * (5 << 20), 413),
+    ],
+)
 def test_bodies_that_are_no_requests(base_url: str, data: bytes, status: int) -> None:
     request = urllib.request.Request(
         f"{base_url}/chat/completions", data, {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine"}

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
-from services.gateway.wire import Answer, Choice, error_object, model_object, read_chat, read_completion
+from services.finetune.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    Violation,
+)
+from services.gateway.errors import error_object, status_of
+from services.gateway.wire import Answer, Choice, model_object, read_chat, read_completion
 
 HI = {"role": "user", "content": "hi"}
 CHAT: dict[str, Any] = {"model": "e", "messages": [HI]}
@@ -38,6 +46,25 @@ def test_a_chat_becomes_one_request_an_answer() -> None:
     assert not first.sampling.HasField("temperature")
 
 
+def test_seeds_have_64_bits() -> None:
+    def seeds(seed: int) -> list[int]:
+        return [r.sampling.seed for r in read_chat({**CHAT, "seed": seed, "n": 2}).requests("workspaces/w")]
+
+    assert seeds(2**32) == [2**32, 2**32 + 1] and seeds(-(2**63)) == [-(2**63), 1 - 2**63]
+    assert seeds(2**63 - 1) == [2**63 - 1, -(2**63)]
+
+
+def test_prompts_have_answers_one_after_another() -> None:
+    body = {"model": "e", "prompt": ["a", [5, 6]], "n": 2, "seed": 1}
+    found = read_completion(body).requests("workspaces/w")
+    assert [getattr(r, "text", "") or list(r.token_ids.ids) for r in found] == ["a", "a", [5, 6], [5, 6]]  # type: ignore[union-attr]
+    assert [r.sampling.seed for r in found] == [1, 2, 1, 2]
+    for wrong, param in ((["a", 5], "prompt[1]"), ({}, "prompt"), (["a"] * 129, "prompt"), ([5, -1], "prompt")):
+        with pytest.raises(InvalidArgument) as caught:
+            read_completion({"model": "e", "prompt": wrong})
+        assert error_object(caught.value)["error"]["param"] == param
+
+
 @pytest.mark.parametrize("prompt", ["once", ["once"], [5, 6], [[5, 6]]])
 def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
     (request,) = read_completion({"model": "e", "prompt": prompt}).requests("workspaces/w")
@@ -51,7 +78,10 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"temprature": 1}, "temprature", "FIELD_UNKNOWN"),
         ({"temperature": "hot"}, "temperature", "FIELD_INVALID"),
         ({"max_tokens": 1.5}, "max_tokens", "FIELD_INVALID"),
-        ({"seed": 2**40}, "seed", "FIELD_INVALID"),
+        ({"seed": 2**63}, "seed", "FIELD_INVALID"),
+        ({"max_tokens": float("inf")}, "max_tokens", "FIELD_INVALID"),
+        ({"temperature": float("inf")}, "temperature", "FIELD_INVALID"),
+        ({"temperature": 10**400}, "temperature", "FIELD_INVALID"),
         ({"n": 0}, "n", "FIELD_INVALID"),
         ({"stop": [""]}, "stop", "FIELD_INVALID"),
         ({"model": ""}, "model", "FIELD_INVALID"),
@@ -65,6 +95,8 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
         ({"top_logprobs": 3}, "top_logprobs", "FIELD_INVALID"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "FIELD_INVALID"),
         ({"presence_penalty": 0.5}, "presence_penalty", "FIELD_UNSUPPORTED"),
+        ({"service_tier": "flex"}, "service_tier", "FIELD_UNSUPPORTED"),
+        ({"store": True}, "store", "FIELD_UNSUPPORTED"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(change: dict[str, Any], param: str, reason: str) -> None:
@@ -76,7 +108,8 @@ def test_what_is_wrong_is_named(change: dict[str, Any], param: str, reason: str)
 
 def test_values_that_ask_for_nothing_are_taken() -> None:
     neutral = {"presence_penalty": 0, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "seed": None}
-    assert read_chat({**CHAT, **neutral}).sampling == {}
+    notes = {"user": "u", "safety_identifier": "u", "prompt_cache_key": "k", "service_tier": "auto", "store": False}
+    assert read_chat({**CHAT, **neutral, **notes}).sampling == {}
 
 
 def test_forms_and_logprobs_are_passed_on() -> None:
@@ -123,6 +156,8 @@ JSON = st.recursive(
                 "stream_options",
                 "top_p",
                 "seed",
+                "max_tokens",
+                "temperature",
                 "logprobs",
                 "response_format",
                 "tools",
@@ -139,6 +174,8 @@ def test_any_body_is_read_or_refused(body: dict[str, Any]) -> None:
             read(body).requests("workspaces/w")
         except InvalidArgument as error:
             assert error.violations
+        except NotFound as error:
+            assert error.reason == "ENDPOINT_NOT_FOUND"  # a model that no endpoint can be called
 
 
 def test_errors_speak_as_openai_does() -> None:
@@ -147,14 +184,35 @@ def test_errors_speak_as_openai_does() -> None:
     wrong = error_object(Unauthenticated("no", reason="TOKEN_WRONG"))["error"]
     assert (wrong["code"], wrong["type"]) == ("invalid_api_key", "authentication_error")
     assert error_object(Unavailable("no", reason="ENGINE_LOST"))["error"]["type"] == "server_error"
+    why = "must be at least 1"
+    blamed = [Violation("sampling.max_tokens", why, "SAMPLING_INVALID")]
+    sampling = InvalidArgument(f"sampling.max_tokens {why}", reason="SAMPLING_INVALID", violations=blamed)
+    told = error_object(sampling)["error"]
+    assert (told["param"], told["message"]) == ("max_tokens", f"max_tokens {why}")
+
+
+def test_only_what_may_change_is_asked_again() -> None:
+    """OpenAI's clients ask again after 409 and above 499."""
+    able = {
+        reason: status_of(FailedPrecondition("", reason=reason)) for reason in ("ENDPOINT_NOT_READY", "PARITY_MISMATCH")
+    }
+    assert able == {"ENDPOINT_NOT_READY": 503, "PARITY_MISMATCH": 400}
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2", "A B", "4o", "x" * 64, "é"])
+def test_what_no_endpoint_can_be_called_is_a_model_that_is_not_there(model: str) -> None:
+    with pytest.raises(NotFound) as missing:
+        read_chat({**CHAT, "model": model})
+    assert error_object(missing.value)["error"]["code"] == "model_not_found"
 
 
 def test_models_and_streams_have_openais_shapes() -> None:
     served = pb.ServedModel(endpoint="workspaces/w/endpoints/e", adapter="v2", model="workspaces/w/models/m")
+    served.create_time.seconds = 1764000000
     assert model_object(served) == {
         "id": "e:v2",
         "object": "model",
-        "created": 0,
+        "created": 1764000000,
         "owned_by": "w",
         "root": "workspaces/w/models/m",
     }
@@ -163,3 +221,6 @@ def test_models_and_streams_have_openais_shapes() -> None:
     assert first["id"] == last["id"] and first["object"] == "chat.completion.chunk"
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
     assert last["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
+    counted = Answer(read_chat({**CHAT, "stream": True, "stream_options": {"include_usage": True}}), chat=True)
+    assert counted.chunk(0, "a", None)["usage"] is None and counted.counts(1, 2)["usage"]["total_tokens"] == 3
+    assert "usage" not in first

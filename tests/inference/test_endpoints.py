@@ -98,6 +98,7 @@ def test_a_whole_life(service: Service, models: Models) -> None:
         ("", models.tiny, 512),
         ("brief", models.one, 512),
     ]
+    assert {m.create_time.seconds for m in served} == {ready.create_time.seconds}
     listed = stub.ListEndpoints(pb.ListEndpointsRequest(parent=WORKSPACE, filter='state = "READY"')).endpoints
     assert [e.name for e in listed] == [made.name]
     # The engine's own errors come through whole.

@@ -324,6 +324,22 @@ def test_a_nodes_cache_is_one_claim_that_workers_and_engines_find() -> None:
         )
 
 
+def test_what_was_compiled_is_the_engines_alone() -> None:
+    manifests = with_components("gpu", ("compiled",))
+    [claim] = of_kind(manifests, "PersistentVolumeClaim")
+    source = {"claimName": claim["metadata"]["name"]}
+    mounting = {
+        name: pod["spec"]
+        for name, pod in pods(manifests)
+        if any(v.get("persistentVolumeClaim") == source for v in pod["spec"].get("volumes", ()))
+    }
+    assert list(mounting) == ["quartet-engine"]
+    [container] = mounting["quartet-engine"]["containers"]
+    [mount] = [m for m in container["volumeMounts"] if m["name"] == "compiled"]
+    given = {e["name"]: e.get("value") for e in container["env"]}
+    assert all(given[name].startswith(f"{mount['mountPath']}/") for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"))
+
+
 def test_the_namespace_refuses_what_is_not_restricted(manifests: list[Manifest]) -> None:
     [namespace] = of_kind(manifests, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"

@@ -16,6 +16,11 @@ from typing import Any
 from services.common.launchers import ONE, Handle, Shape
 from services.finetune.errors import FailedPrecondition
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""OpenMP threads that spin while they wait make two torch processes on one machine several times slower; those that sleep
+at once make one alone a third slower. So GNU's, which torch has, spin for as long as they do by themselves where they
+outnumber the processors (1000 rounds), and others sleep."""
+
 
 class LocalLauncher:
     """See Launcher. Output goes to ``<home>/logs/<name>.log``."""
@@ -31,8 +36,7 @@ class LocalLauncher:
                 reason="SHAPE_UNAVAILABLE",
             )
         self._logs.mkdir(parents=True, exist_ok=True)
-        # Waiting OpenMP threads that spin make two torch processes on one machine several times slower.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **env}
+        environment = {**os.environ, **WAITING, "PYTHONUNBUFFERED": "1", **env}
         with (self._logs / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

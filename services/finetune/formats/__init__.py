@@ -49,6 +49,8 @@ class Message:
     """Of a tool's result: the tool."""
     ends: bool = False
     marks: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    """Of an assistant's turn in a prompt: the tokens in which a model said it."""
 
 
 @dataclass(frozen=True, slots=True)

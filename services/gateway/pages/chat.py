@@ -25,7 +25,7 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
         return gr.Dropdown(choices=served, value=model if model in served else next(iter(served), None))
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=280):
+        with gr.Column(scale=1, min_width=280, elem_id="settings"):
             model = choice("Model")
             fields = talk.settings()
         with gr.Column(scale=3):

@@ -45,7 +45,8 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
     def fill(name: str, request: gr.Request) -> Any:
         jobs = choices.jobs()
         wanted = name or request.query_params.get("job", "")
-        return gr.Dropdown(choices=jobs, value=wanted if wanted in jobs else next(iter(jobs), None))
+        told = None if jobs else "none yet: Train starts one"
+        return gr.Dropdown(choices=jobs, value=wanted if wanted in jobs else next(iter(jobs), None), info=told)
 
     def doing(act: Callable[[str], pb.TrainingJob], said: str) -> Callable[[str], None]:
         def do(name: str) -> None:

@@ -39,13 +39,16 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
             gr.Dropdown(choices=choices.datasets()),
         )
 
-    def defaults(recipe: str) -> Any:
-        """The recipe's own values of the fields."""
+    def defaults(recipe: str, held: str) -> Any:
+        """The recipe's own values of the fields; once, since a browser may tell of one change twice, and meanwhile somebody
+        may have written into them."""
+        if recipe == held:
+            return gr.skip()
         if not recipe:
-            return [None] * len(KEYS)
+            return [None] * len(KEYS) + [recipe]
         with in_words():
             config = recipe_config(reach.client, recipe)
-        return [_value(config, key) for key in KEYS]
+        return [*(_value(config, key) for key in KEYS), recipe]
 
     def plan(recipe: str, model: str, datasets: list[str], name: str, prompts: str, more: str, *values: Any) -> Any:
         client = reach.client
@@ -77,7 +80,7 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
     def changed() -> Any:
         return NO_PLAN, None, gr.Button(interactive=False)
 
-    ordered = gr.State(None)
+    ordered, held = gr.State(None), gr.State("")
     with gr.Row(equal_height=False):
         with gr.Column():
             recipe = choice("Recipe", info="model, dataset and method; any base may be tuned by it")
@@ -98,7 +101,7 @@ def page(reach: Reach, choices: Choices, app: gr.Blocks) -> None:
 
     fields: list[Any] = [recipe, model, datasets, name, prompts, more, *values]
     app.load(fill, [recipe, model], [recipe, model, datasets], **QUIET)
-    recipe.change(defaults, recipe, values, **QUIET)
+    recipe.change(defaults, [recipe, held], [*values, held], **QUIET)
     gr.on([f.change for f in fields], changed, None, [shown, ordered, go], **QUIET)
     look.click(plan, fields, [shown, ordered, go], api_name="plan", concurrency_limit=None)
     go.click(start, ordered, [shown, ordered, go], api_visibility="private", concurrency_limit=None)

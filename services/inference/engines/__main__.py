@@ -16,6 +16,7 @@ from typing import Any
 
 from quartet.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
+from services.common import tracing
 from services.common.server import Room, Server
 from services.common.settings import Settings
 from services.finetune.__main__ import who_am_i
@@ -172,6 +173,7 @@ def main() -> int:
     logging.getLogger("quartet").setLevel(logging.INFO)
     # It advises faster kernels at each start, from a place that this server does not fetch code from.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    tracing.name_process("quartet-engine")
     # While a model loads nothing handles SIGTERM yet: leave by an exception, so that the folder is tidied up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

@@ -21,11 +21,16 @@ ROLES = {
 }
 
 
-def read_turns(messages: Sequence[pb.Message]) -> list[Message]:
-    """Turns with an <image> mark for each image. InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOOLS_INVALID,
+def read_turns(messages: Sequence[pb.Message], vocabulary: int) -> list[Message]:
+    """Turns with an <image> mark for each image. InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOKENS_INVALID, TOOLS_INVALID,
     IMAGE_MISPLACED)."""
     if any(p.HasField("image") for m in messages for p in m.content):
         _check_marks(messages)
+    for n, message in enumerate(messages):
+        if message.token_ids and message.role != pb.Message.ASSISTANT:
+            raise _bad_tokens(f"messages[{n}].token_ids", "only an assistant's turn has the tokens of an answer")
+        if not all(0 <= i < vocabulary for i in message.token_ids):
+            raise _bad_tokens(f"messages[{n}].token_ids", f"tokens are from 0 to {vocabulary - 1}")
     turns = [_turn(f"messages[{n}]", m) for n, m in enumerate(messages)]
     check_turns(turns)
     return _answered(turns)
@@ -37,7 +42,8 @@ def _turn(where: str, message: pb.Message) -> Message:
         for n, c in enumerate(message.tool_calls)
     )
     text = _text(message)
-    return Message(ROLES.get(message.role, ""), text, calls=calls, call_id=message.tool_call_id)
+    told, ids = message.tool_call_id, tuple(message.token_ids)
+    return Message(ROLES.get(message.role, ""), text, calls=calls, call_id=told, ids=ids)
 
 
 def _text(message: pb.Message) -> str:
@@ -148,6 +154,11 @@ def _object(where: str, text: str) -> Mapping[str, Any]:
 def _bad_role(n: int, why: str) -> InvalidArgument:
     field = f"messages[{n}].role"
     return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
+
+
+def _bad_tokens(field: str, why: str) -> InvalidArgument:
+    reason = "TOKENS_INVALID"
+    return InvalidArgument(f"{field}: {why}", reason=reason, violations=[Violation(field, why, reason)])
 
 
 def _bad_image(field: str, why: str) -> InvalidArgument:

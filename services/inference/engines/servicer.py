@@ -213,7 +213,7 @@ class EngineServicer(InferenceServicer):
     def _prompt(
         self, template: Template, served: Served, messages: Sequence[pb.Message], tools: Sequence[Tool]
     ) -> list[int]:
-        turns, system = read_turns(messages), served.manifest.meta["system"]
+        turns, system = read_turns(messages, self._engine.vocabulary), served.manifest.meta["system"]
         images = any(p.HasField("image") for m in messages for p in m.content)
         return self._images.expand(to_prompt_ids(template, self._tokenizer, turns, system, tools, images))
 

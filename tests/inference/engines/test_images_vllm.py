@@ -49,7 +49,7 @@ def test_without_torchvision_vllm_says_so(seeing: Seeing, monkeypatch: pytest.Mo
 
 
 def test_both_engines_see_the_same(seeing: Seeing) -> None:
-    pytest.importorskip("torchvision", reason="vLLM for processors comes without it")
+    pytest.importorskip("torchvision", reason="make install-vllm found no CPU build")
     from services.inference.engines.transformers import TransformersEngine
     from services.inference.engines.vllm import VllmEngine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +125,17 @@ def test_vllm_without_its_plugin_says_what_to_install(quantised: Quantised, monk
     with pytest.raises(FailedPrecondition, match="vllm-bnb-plugin") as caught:
         asyncio.run(vllm(quantised("nf4"), "bfloat16"))
     assert caught.value.reason == "ENGINE_MISSING"
+
+
+@pytest.mark.vllm
+def test_the_plugin_is_kept_from_a_vllm_that_reads_bitsandbytes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import distributions
+
+    from services.inference.engines.vllm import keep_plugin_out
+
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    keep_plugin_out()
+    installed = {p.name for d in distributions() for p in d.entry_points if p.group.startswith("vllm.")}
+    assert installed - set(os.environ["VLLM_PLUGINS"].split(",")) == {"bitsandbytes"}

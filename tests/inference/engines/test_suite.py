@@ -261,4 +261,10 @@ def test_a_model_that_cannot_be_loaded_is_refused(running: Running, tmp_path: Pa
     (bad / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(FailedPrecondition) as caught:
         running.do(running.open(bad, {}))
-    assert caught.value.reason == "MODEL_NOT_SERVABLE"
+    assert caught.value.reason == "MODEL_NOT_SERVABLE" and "no-such-model" in caught.value.message
+
+
+def test_what_answers_does_not_embed(running: Running) -> None:
+    with pytest.raises(FailedPrecondition, match="serve an encoder") as caught:
+        running.do(running.engine.embed([PROMPT]))
+    assert caught.value.reason == "EMBEDDINGS_UNSUPPORTED"

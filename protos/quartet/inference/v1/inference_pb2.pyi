@@ -436,6 +436,7 @@ class Message(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     role: Global___Message.Role.ValueType
     tool_call_id: _builtins.str
     """Of a tool's turn: the call that it answers. Left out, results answer the calls in their order."""
@@ -447,6 +448,13 @@ class Message(_message.Message):
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """Of an assistant's turn: what it called, after its content."""
 
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of an assistant's turn: its tokens as the answer's messages had them. Where they read as its content they are fed as they
+        are, so that the model goes on from just what it said; the same text may be written in other tokens. Tokens of calls, and
+        of an answer that a stop text cut, do not read so: then, or left out, the content is tokenised as in training.
+        """
+
     def __init__(
         self,
         *,
@@ -454,10 +462,11 @@ class Message(_message.Message):
         content: _abc.Iterable[Global___Part] | None = ...,
         tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
         tool_call_id: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role", "token_ids", b"token_ids", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1290,6 +1299,7 @@ class ServedModel(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     """workspaces/{workspace}/endpoints/{endpoint}"""
     adapter: _builtins.str
@@ -1300,6 +1310,10 @@ class ServedModel(_message.Message):
     """sha256:<hex> of its manifest."""
     context_length: _builtins.int
     """Tokens that a prompt and its answer may have together."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When its endpoint was made. An engine server leaves it out."""
+
     def __init__(
         self,
         *,
@@ -1308,10 +1322,11 @@ class ServedModel(_message.Message):
         model: _builtins.str = ...,
         digest: _builtins.str = ...,
         context_length: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "context_length", b"context_length", "digest", b"digest", "endpoint", b"endpoint", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "context_length", b"context_length", "create_time", b"create_time", "digest", b"digest", "endpoint", b"endpoint", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
