@@ -16,7 +16,7 @@ from services.finetune.devices import GIB, Device
 from services.finetune.errors import FailedPrecondition
 from services.finetune.modules import is_seeing
 from services.finetune.shape import FUSED, Shape
-from services.finetune.towers import images_bytes, trained_of
+from services.finetune.towers import Computed, images_bytes, tower_adapters, trained_of
 from services.finetune.weights import (
     ITEM,
     adapted,
@@ -171,12 +171,14 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
     # With method full the base's own weights are trained.
     adapter, gradients = (0 if config.method == "full" else 4 * trained), 4 * trained
     beside = trained_of(shape.tower, config)
+    dropped = config.lora.dropout > 0 and tower_adapters(shape.tower, config.lora) > 0 and config.method != "full"
+    computed = Computed(ITEM[dtype], dropped, device.gpu)
     if way in ("fused", "dealt"):
         weights = dealt_bytes(shape, config, dtype, processes(config)) if way == "dealt" else weights
         # Masters and gradients in float32 and a copy to compute with, each one flat tensor that stays.
         adapter = 4 * trained + ITEM[dtype] * lora_parameters(shape, config)
         free = device.memory - CONTEXT - weights - adapter - gradients - optimizer if device.memory else 1 << 62
-        seen = images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
+        seen = images_bytes(shape.tower, beside, batch.images, computed, free)
         held = fused_bytes(fused_lay(shape, config, dtype), batch.tokens, free - seen)
         logits = min(HEAD_ROWS, batch.learned) * shape.vocabulary * ITEM[dtype]
         activations = max(0, held.peak - logits) + seen
@@ -185,7 +187,7 @@ def memory(shape: Shape, config: RunConfig, batch: Batch, steps: int, device: De
         logits = 12 * batch.learned * shape.vocabulary
         activations = autograd_bytes(shape, config, batch, dtype, device.gpu, logits)
         free = 0 if recomputed(shape, config, device.gpu) else 1 << 62
-        activations += images_bytes(shape.tower, beside, batch.images, ITEM[dtype], free)
+        activations += images_bytes(shape.tower, beside, batch.images, computed, free)
         if way != "autograd":
             weights, adapter, gradients, optimizer = _dealt(way, shape, config, dtype)
         elif config.schedule.accumulate == 1:

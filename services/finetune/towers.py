@@ -25,6 +25,8 @@ class Tower:
     """Sizes in elements; `linears` are [outputs, inputs] by the name that the model has for the layer."""
 
     layers: int
+    used: int
+    """Layers before what the language model is given: of those after, a step keeps nothing."""
     width: int
     inner: int
     tokens: int
@@ -50,8 +52,12 @@ def read_tower(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) 
     own = {in_memory(n, config): tuple(shape) for n, shape in tensors.items() if is_seeing(n)}
     tower = {n: shape for n, shape in own.items() if n.startswith(TOWER)}
     width = int(vision["hidden_size"])
+    layers, asked = int(vision["num_hidden_layers"]), config.get("vision_feature_layer", -2)
+    # Number 0 is what goes into the first layer.
+    states = [n if n >= 0 else layers + 1 + n for n in ([asked] if isinstance(asked, int) else asked)]
     return Tower(
-        layers=int(vision["num_hidden_layers"]),
+        layers=layers,
+        used=max(states),
         width=width,
         inner=int(vision.get("intermediate_size") or vision.get("mlp_ratio", 4) * width),
         tokens=patches + extra,
@@ -99,17 +105,33 @@ def tower_adapters(tower: Tower | None, lora: LoraConfig) -> int:
     return total
 
 
-def tower_bytes(tower: Tower, images: int, item: int, twice: bool) -> int:
-    """What a tower that is trained keeps of so many images for its backward pass, computed in numbers of `item` bytes beside
-    a hidden state of 4 (norms give that under autocast); `twice`: each layer its input alone, and one layer all.
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """How a tower that is trained computes."""
+
+    item: int
+    """Bytes of a number, beside a hidden state of 4."""
+    dropped: bool
+    """Whether its adapters drop some of their input."""
+    gpu: bool
+
+
+def tower_bytes(tower: Tower, images: int, how: Computed, twice: bool) -> int:
+    """What a tower that is trained keeps of so many images for its backward pass (norms give a hidden state in float32 under
+    autocast); `twice`: each layer its input alone, and one layer all.
 
     A layer keeps the inputs of two norms, attention's queries, keys, values and output, what its activation comes from and
-    goes to, and for each of six adapters its dropped input and a byte for what was dropped.
+    goes to, and the inputs of six adapters. Each that drops some has an input of its own and beside it what was dropped:
+    a byte on a GPU, a number on a CPU. Else q, k and v have one, and the output's is attention's, but under autocast each
+    has its own cast.
     """
-    adapters = 5 * tower.width + tower.inner
-    layer = 8 * tower.width + item * (4 * tower.width + 2 * tower.inner) + (item + 1) * adapters
+    item, adapters = how.item, 5 * tower.width + tower.inner
+    inputs = item * (adapters if how.item < 4 else 2 * tower.width + tower.inner)
+    if how.dropped:
+        inputs = (item + (1 if how.gpu else item)) * adapters
+    layer = 8 * tower.width + item * (4 * tower.width + 2 * tower.inner) + inputs
     each = 4 * tower.width if twice else layer
-    return images * tower.tokens * (tower.layers * each + (layer if twice else 0))
+    return images * tower.tokens * (tower.used * each + (layer if twice else 0))
 
 
 def projector_bytes(tower: Tower, images: int, item: int) -> int:
@@ -118,19 +140,19 @@ def projector_bytes(tower: Tower, images: int, item: int) -> int:
     return images * tower.given * item * (tower.width + 4 * tower.language)
 
 
-def images_bytes(tower: Tower | None, trained: Trained, images: int, item: int, free: int) -> int:
+def images_bytes(tower: Tower | None, trained: Trained, images: int, how: Computed, free: int) -> int:
     """What tower and projector keep of a micro-step's images, in so many free bytes: nothing of what is before all that is
     trained."""
     if tower is None or not (trained.tower or trained.projector):
         return 0
-    own = tower_bytes(tower, images, item, runs_twice(tower, images, item, free)) if trained.tower else 0
-    return own + projector_bytes(tower, images, item)
+    own = tower_bytes(tower, images, how, runs_twice(tower, images, how, free)) if trained.tower else 0
+    return own + projector_bytes(tower, images, how.item)
 
 
-def runs_twice(tower: Tower, images: int, item: int, free: int) -> bool:
+def runs_twice(tower: Tower, images: int, how: Computed, free: int) -> bool:
     """Whether the tower's layers run forward again in the backward pass: where they would keep more than SHARE of what is
     free, which the language model's layers need more: running those again costs more time."""
-    return tower_bytes(tower, images, item, False) > SHARE * free
+    return tower_bytes(tower, images, how, False) > SHARE * free
 
 
 def image_flops(tower: Tower, seen: bool, learns: bool, projector_learns: bool) -> int:

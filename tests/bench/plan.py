@@ -1,7 +1,8 @@
 """python -m tests.bench.plan [SHAPE[:CASE,…] …]: planned peak memory beside what real training workers came to hold.
 
 On a GPU torch's own peak of allocated bytes counts, without CUDA's context; on a CPU the process's peak resident size. With
-several GPUs it is the first rank's. Shapes are those of train_shapes.py, `small` if none is named.
+several GPUs it is the first rank's. Shapes are those of train_shapes.py and, for models that see, plan_shapes.py; `small` if
+none is named.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from services.finetune.devices import GIB, Device
 from services.finetune.store import Store, open_store
 from services.training.planning import Planned, Planner
 from tests.bench.jobs import GPU, Ended, job, order, put_base, put_rows
+from tests.bench.plan_shapes import SEEING, SEEING_LENGTH, put_images, put_seeing
 from tests.bench.train_shapes import SHAPES
 
 FOUR: Mapping[str, Any] = {"method": "qlora", "quant.bits": 4}
 FULL: Mapping[str, Any] = {"method": "full"}
+PROJECTOR: Mapping[str, Any] = {"lora.modules_to_save": ["multi_modal_projector"]}
+TOWER: Mapping[str, Any] = {"lora.targets": ["all-linear", "model.vision_tower.*"], **PROJECTOR}
 CASES: Mapping[str, Mapping[str, Any]] = {
     "lora": {},
     "lora4": {"schedule.batch_size": 4},
@@ -52,11 +56,18 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "qzero3": {**FOUR, "parallel.deepspeed": "deepspeed_zero3"},
     "lora4zero3": {"schedule.batch_size": 4, "parallel.deepspeed": "deepspeed_zero3"},
     "qlora4zero3": {**FOUR, "schedule.batch_size": 4, "parallel.deepspeed": "deepspeed_zero3"},
+    "projector": {"lora.targets": [], **PROJECTOR},
+    "frozen": PROJECTOR,
+    "tower": TOWER,
+    "tower4": {**TOWER, "schedule.batch_size": 4},
+    "pictures": {**TOWER, "schedule.batch_size": 8, "data.max_length": 320},
+    "kept_whole": {**TOWER, "schedule.batch_size": 8, "data.max_length": 320, "lora.dropout": 0.0},
     "fullzero1": {**FULL, "parallel.deepspeed": "deepspeed_zero1"},
     "fullzero2": {**FULL, "parallel.deepspeed": "deepspeed_zero2"},
     "fullzero3": {**FULL, "parallel.deepspeed": "deepspeed_zero3"},
 }
-"""Zero stages without offload deal nothing out in one process: they need --ranks."""
+"""Zero stages without offload deal nothing out in one process: they need --ranks. What trains a tower or a projector needs a
+shape that sees."""
 BASE: Mapping[str, Any] = {
     "method": "lora",
     "quant.bits": 0,
@@ -93,11 +104,16 @@ def device() -> Device:
     return Device("", torch.cuda.get_device_properties(0).total_memory)
 
 
-def compare(store: Store, base: str, changes: Mapping[str, Any], key: str) -> Compared:
+def compare(store: Store, base: str, changes: Mapping[str, Any], key: str, shape: str = "") -> Compared:
     """Run a job, plan it, and read what it held."""
-    asked = {**BASE, **changes}
+    asked = {**BASE, **({"data.max_length": SEEING_LENGTH} if shape in SEEING else {}), **changes}
     blocks = asked.get("schedule.batch_size", 1) * asked.get("schedule.ranks", 1)
-    data = put_rows(store, 8 * blocks, asked["data.max_length"])
+    length = asked["data.max_length"]
+    data = (
+        put_images(store, shape, max(80, 8 * blocks), length)
+        if shape in SEEING
+        else put_rows(store, 8 * blocks, length)
+    )
     run = order(base, data, asked)
     ended = job(store, run, key)
     # Planned afterwards: the worker put the prepared data on the shelf, so the figures are exact.
@@ -125,13 +141,13 @@ def main() -> None:
             "| shape | what | planned GiB | measured GiB | ratio | parts, GiB |\n|---|---|---|---|---|---|", flush=True
         )
         for shape, _, cases in (text.partition(":") for text in options.shapes):
-            if shape not in SHAPES:
-                raise SystemExit(f"no shape {shape}; there are {', '.join(SHAPES)}")
-            base = put_base(store, shape)
+            if shape not in (*SHAPES, *SEEING):
+                raise SystemExit(f"no shape {shape}; there are {', '.join((*SHAPES, *SEEING))}")
+            base = put_seeing(store, shape) if shape in SEEING else put_base(store, shape)
             for case in cases.split(",") if cases else ("lora", "wide"):
                 changes = {**CASES[case], "parallel.processes": options.ranks, "schedule.ranks": options.ranks}
                 try:
-                    one = compare(store, base, changes, f"jobs/plan-{shape}-{case}-{options.ranks}")
+                    one = compare(store, base, changes, f"jobs/plan-{shape}-{case}-{options.ranks}", shape)
                 except RuntimeError as error:
                     print(f"| {shape} | {case} | {error} |", flush=True)
                     continue

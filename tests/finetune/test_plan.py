@@ -229,12 +229,21 @@ def test_time_is_a_range_around_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_worker_holds_what_was_planned(file_store: Store) -> None:
-    """Within a tenth, at SmolLM2-135M's shape; two different shapes of steps."""
+@pytest.mark.parametrize(
+    ("shape", "cases"),
+    [
+        ("135M", ("lora", "wide")),
+        ("sees", ("projector", "frozen", "tower", "pictures", "kept_whole")),
+        ("sees135M", ("projector", "frozen", "tower")),
+    ],
+)
+def test_a_real_worker_holds_what_was_planned(file_store: Store, shape: str, cases: tuple[str, ...]) -> None:
+    """Within a tenth."""
     from tests.bench.jobs import put_base
     from tests.bench.plan import CASES, compare
+    from tests.bench.plan_shapes import SEEING, put_seeing
 
-    base = put_base(file_store, "135M")
-    for case in ("lora", "wide"):
-        one = compare(file_store, base, CASES[case], f"jobs/plan-{case}")
+    base = put_seeing(file_store, shape) if shape in SEEING else put_base(file_store, shape)
+    for case in cases:
+        one = compare(file_store, base, CASES[case], f"jobs/plan-{case}", shape)
         assert 0.9 < one.ratio < 1.1, (case, one)

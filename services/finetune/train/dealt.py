@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from services.finetune.errors import ResourceExhausted, out_of_memory
 from services.finetune.train.adapters import Uncovered
 from services.finetune.train.parallel import Group
 
@@ -81,6 +82,19 @@ class Dealt:
         if self._held[place] == number:
             return
         self._held[place] = number
+        try:
+            self._put_together(number, place)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            # Nobody knows how far it came on other ranks, so there is no going along.
+            raise ResourceExhausted(
+                "memory ran out while a layer was put together; lower schedule.batch_size (and raise schedule.accumulate), "
+                "lower data.max_length, or train in more processes",
+                reason="OUT_OF_MEMORY",
+            ) from error
+
+    def _put_together(self, number: int, place: int) -> None:
         if self._stream is None:
             _all_gather(self.places[place], self.parts[number])
             return

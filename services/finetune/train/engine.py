@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.finetune.config import ModelConfig
+from services.finetune.errors import out_of_memory
 from services.finetune.packing import Blocks
 from services.finetune.train import memory
 from services.finetune.train.adapters import Uncovered
@@ -35,6 +36,8 @@ class Engine(Protocol):
     """Whether each micro-step is taken by all ranks together."""
     dealt: bool
     """Whether no rank has the whole model, so that its own forward too is a thing for all together."""
+    repeats: bool
+    """Whether a step in which memory ran out can be taken anew."""
 
     def begin(self, tokens: int, reserved: int) -> str:
         """Make gradients zero. `tokens` is the most that a micro-step will have, `reserved` the bytes that others will
@@ -46,8 +49,12 @@ class Engine(Protocol):
         its gradients times `scale` are added. `seed` belongs to this micro-step alone. An empty batch adds nothing."""
         ...
 
+    def agree(self) -> None:
+        """After the last micro-step. torch.OutOfMemoryError on all ranks if memory ran out on one that went along."""
+        ...
+
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
-        """After the last micro-step: gradients summed over all ranks, `unscale` called on the sums, and these clipped to
+        """Then: gradients summed over all ranks, `unscale` called on the sums, and these clipped to
         `clip_norm` (0 does not clip). Their L2 norm before that."""
         ...
 
@@ -68,6 +75,7 @@ class Autograd:
     """Any model, through its own forward."""
 
     collective = dealt = False
+    repeats = True
 
     def __init__(
         self,
@@ -99,6 +107,9 @@ class Autograd:
             (loss * scale if scale != 1.0 else loss).backward()
         return loss.detach()
 
+    def agree(self) -> None:
+        """Each rank takes its own steps."""
+
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         self.group.sum_gradients(parameters)
         if unscale:
@@ -124,7 +135,10 @@ class Autograd:
 class Handmade:
     """Llama-shaped models on a GPU; see fused.py. Vision tower and projector go by autograd, on both sides of it.
 
-    With `dealt` the layers' frozen weights are dealt out over the ranks, and a rank without blocks goes along."""
+    With `dealt` the layers' frozen weights are dealt out over the ranks, and a rank without blocks, or without memory, goes
+    along."""
+
+    repeats = True
 
     def __init__(
         self,
@@ -149,8 +163,11 @@ class Handmade:
         self.group = group
         self.images = images
         self.planned = 0
+        self.short = False
+        """Whether memory ran out in this step, so that all that is left of it is to go along."""
 
     def begin(self, tokens: int, reserved: int) -> str:
+        self.short = False
         self.fused.adapters.begin()
         for parameter in self.fused.beside:
             parameter.grad = None
@@ -165,9 +182,19 @@ class Handmade:
         return f"micro-steps of up to {tokens} tokens: {memory.told(made)}{how}"
 
     def backprop(self, batch: Batch, learned: int, seed: int, scale: float = 1.0) -> Tensor:
-        if not len(batch):
-            self.fused.go_along()
-            return torch.zeros((), device=self.device)
+        self.fused.entered = 0
+        if len(batch) and not self.short:
+            try:
+                return self._backprop(batch, learned, seed, scale)
+            except (MemoryError, RuntimeError) as error:
+                if not (self.dealt and out_of_memory(error)):
+                    raise
+                self.short = True
+        # Only here is an error gone, and with it what its traceback held.
+        self.fused.go_along()
+        return torch.zeros((), device=self.device)
+
+    def _backprop(self, batch: Batch, learned: int, seed: int, scale: float) -> Tensor:
         flat, features_MD = self._read(self.blocks, batch)
         if features_MD is None or flat.images_M is None:
             return self.fused.backprop(flat, learned, seed, scale)
@@ -177,6 +204,13 @@ class Handmade:
         if wanted:
             features_MD.backward(grad_TD.index_select(0, flat.images_M).to(features_MD.dtype))
         return loss
+
+    def agree(self) -> None:
+        # In host memory, so that nobody waits for a device: a host knows what it ran out of when it asks for it.
+        if self.dealt and self.group.sum(torch.tensor(float(self.short))):
+            raise torch.OutOfMemoryError(
+                "memory ran out on this rank" if self.short else "memory ran out on another rank"
+            )
 
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         self.group.sum(self.fused.adapters.grad)
@@ -190,6 +224,7 @@ class Handmade:
 
     def look(self, blocks: Blocks, batch: Batch) -> Tensor:
         if not len(batch):
+            self.fused.entered = 0
             self.fused.go_along(backward=False)
             return torch.zeros((), device=self.device)
         self.fused.adapters.begin()
@@ -199,7 +234,9 @@ class Handmade:
 
     def spare(self) -> str:
         layers = len(self.fused.layers)
-        if self.fused.recomputed == layers:
+        left = torch.tensor(float(layers - self.fused.recomputed))
+        # Ranks that agreed on a lack do on what is done about it, whatever each had free.
+        if not (self.group.sum(left) if self.dealt else left):
             return ""
         self.fused.recomputed = layers
         return "all layers run forward twice"

@@ -100,6 +100,8 @@ class Fused:
         self.head_rows = HEAD_ROWS
         self.recomputed = 0
         """So many layers, from the first, keep their input only and run forward again in the backward pass."""
+        self.entered = 0
+        """Layers of a micro-step that were put in place so far, forward and back; whoever begins one sets it to 0."""
 
     @torch.no_grad()
     def embed(self, flat: Flat, features_MD: Tensor | None = None) -> Tensor:
@@ -118,7 +120,7 @@ class Fused:
         if not self.adapters.master.numel():
             # Rows without an image, and nothing of the language model is trained: there is nothing to go back for.
             loss = self.loss(flat) / learned
-            self.go_along(forward=False)
+            self.go_along()
             return loss
         return self.backprop_from(self.embed(flat), flat, learned, seed, scale)[0]
 
@@ -159,25 +161,30 @@ class Fused:
         pairs = zip(x_KD.split(self.head_rows), flat.wanted_K.split(self.head_rows), strict=True)
         return torch.cat([self.ops.cross_entropy(rows @ self.head.t(), wanted, 1.0) for rows, wanted in pairs]).sum()
 
-    def go_along(self, forward: bool = True, backward: bool = True) -> None:
-        """Take part in what other ranks compute: where weights are dealt out, they need this one's part of each layer."""
-        for _ in self._forwards() if forward else ():
-            pass
-        for _ in self._backwards() if backward else ():
-            pass
+    def go_along(self, backward: bool = True) -> None:
+        """Take part in what other ranks compute of the micro-step that is begun: where weights are dealt out, they need
+        this one's part of each layer that is left."""
+        while self.entered < (2 if backward else 1) * len(self.layers):
+            self._enter()
 
     def _forwards(self) -> Iterator[tuple[int, Layer]]:
         """The layers by number, each with its weights in place until the next is asked for."""
-        for n, layer in enumerate(self.layers):
-            if self.dealt is not None:
-                self.dealt.enter(n, n + 1)
-            yield n, layer
+        self.entered = 0
+        for layer in self.layers:
+            yield self._enter(), layer
 
     def _backwards(self) -> Iterator[tuple[int, Layer]]:
-        for n, layer in reversed(list(enumerate(self.layers))):
-            if self.dealt is not None:
-                self.dealt.enter(n, n - 1)
-            yield n, layer
+        for layer in reversed(self.layers):
+            yield self._enter(), layer
+
+    def _enter(self) -> int:
+        """Put the micro-step's next layer in place; its number."""
+        layers, at = len(self.layers), self.entered
+        n, then = (at, at + 1) if at < layers else (2 * layers - 1 - at, 2 * layers - 2 - at)
+        if self.dealt is not None:
+            self.dealt.enter(n, then)
+        self.entered += 1
+        return n
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from services.finetune.packing import Blocks
 from services.finetune.plan import Batch, Held, Lay, fused_bytes
 from services.finetune.shape import Shape, read_shape, tensor_shapes
 from services.finetune.towers import (
+    Computed,
     Tower,
     Trained,
     images_bytes,
@@ -72,11 +73,13 @@ def plan_tower(causal: Any, images: int, free: int, config: ModelConfig) -> tupl
     the backward pass if that is asked for, or needed in `free` bytes."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    item, tower, trained = causal.dtype.itemsize, tower_of(causal), trained_beside(causal)
+    tower, trained = tower_of(causal), trained_beside(causal)
+    dropped = any("lora_dropout" in n and getattr(m, "p", 0.0) > 0 for n, m in causal.named_modules() if is_seeing(n))
+    how = Computed(causal.dtype.itemsize, dropped, causal.device.type == "cuda")
     if tower is None or not trained.tower:
-        return images_bytes(tower, trained, images, item, free), ""
+        return images_bytes(tower, trained, images, how, free), ""
     asked = config.gradient_checkpointing
-    twice = asked in ("full", "selective") or (asked == "auto" and runs_twice(tower, images, item, free))
+    twice = asked in ("full", "selective") or (asked == "auto" and runs_twice(tower, images, how, free))
     layers = [m for m in causal.model.vision_tower.modules() if isinstance(m, GradientCheckpointingLayer)]
     if twice and layers:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -84,7 +87,7 @@ def plan_tower(causal: Any, images: int, free: int, config: ModelConfig) -> tupl
     for layer in causal.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = twice and layer in layers
-    held = tower_bytes(tower, images, item, twice) + projector_bytes(tower, images, item)
+    held = tower_bytes(tower, images, how, twice) + projector_bytes(tower, images, how.item)
     return held, f"; the tower runs forward {'twice' if twice else 'once'}, {held / 2**20:,.0f} MiB for {images} images"
 
 

@@ -156,12 +156,13 @@ class Stepper:
         for n, batch in enumerate(self.group.deal(np.array(taken.blocks), self.micro)):
             self._beat()
             total += self.engine.backprop(batch, taken.learned, (seed << 16) + n, scale)
+        self.engine.agree()
         return total
 
     def _spare(self) -> None:
         """Take less memory from now on, once. ResourceExhausted (OUT_OF_MEMORY)."""
         step, at_once = self.step + 1, self.micro
-        instead = "" if self.spared or self.engine.collective else self._halve() or self.engine.spare()
+        instead = (self._halve() or self.engine.spare()) if self.engine.repeats and not self.spared else ""
         if not instead:
             again = ", again" if self.spared else ""
             raise ResourceExhausted(

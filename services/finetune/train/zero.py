@@ -36,6 +36,8 @@ class Zero:
     """An Engine (engine.py) by DeepSpeed, which also updates the weights. All acts are collective."""
 
     collective = True
+    repeats = False
+    """A rank alone cannot leave what all take together."""
 
     def __init__(
         self,
@@ -87,6 +89,9 @@ class Zero:
         self.engine.backward(loss * self.group.world, scale_wrt_gas=False)
         return loss.detach()
 
+    def agree(self) -> None:
+        """Memory that runs out ends the run."""
+
     def combine(self, parameters: list[Tensor], clip_norm: float, unscale: Unscale = None) -> Tensor:
         """Update the weights too: DeepSpeed reduces, clips and updates in one. It knows no loss scale of others."""
         self.engine.step()
@@ -102,7 +107,7 @@ class Zero:
         return self._summed(blocks, batch)
 
     def spare(self) -> str:
-        """Nothing: a rank alone cannot change how all take a step."""
+        """Nothing: no step is taken anew."""
         return ""
 
     def _summed(self, blocks: Blocks, batch: Batch) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +14,22 @@ import pytest
 import torch
 
 from services.finetune.config import RunConfig, override, to_json
+from services.finetune.errors import ResourceExhausted
 from services.finetune.orders import ArtifactRef, TrainRun
+from services.finetune.progress import attempt_key, dump, raise_fence, read_outcome, run_uri
 from services.finetune.store import Store, open_store
-from services.finetune.store.artifacts import publish_directory
+from services.finetune.store.artifacts import load, publish_directory
 from services.finetune.train.dealt import Dealt
 from services.finetune.train.model import load_model
 from services.finetune.train.parallel import ALONE, Group
 from services.finetune.train.ranks import Place
 from services.finetune.train.stage import load_base
-from tests.finetune.train.dealing import fused_here
+from tests.finetune.train.dealing import SHORT, fused_here
 from tests.finetune.train.llava import rows_with_images, tiny_llava
+from tests.finetune.train.running import told as events
 from tests.finetune.train.test_images_parallel import PROJECTOR, SEEING
-from tests.finetune.train.test_parallel import META, PLAIN, QLORA, Told, launch, losses, norms, order
+from tests.finetune.train.test_parallel import META, PLAIN, QLORA, STEPS, Told, launch, losses, norms, order
+from tests.finetune.train.test_ranks import KEY, until
 from tests.finetune.train.together import checkpoints, go
 from tests.tiny import tiny_model
 
@@ -38,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 SEES: dict[str, dict[str, Any]] = {"sees": {}, "projector": PROJECTOR}
 RESUMED = ("lora", "qlora")
+TWO: dict[str, Any] = {"schedule.batch_size": 2}
+HALVED: dict[str, Any] = {"schedule.accumulate": 6}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,10 @@ def told(place: tuple[Store, dict[str, TrainRun], Path], alone: Told) -> Told:
         if name in RESUMED:
             half = ArtifactRef(name="half", digest=checkpoints(list(alone[name]))[3])
             orders[f"{name}_after_one"] = {"run": to_json(replace(dealt, resume=half)), "resume": None}
+    lora = override(runs["lora"].config, DEALT)
+    for name in ("at_two", "at_one", *SHORT):
+        changes = HALVED if name == "at_one" else {} if name == "short_alone" else TWO
+        orders[name] = {"run": to_json(replace(runs["lora"], config=override(lora, changes))), "resume": None}
     return launch(folder, orders, "tests.finetune.train.dealing")
 
 
@@ -100,6 +113,50 @@ def test_dealt_layers_train_as_whole_ones(told: Told, alone: Told, kind: str) ->
     assert any("fused kernels over layers dealt out to 2 processes" in text for text in said)
 
 
+def warnings(told: list[dict[str, Any]]) -> list[str]:
+    return [e["text"] for e in told if e["type"] == "log" and e["level"] == "warning"]
+
+
+HALVES = [name for name in SHORT if name not in ("short_always", "short_alone")]
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_memory_that_runs_out_on_one_rank_halves_the_steps_of_all(told: Told, name: str) -> None:
+    """Wherever in a micro-step: the other rank is in the midst of gathers then, and of blocks of its own."""
+    ours, theirs = trained(told[name]), trained(told["at_one"])
+    (warning,) = warnings(ours)
+    assert warning.startswith("memory ran out at step 2: 1 blocks at a time in place of 2")
+    assert losses(ours)[0] == losses(trained(told["at_two"]))[0]
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+    assert norms(ours) == pytest.approx(norms(theirs), rel=1e-4)
+    # Nothing is left of what was computed before: the place makes no difference to any bit.
+    assert (losses(ours), norms(ours)) == (losses(trained(told[HALVES[0]])), norms(trained(told[HALVES[0]])))
+    assert looks(told[name]) == pytest.approx(looks(told["at_one"]), rel=1e-6)
+
+
+def test_one_block_at_a_time_runs_layers_twice(told: Told) -> None:
+    (warning,) = warnings(told["short_alone"])
+    assert warning.startswith("memory ran out at step 2: all layers run forward twice")
+    assert losses(trained(told["short_alone"])) == losses(trained(told["lora"]))
+
+
+def test_a_second_time_all_ranks_say_what_would_help(told: Told) -> None:
+    """And none hangs: the orders after this one are trained by the same processes."""
+    (error,) = told["short_always"]
+    assert error["reason"] == "OUT_OF_MEMORY" and "again, with 1 blocks" in error["message"]
+
+
+def test_memory_that_runs_out_in_a_gather_is_no_rank_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gather(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    one = Dealt(Group(Place(0, 2, 0)), torch.device("cpu"))
+    load_model(tiny_model(tmp_path), override(RunConfig(), PLAIN), torch.float32, one)
+    monkeypatch.setattr("services.finetune.train.dealt._all_gather", gather)
+    with pytest.raises(ResourceExhausted, match=r"schedule\.batch_size"):
+        one.enter(0, 1)
+
+
 @pytest.mark.parametrize("kind", RESUMED)
 def test_two_processes_go_on_from_the_checkpoint_of_one(told: Told, alone: Told, kind: str) -> None:
     assert losses(trained(told[f"{kind}_after_one"])) == pytest.approx(losses(trained(alone[kind]))[3:], rel=1e-6)
@@ -118,6 +175,47 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     half = ArtifactRef(name="half", digest=checkpoints(told[kind])[3])
     after = go(store, f"after-{kind}", to_json(replace(runs[kind], resume=half)), ALONE, folder / f"after-{kind}")
     assert losses(trained(after)) == pytest.approx(losses(trained(alone[kind]))[3:], rel=1e-6)
+
+
+def attempt(store: Store, run: TrainRun, number: int, **environ: str) -> subprocess.Popen[bytes]:
+    """A worker that leads two ranks."""
+    raise_fence(store, KEY, number)
+    store.put(f"{attempt_key(KEY, number)}/run.json", dump(to_json(run)))
+    command = [sys.executable, "-m", "tests.finetune.train.dealing", "train", run_uri(store.uri, KEY, number)]
+    return subprocess.Popen(command, env={**os.environ, **environ, "OMP_WAIT_POLICY": "PASSIVE"})
+
+
+def test_sigterm_keeps_what_was_learned_to_the_bit(place: tuple[Store, dict[str, TrainRun], Path], told: Told) -> None:
+    store, runs, _ = place
+    changes = {**DEALT, "parallel.processes": 2}
+    run = replace(runs["lora"], config=override(runs["lora"].config, changes))
+    worker = attempt(store, run, 1, HOLD="4")
+    try:
+        until(worker, lambda: len(losses(trained(events(store, KEY, "metric")))) == 4)
+        worker.terminate()
+        assert worker.wait(300) == 0
+    finally:
+        worker.kill()
+    ended = read_outcome(store, KEY)
+    assert ended is not None and ended[1].state == "CANCELLED"
+    assert max(checkpoints(events(store, KEY, "checkpoint"))) == 5  # not one of those that are saved anyway
+    # As the service does after a SIGTERM that nobody asked it for.
+    store.put(f"{KEY}/lease.json", dump({"attempt": 1, "outcome": None}))
+    worker = attempt(store, run, 2)
+    try:
+        assert worker.wait(300) == 0
+    finally:
+        worker.kill()
+    both = [e for number in (1, 2) for e in events(store, KEY, "metric", number)]
+    assert (losses(trained(both)), norms(trained(both))) == (
+        losses(trained(told["lora"])),
+        norms(trained(told["lora"])),
+    )
+    ours, theirs = (
+        {f.path: f.digest for f in load(store, found[STEPS]).files if f.path.endswith(".safetensors")}
+        for found in (checkpoints(events(store, KEY, "checkpoint", 2)), checkpoints(told["lora"]))
+    )
+    assert ours and ours == theirs
 
 
 @pytest.mark.parametrize("method", [{}, QLORA])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,36 @@ def test_a_plan_counts_what_is_trained(folder: Path, parts: str) -> None:
     assert (with_images > without) == any("vision" in n or "projector" in n for n in trainable(model))
 
 
+class Saved:
+    """What autograd keeps, as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # else what a node saves of its own would hold it
+
+
+def kept(model: Any, seen: Seen) -> list[int]:
+    """Sizes of storages that autograd has for the features, once these are there: what comes after them in the tower is gone
+    by then. Weights are left out."""
+    alive = weakref.WeakSet[Saved]()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> Saved:
+        alive.add(saved := Saved(tensor))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        found = features(model.get_base_model(), seen)
+    assert found.requires_grad
+    sizes = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in alive)}
+    return [size for at, size in sizes.items() if at not in own]
+
+
 def test_a_trained_tower_keeps_about_what_is_planned(folder: Path) -> None:
     """Storages that autograd saves, weights left out. A CPU's autocast and dropout keep other widths than a GPU's."""
     model = loaded(folder, **TOWER_LORA, **{"lora.dropout": 0.1}).bfloat16().train()
     causal, images = model.get_base_model(), 8
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = Seen(torch.arange(16 * images), pixels_N3SS=torch.randn(images, 3, 16, 16))
     found = {}
     for kind in ("none", "full"):
@@ -203,16 +227,17 @@ def test_a_trained_tower_keeps_about_what_is_planned(folder: Path) -> None:
             causal, images, 1 << 40, config_of(**{"model.gradient_checkpointing": kind}).model
         )
         assert ("once" if kind == "none" else "twice") in told
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and tensor.numel() > 4096:  # not copies of weights
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            features(causal, seen)
-        found[kind] = planned, sum(kept.values())
+        with torch.autocast("cpu", torch.bfloat16):
+            # The larger ones only: not copies of weights.
+            found[kind] = planned, sum(size for size in kept(model, seen) if size > 16384)
     assert found["none"][1] == pytest.approx(found["none"][0], rel=0.35)
     assert found["full"][1] < found["none"][1] / 10 and found["full"][0] < found["none"][0] / 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_tower_trained_in_float32_keeps_what_is_planned(folder: Path, dropout: float) -> None:
+    model = loaded(folder, **TOWER_LORA, **{"lora.dropout": dropout}).train()
+    images, chosen = 8, config_of(**{"model.gradient_checkpointing": "none"}).model
+    planned, _ = memory.plan_tower(model.get_base_model(), images, 1 << 40, chosen)
+    seen = Seen(torch.arange(16 * images), pixels_N3SS=torch.randn(images, 3, 16, 16))
+    assert sum(kept(model, seen)) == pytest.approx(planned, rel=0.1)
