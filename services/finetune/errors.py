@@ -171,6 +171,11 @@ def from_json(data: Mapping[str, Any]) -> QuartetError:
     )
 
 
+def blamed(field: str, why: str, reason: str) -> InvalidArgument:
+    """One field is wrong; the message is ``field: why``."""
+    return InvalidArgument(f"{field}: {why}", reason=reason, violations=[Violation(field, why, reason)])
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what Python, a GPU, or torch's allocator on the CPU raises when memory runs out."""
     # A worker that never needed torch must not load it for this.

@@ -21,6 +21,7 @@ from services.finetune.errors import (
     InvalidArgument,
     NotFound,
     Violation,
+    blamed,
     from_json,
 )
 from services.finetune.store import Store
@@ -292,7 +293,4 @@ def _not_ready(record: Record) -> FailedPrecondition:
 
 
 def _bad_alias(where: str, why: str) -> InvalidArgument:
-    field = f"{where}.alias"
-    return InvalidArgument(
-        f"{field}: {why}", reason="ALIAS_MALFORMED", violations=[Violation(field, why, "ALIAS_MALFORMED")]
-    )
+    return blamed(f"{where}.alias", why, "ALIAS_MALFORMED")

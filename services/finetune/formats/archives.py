@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from services.finetune.errors import InvalidArgument, Violation
+from services.finetune.errors import InvalidArgument, Violation, blamed
 from services.finetune.formats.unpacking import MAX_RATIO, PackedError, most_bytes, open_packed
 from services.finetune.store.artifacts import check_path
 
@@ -79,7 +79,7 @@ def _blamed(file: str) -> Iterator[None]:
 def _refused(file: str, member: str, reason: str, why: str) -> InvalidArgument:
     shown = member.encode("utf-8", "backslashreplace").decode()[:200]
     field = f"files[{file}]" + (f".members[{shown}]" if member else "")
-    return InvalidArgument(f"{field}: {why}", reason=reason, violations=[Violation(field, why, reason)])
+    return blamed(field, why, reason)
 
 
 def _checked(file: str, member: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, Violation
+from services.finetune.errors import InvalidArgument, Violation, blamed
 from services.inference.engines.calls import CallForm, CallReader, grammar
 from services.inference.engines.forms import check_form
 from services.inference.engines.port import Form
@@ -61,10 +61,7 @@ class Calling:
                 raise InvalidArgument("must be the schema of an object", reason="FORM_INVALID")
         except InvalidArgument as error:
             why = error.message.removeprefix("sampling.json_schema: ")
-            field = f"tools[{n}].parameters"
-            raise InvalidArgument(
-                f"{field}: {why}", reason="TOOLS_INVALID", violations=[Violation(field, why, "TOOLS_INVALID")]
-            ) from error
+            raise blamed(f"tools[{n}].parameters", why, "TOOLS_INVALID") from error
         return {"type": "object", **schema}
 
     def push(self, text: str, finish: str, calls: list[pb.ToolCall]) -> tuple[str, str]:

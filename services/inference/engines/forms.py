@@ -10,7 +10,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from services.finetune.errors import InvalidArgument, Violation
+from services.finetune.errors import blamed
 from services.inference.engines.port import Form
 
 MAX_BYTES = 64 << 10
@@ -26,11 +26,7 @@ def check_form(form: Form) -> None:
         except ValueError as error:
             why = str(error)
     if why:
-        field = f"sampling.{form.kind}"
-        said = why.strip().splitlines()[0][:300]
-        raise InvalidArgument(
-            f"{field}: {said}", reason="FORM_INVALID", violations=[Violation(field, said, "FORM_INVALID")]
-        )
+        raise blamed(f"sampling.{form.kind}", why.strip().splitlines()[0][:300], "FORM_INVALID")
 
 
 def _compiled(form: Form) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, NotFound, Violation
+from services.finetune.errors import InvalidArgument, NotFound, blamed
 from services.finetune.prepare.images import check_image
 from services.finetune.store import Store
 from services.finetune.store.artifacts import get_ref, load, read_file
@@ -61,7 +61,7 @@ class Images:
         with DECODING:
             fault = check_image(io.BytesIO(data))
         if fault is not None:
-            raise _bad(field, fault[1], fault[0])
+            raise blamed(field, fault[1], fault[0])
         return Picture(hashlib.sha256(data).hexdigest(), data)
 
     def _from_dataset(self, field: str, wanted: pb.DatasetFile) -> bytes:
@@ -84,8 +84,4 @@ class Images:
 
 def _check_size(field: str, size: int) -> None:
     if size > MAX_BYTES:
-        raise _bad(field, f"{size} bytes are more than {MAX_BYTES}; scale it down", "IMAGE_TOO_LARGE")
-
-
-def _bad(field: str, why: str, reason: str) -> InvalidArgument:
-    return InvalidArgument(f"{field}: {why}", reason=reason, violations=[Violation(field, why, reason)])
+        raise blamed(field, f"{size} bytes are more than {MAX_BYTES}; scale it down", "IMAGE_TOO_LARGE")

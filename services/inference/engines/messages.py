@@ -9,7 +9,7 @@ from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
-from services.finetune.errors import InvalidArgument, Violation
+from services.finetune.errors import InvalidArgument, blamed
 from services.finetune.formats import IMAGE, Call, Message, Tool
 from services.inference.engines.calls import NAME
 
@@ -27,10 +27,11 @@ def read_turns(messages: Sequence[pb.Message], vocabulary: int) -> list[Message]
     if any(p.HasField("image") for m in messages for p in m.content):
         _check_marks(messages)
     for n, message in enumerate(messages):
+        field = f"messages[{n}].token_ids"
         if message.token_ids and message.role != pb.Message.ASSISTANT:
-            raise _bad_tokens(f"messages[{n}].token_ids", "only an assistant's turn has the tokens of an answer")
+            raise blamed(field, "only an assistant's turn has the tokens of an answer", "TOKENS_INVALID")
         if not all(0 <= i < vocabulary for i in message.token_ids):
-            raise _bad_tokens(f"messages[{n}].token_ids", f"tokens are from 0 to {vocabulary - 1}")
+            raise blamed(field, f"tokens are from 0 to {vocabulary - 1}", "TOKENS_INVALID")
     turns = [_turn(f"messages[{n}]", m) for n, m in enumerate(messages)]
     check_turns(turns)
     return _answered(turns)
@@ -63,9 +64,10 @@ def _check_marks(messages: Sequence[pb.Message]) -> None:
         for k, part in enumerate(message.content):
             field, user = f"messages[{n}].content[{k}]", message.role == pb.Message.USER
             if part.HasField("image") and not user:
-                raise _bad_image(field, "only a user's turn shows images")
+                raise blamed(field, "only a user's turn shows images", "IMAGE_MISPLACED")
             if user and IMAGE in part.text:
-                raise _bad_image(field, f"beside images the text may not hold {IMAGE}; an image's place is its part's")
+                why = f"beside images the text may not hold {IMAGE}; an image's place is its part's"
+                raise blamed(field, why, "IMAGE_MISPLACED")
 
 
 def check_turns(turns: Sequence[Message]) -> None:
@@ -152,22 +154,8 @@ def _object(where: str, text: str) -> Mapping[str, Any]:
 
 
 def _bad_role(n: int, why: str) -> InvalidArgument:
-    field = f"messages[{n}].role"
-    return InvalidArgument(f"{field}: {why}", reason="ROLE_ORDER", violations=[Violation(field, why, "ROLE_ORDER")])
-
-
-def _bad_tokens(field: str, why: str) -> InvalidArgument:
-    reason = "TOKENS_INVALID"
-    return InvalidArgument(f"{field}: {why}", reason=reason, violations=[Violation(field, why, reason)])
-
-
-def _bad_image(field: str, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{field}: {why}", reason="IMAGE_MISPLACED", violations=[Violation(field, why, "IMAGE_MISPLACED")]
-    )
+    return blamed(f"messages[{n}].role", why, "ROLE_ORDER")
 
 
 def _bad_tools(field: str, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{field}: {why}", reason="TOOLS_INVALID", violations=[Violation(field, why, "TOOLS_INVALID")]
-    )
+    return blamed(field, why, "TOOLS_INVALID")

@@ -14,7 +14,7 @@ from quartet.inference.v1 import inference_pb2 as pb
 from quartet.inference.v1.inference_pb2_grpc import InferenceServicer
 
 from services.common.metrics import Answers
-from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation
+from services.finetune.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented, Violation, blamed
 from services.finetune.formats import Tool
 from services.finetune.prepare.certificate import META, certify, check
 from services.finetune.store import Store
@@ -225,9 +225,7 @@ class EngineServicer(InferenceServicer):
                 why = f"{ids[wrong]} is no token; they are from 0 to {self._engine.vocabulary - 1}"
                 field = f"token_ids.ids[{wrong}]"
                 # The contract has no reason of its own for this: such a prompt says nothing to the model either.
-                raise InvalidArgument(
-                    f"{field}: {why}", reason="PROMPT_EMPTY", violations=[Violation(field, why, "PROMPT_EMPTY")]
-                )
+                raise blamed(field, why, "PROMPT_EMPTY")
         else:
             # Apart: what stands first in a text may get a space before it, as the text does in training.
             opening = self._tokenizer.encode(self._tokenizer.opening)
