@@ -42,6 +42,8 @@ SAMPLING = {
     "max_completion_tokens": int,
     "seed": int,
 }
+MOST = 1e30
+"""Numbers end here: JSON has greater ones, which no float of ours can hold."""
 WHOLE_BELOW = {"seed": 2**63}
 """Whole numbers end at 2³¹ otherwise."""
 COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", "logit_bias", *SAMPLING}
@@ -173,20 +175,22 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in SAMPLING.items():
         if name in body:
             value = body[name]
-            right = isinstance(value, int | float) and not isinstance(value, bool)
-            most = WHOLE_BELOW.get(name, 2**31) if kind is int else 1e30
-            if not right or not -most <= value < most or (kind is int and value != int(value)):
+            most = WHOLE_BELOW.get(name, 2**31) if kind is int else MOST
+            if not _is_number(value, most) or (kind is int and value != int(value)):
                 why = f"must be a whole number, {most - 1} at most" if kind is int else "must be a number"
                 raise bad(name, why)
             found["max_tokens" if name == "max_completion_tokens" else name] = kind(value)
     return found
 
 
+def _is_number(value: Any, most: float = MOST) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value < most
+
+
 def _bias(given: Any) -> dict[str, dict[int, float]]:
     """By tokens, which JSON can only write as texts."""
     good = isinstance(given, dict) and all(
-        key.isdecimal() and len(key) < 10 and isinstance(value, int | float) and not isinstance(value, bool)
-        for key, value in given.items()
+        key.isdecimal() and len(key) < 10 and _is_number(value) for key, value in given.items()
     )
     if not good:
         raise bad("logit_bias", 'must be an object of token ids and numbers, as {"42": -100}')
