@@ -105,9 +105,10 @@ class Answers:
                         end = "length" if piece.finish_reason == LENGTH else "stop"  # type: ignore[attr-defined]
                         usage = piece.usage  # type: ignore[attr-defined]
                         self._tokens.labels("prompt").inc(usage.prompt_tokens)
-                        counts = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
                         tracing.current().event(
-                            "last token", **{f"gen_ai__usage__{which}_tokens": n for which, n in counts.items()}
+                            "last token",
+                            gen_ai__usage__input_tokens=usage.prompt_tokens,
+                            gen_ai__usage__output_tokens=usage.completion_tokens,
                         )
                     yield piece
         except Exception:

@@ -122,8 +122,9 @@ class Guard(grpc.aio.ServerInterceptor):
         begun, code = time.perf_counter(), "CANCELLED"  # unless it comes to an end of its own
         metadata = context.invocation_metadata()
         number = requests.given(metadata)
-        service, _, method = path.strip("/").partition("/")
-        span = tracing.begin(path.strip("/"), metadata, rpc__system="grpc", rpc__service=service, rpc__method=method)
+        called = path.strip("/")
+        service, _, method = called.partition("/")
+        span = tracing.begin(called, metadata, rpc__system="grpc", rpc__service=service, rpc__method=method)
         try:
             yield
             code = "OK"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from services.common.launchers.local import WAITING
 from services.finetune.config import RunConfig, override, to_json
 from services.finetune.orders import ArtifactRef, ConvertRun, TrainRun
 from services.finetune.progress import attempt_key, dump, raise_fence, read_fault, read_outcome, read_segments, run_uri
@@ -99,7 +100,7 @@ def start(store: Store, run: TrainRun | ConvertRun, key: str, attempt: int = 1) 
     raise_fence(store, key, attempt)
     store.put(f"{attempt_key(key, attempt)}/run.json", dump(to_json(run)))
     command = [sys.executable, "-m", "services.finetune", run.kind, run_uri(store.uri, key, attempt)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    return subprocess.Popen(command, env={**os.environ, **WAITING})
 
 
 def end(store: Store, key: str, attempt: int = 1) -> Ended:

@@ -250,7 +250,8 @@ def _weighed(logits_V: Tensor, prompt: Sequence[int], said: Sequence[int], sampl
     answer alone."""
     bias, repetition = sampling.logit_bias, sampling.repetition_penalty
     frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
-    if not bias and repetition == 1.0 and not (said and (frequency or presence)):
+    counted = said and (frequency or presence)
+    if not (bias or counted) and repetition == 1.0:
         return logits_V
     logits_V = logits_V.clone()
     if bias:
@@ -259,7 +260,7 @@ def _weighed(logits_V: Tensor, prompt: Sequence[int], said: Sequence[int], sampl
         ids = torch.tensor(sorted({*prompt, *said}))
         old = logits_V[ids]
         logits_V[ids] = torch.where(old > 0, old / repetition, old * repetition)
-    if said:
+    if counted:
         ids, counts = torch.tensor(said).unique(return_counts=True)
         logits_V[ids] -= frequency * counts + presence
     return logits_V
