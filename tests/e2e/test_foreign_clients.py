@@ -24,7 +24,10 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("node")
     for name in ("package.json", "client.js"):
         shutil.copy(Path(__file__).parent / "node" / name, folder)
-    subprocess.run([BIN / "npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=folder, check=True)
+    command = [BIN / "npm", "install", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(
+        command, cwd=folder, check=True, timeout=300
+    )  # by itself it waits a quarter of an hour for a registry
     return folder
 
 
