@@ -24,10 +24,9 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("node")
     for name in ("package.json", "client.js"):
         shutil.copy(Path(__file__).parent / "node" / name, folder)
-    command = [BIN / "npm", "install", "--no-audit", "--no-fund", "--silent"]
-    subprocess.run(
-        command, cwd=folder, check=True, timeout=300
-    )  # by itself it waits a quarter of an hour for a registry
+    command: list[str | Path] = [BIN / "npm", "install", "--no-audit", "--no-fund", "--silent"]
+    # Without a limit npm waits a quarter of an hour, silent, for a registry that does not answer.
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
     return folder
 
 
