@@ -45,6 +45,11 @@ def read(argv: Sequence[str]) -> argparse.Namespace:
         help="on: fetch images from public web addresses; else only data: URLs are taken",
     )
     parser.add_argument(
+        "--cors-origins",
+        default="",
+        help="web origins, joined by ',', whose pages' scripts may call the API, as https://chat.example.com; * for any",
+    )
+    parser.add_argument(
         "--fd", type=int, default=-1, help="a listening socket instead of --host and --port; ends with standard input"
     )
     parser.add_argument("--address-file", default="", help="write the address to this file once it answers")
@@ -96,7 +101,13 @@ def serve(a: argparse.Namespace) -> None:
         metrics = Metrics(reach.answers.collectors)
         config = uvicorn.Config(
             application(
-                reach, token, metrics, pages, lambda: server.should_exit, fetch if a.image_urls == "on" else None
+                reach,
+                token,
+                metrics,
+                pages,
+                lambda: server.should_exit,
+                fetch if a.image_urls == "on" else None,
+                [origin for given in a.cors_origins.split(",") if (origin := given.strip().rstrip("/"))],
             ),
             log_level="warning",
             server_header=False,

@@ -9,13 +9,15 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
@@ -65,10 +67,12 @@ def application(
     pages: bool = False,
     leaving: Callable[[], bool] = lambda: False,
     fetch: Fetch | None = None,
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """The gateway in front of the services that are in `reach`; a `token`, if set, is the API key that all must show.
 
-    Images at web addresses are brought by `fetch`, or refused. With `pages` the web pages too, which need the extra `web`;
+    Images at web addresses are brought by `fetch`, or refused. Scripts of pages from `origins` may call the API ("*": any);
+    they show the key as everybody does, and no cookie counts. With `pages` the web pages too, which need the extra `web`;
     open ones let go once the server is `leaving`.
     """
     gateway = Gateway(reach, fetch)
@@ -80,7 +84,17 @@ def application(
         Route("/completions", guarded(gateway.complete), methods=["POST"]),
         Route("/embeddings", guarded(gateway.embed), methods=["POST"]),
     ]
-    routes: list[BaseRoute] = [Route("/healthz", gateway.health), Mount("/v1", routes=v1)]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[requests.KEY, "retry-after"],
+    )
+    routes: list[BaseRoute] = [
+        Route("/healthz", gateway.health),
+        Mount("/v1", routes=v1, middleware=[cors] if origins else []),
+    ]
     opening: list[Callable[[], AbstractAsyncContextManager[Any]]] = [reach.open]
     if pages:
         from services.gateway.pages.site import site

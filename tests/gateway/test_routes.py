@@ -48,7 +48,7 @@ def engine(tmp_path: Path) -> Iterator[tuple[Engine, int]]:
     rpc.add_InferenceServicer_to_server(scripted, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
-    with gateway(f"unix:{tmp_path}/s") as port:
+    with gateway(f"unix:{tmp_path}/s", origins=["https://here.example"]) as port:
         yield scripted, port
     server.stop(None).wait()
 
@@ -90,3 +90,26 @@ def test_other_paths_are_said_to_be_none(engine: tuple[Engine, int]) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{engine[1]}/v1/chat/completions")
     with caught.value as error:
         assert error.code == 405 and json.loads(error.read())["error"]["code"] == "unknown_url"
+
+
+def test_scripts_of_named_origins_may_call(engine: tuple[Engine, int]) -> None:
+    def told(origin: str, method: str, **headers: str) -> dict[str, str]:
+        url = f"http://127.0.0.1:{engine[1]}/v1/completions"
+        request = urllib.request.Request(
+            url, b"[]" if method == "POST" else None, {"Origin": origin, **headers}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return dict(error.headers)
+
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    first = told("https://here.example", "OPTIONS", **wanted)
+    assert first["access-control-allow-origin"] == "https://here.example"
+    assert first["access-control-allow-headers"] == "authorization" and "POST" in first["access-control-allow-methods"]
+    # The script may read what went wrong too.
+    assert told("https://here.example", "POST")["access-control-allow-origin"] == "https://here.example"
+    for method in ("OPTIONS", "POST"):
+        assert "access-control-allow-origin" not in told("https://there.example", method, **wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 
@@ -16,10 +16,10 @@ from services.gateway.routes import application
 
 
 @contextlib.contextmanager
-def gateway(address: str, token: str = "") -> Iterator[int]:
-    """The port of one in front of the server at `address`; with a `token`, its API key."""
+def gateway(address: str, token: str = "", origins: Sequence[str] = ()) -> Iterator[int]:
+    """The port of one in front of the server at `address`; with a `token`, its API key; `origins` as in application."""
     with listen("127.0.0.1", 0) as made, Client(address) as client:
-        web = uvicorn.Server(uvicorn.Config(application(Reach(client), token), log_level="warning"))
+        web = uvicorn.Server(uvicorn.Config(application(Reach(client), token, origins=origins), log_level="warning"))
         thread = threading.Thread(target=web.run, kwargs={"sockets": [made]})
         thread.start()
         while not web.started:

@@ -12,6 +12,7 @@ from quartet.inference.v1.inference_pb2_grpc import InferenceStub
 
 from services.finetune.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from services.finetune.formats import Message
+from services.finetune.formats.rows import openai
 from services.finetune.templates import load_template, to_prompt_ids
 from services.finetune.tokenizer import Tokenizer
 from services.inference.engines.stopping import StopText
@@ -58,6 +59,24 @@ def test_a_chat_is_tokenised_as_in_training(engine: InferenceStub, tokenizer: To
     other = to_prompt_ids(template, tokenizer, [Message("system", "Sing."), *said])
     assert tokens(engine, (SYSTEM, "Sing."), *wanted, adapter="brief") == other
     assert tokenizer.decode(other, skip_special=False).startswith("<|im_start|>system\nSing.<|im_end|>")
+
+
+def test_questions_in_a_row_are_one_as_in_training(engine: InferenceStub, tokenizer: Tokenizer) -> None:
+    asked: list[str | tuple[pb.Message.Role.ValueType, str]] = [
+        (SYSTEM, "a"),
+        (SYSTEM, "b"),
+        "c",
+        "",
+        "d",
+        (ASSISTANT, "e"),
+        "f",
+        "g",
+    ]
+    said = [*turns(*asked), *turns((ASSISTANT, "h"))]
+    row = [{"role": pb.Message.Role.Name(m.role).lower(), "content": m.content[0].text} for m in said]
+    learned = openai({"messages": row}).messages
+    assert [m.content for m in learned] == ["a\nb", "c\nd", "e", "f\ng", "h"]
+    assert tokens(engine, *asked) == to_prompt_ids(load_template("tokenizer", tokenizer), tokenizer, learned[:-1])
 
 
 def test_a_chat_is_a_generation_of_its_tokens(engine: InferenceStub) -> None:
@@ -154,7 +173,6 @@ def test_wrong_requests_are_blamed(engine: InferenceStub) -> None:
 @pytest.mark.parametrize(
     ("said", "field"),
     [
-        (["a", "b"], "messages[1].role"),
         ([(ASSISTANT, "a")], "messages[0].role"),
         ([(SYSTEM, "a")], "messages[1].role"),
         (["a", (SYSTEM, "b")], "messages[1].role"),

@@ -59,12 +59,14 @@ class Loop:
     def answer(self, question: str) -> str:
         raise NotImplementedError
 
-    def _said(self, request: pb.ChatRequest) -> tuple[str, list[pb.ToolCall]]:
-        text, calls = "", list[pb.ToolCall]()
+    def _said(self, request: pb.ChatRequest) -> pb.Message:
+        """The answer as a turn; with its tokens the talk goes on from just what was said."""
+        text, calls, ids = "", list[pb.ToolCall](), list[int]()
         for piece in self._ask(request):
             text += piece.text
             calls += piece.tool_calls
-        return text, calls
+            ids += piece.token_ids
+        return _turn(ASSISTANT, text, tool_calls=calls, token_ids=ids)
 
     def _do(self, name: str, given: str, arguments: Mapping[str, Any] | None) -> str:
         """Make a call; the result, or what went wrong, for the model."""
@@ -94,13 +96,14 @@ class ToolLoop(Loop):
         turns.append(_turn(USER, question))
         self._left = self._most_calls
         while True:
-            text, calls = self._said(self._next())
-            turns.append(_turn(ASSISTANT, text, tool_calls=calls))
-            if not calls:
+            said = self._said(self._next())
+            turns.append(said)
+            text = said.content[0].text
+            if not said.tool_calls:
                 return text
             if text.strip():
                 self._told(Step(thought=text.strip()))
-            for call in calls:
+            for call in said.tool_calls:
                 result = self._do(call.name, call.arguments, json.loads(call.arguments))
                 turns.append(_turn(TOOL, result, tool_call_id=call.id))
 
@@ -127,11 +130,12 @@ class ReactLoop(Loop):
         turns.append(_turn(USER, f"{question}\n"))
         self._left = self._most_calls
         while True:
-            text, _ = self._said(self._next())
-            text = text.partition("\n" + RESPONSE)[0].rstrip()  # results are not the model's to make up
+            said = self._said(self._next())
+            text = said.content[0].text.partition("\n" + RESPONSE)[0].rstrip()  # results are not the model's to make up
             before, final, rest = text.rpartition(FINAL)
             called = ARGUMENTS.search(text) if not final and self._left > 0 else None
-            turns.append(_turn(ASSISTANT, text + ("\n\n" if called else "\n")))  # as in the data
+            said.content[0].text = text + ("\n\n" if called else "\n")  # as in the data
+            turns.append(said)
             thought = (before if final else text[: called.start()] if called else "").strip()
             if thought.removeprefix("Thought:").strip():
                 self._told(Step(thought=thought.removeprefix("Thought:").strip()))

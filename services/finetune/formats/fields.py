@@ -12,13 +12,17 @@ from services.finetune.formats import Conversation, Message, RowError, Tool
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LOSS = {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
-_NEXT = {
+NEXT = {
     "": ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "system"),
     "tool": ("assistant", "tool", "user"),
 }
+"""Who may speak after whom; after a call its result may come too."""
+
+JOINED = ("system", "user")
+"""Turns of one of these that follow each other are one, a line each."""
 
 
 class Turns:
@@ -43,7 +47,7 @@ class Turns:
         first question answer nothing and are left out."""
         if message.role == "assistant" and not self._asked:
             return
-        if self._messages and self._messages[-1].role == message.role and message.role in ("system", "user"):
+        if self._messages and self._messages[-1].role == message.role and message.role in JOINED:
             self._more.append(message.content)
             return
         self._asked = self._asked or message.role == "user"
@@ -85,7 +89,7 @@ class Turns:
 
 def _check_order(messages: Sequence[Message], n: int, field: str) -> None:
     before = messages[n - 1] if n else None
-    allowed = _NEXT[before.role if before else ""] + (("tool",) if before and before.calls else ())
+    allowed = NEXT[before.role if before else ""] + (("tool",) if before and before.calls else ())
     if messages[n].role not in allowed:
         message = f"turn {n + 1} is of {messages[n].role}, expected {' or '.join(allowed)}: "
         message += "user and assistant take turns, a system turn stands before a question, a tool's after its call"

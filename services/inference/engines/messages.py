@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from quartet.inference.v1 import inference_pb2 as pb
 
 from services.finetune.errors import InvalidArgument, blamed
 from services.finetune.formats import IMAGE, Call, Message, Tool
+from services.finetune.formats.fields import JOINED, NEXT
 from services.inference.engines.calls import NAME
 
 ROLES = {
@@ -22,8 +25,8 @@ ROLES = {
 
 
 def read_turns(messages: Sequence[pb.Message], vocabulary: int) -> list[Message]:
-    """Turns with an <image> mark for each image. InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOKENS_INVALID, TOOLS_INVALID,
-    IMAGE_MISPLACED)."""
+    """Turns with an <image> mark for each image; questions that follow each other are one, as in training, and so are system
+    texts. InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER, TOKENS_INVALID, TOOLS_INVALID, IMAGE_MISPLACED)."""
     if any(p.HasField("image") for m in messages for p in m.content):
         _check_marks(messages)
     for n, message in enumerate(messages):
@@ -34,7 +37,7 @@ def read_turns(messages: Sequence[pb.Message], vocabulary: int) -> list[Message]
             raise blamed(field, f"tokens are from 0 to {vocabulary - 1}", "TOKENS_INVALID")
     turns = [_turn(f"messages[{n}]", m) for n, m in enumerate(messages)]
     check_turns(turns)
-    return _answered(turns)
+    return _joined(_answered(turns))
 
 
 def _turn(where: str, message: pb.Message) -> Message:
@@ -71,18 +74,14 @@ def _check_marks(messages: Sequence[pb.Message]) -> None:
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless user and assistant take turns, each call followed by its
-    results, and a user's turn or a result comes last. A system turn may stand before a user's, as in training."""
+    """InvalidArgument (MESSAGES_EMPTY, ROLE_ORDER) unless each answer follows a question, each call is followed by its
+    results, and a user's turn or a result comes last. System turns may stand before a user's, as in training."""
     if not turns:
         raise InvalidArgument("a chat needs a message of the user's", reason="MESSAGES_EMPTY")
     for n, turn in enumerate(turns):
         before = turns[n - 1] if n else None
-        if before is None or before.role == "system":
-            expected = ["user"] if before else ["user", "system"]
-        elif before.role in ("user", "tool"):
-            expected = ["assistant", "tool"] if before.role == "tool" else ["assistant"]
-        else:
-            expected = ["tool"] if before.calls else ["user", "system"]
+        role = before.role if before else ""
+        expected = ("tool",) if before and before.calls else NEXT[role] + ((role,) if role in JOINED else ())
         if turn.role not in expected:
             raise _bad_role(n, f"expected {' or '.join(expected)}, not {turn.role or 'a message without a role'}")
         if turn.calls and turn.role != "assistant":
@@ -91,6 +90,17 @@ def check_turns(turns: Sequence[Message]) -> None:
         raise _bad_role(len(turns), "expected user, not nobody")
     if turns[-1].role not in ("user", "tool"):
         raise _bad_role(len(turns) - 1, "the last message must be the user's, or a tool's result")
+
+
+def _joined(turns: Sequence[Message]) -> list[Message]:
+    """`turns` in which questions, or system texts, in a row are one, a line each."""
+    found: list[Message] = []
+    for role, group in groupby(turns, key=lambda t: t.role):
+        run = list(group)
+        if role in JOINED:
+            run = [replace(run[0], content="\n".join(t.content for t in run if t.content))]
+        found += run
+    return found
 
 
 def _answered(turns: Sequence[Message]) -> list[Message]:

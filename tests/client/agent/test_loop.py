@@ -39,7 +39,7 @@ class Scripted(rpc.InferenceServicer):
         answer = self._answers.pop(0)
         if isinstance(answer, str):
             for word in answer.split(" "):
-                yield pb.ChatResponse(text=word + " ")
+                yield pb.ChatResponse(text=word + " ", token_ids=[len(word)])
             yield pb.ChatResponse(finish_reason=pb.FINISH_REASON_STOP)
             return
         for n, (name, arguments) in enumerate(answer):
@@ -91,6 +91,7 @@ def test_calls_are_made_and_their_results_told(serve: Serve) -> None:
     assert [m.role for m in last.messages] == [2, 3, 4, 4, 3, 4]
     assert [m.tool_call_id for m in last.messages if m.role == pb.Message.TOOL] == ["call0", "call1", "call0"]
     assert len(last.messages[-1].content[0].text) < 20_000
+    assert talk.request.messages[-1].token_ids == [2, 2, 3]
     # Three calls were allowed and made: now it must answer.
     assert [r.tool_choice.mode for r in scripted.asked] == [pb.ToolChoice.AUTO] * 2 + [pb.ToolChoice.NONE]
     assert [t.name for t in scripted.asked[0].tools] == ["calculate", "echo", "long"]
