@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OVERLAY ?= local
 SERVICES := datasets training conversion inference
 # What the gateway's image has beside a client of the services.
-GATEWAY := gateway
+GATEWAY := gateway tracing
 OVERLAYS := $(notdir $(wildcard k8s/overlays/*))
 # Images: the tool that builds them, torch's kind, the base image (by digest where builds must repeat), their names.
 BUILDER ?= $(firstword $(foreach t,podman docker,$(if $(shell command -v $(t)),$(t))))
@@ -147,15 +147,15 @@ NO_GRPC := --no-emit-package grpcio --no-emit-package grpcio-status
 KUBERNETES := --extra kubernetes $(addprefix --no-emit-package ,aiohttp aiohttp-retry aiohappyeyeballs aiosignal attrs \
   frozenlist multidict propcache yarl)
 locks: install ## pin what the images install, with hashes, from pyproject.toml
-	$(LOCK) --extra datasets $(KUBERNETES) -o docker/locks/datasets.txt
+	$(LOCK) --extra datasets --extra tracing $(KUBERNETES) -o docker/locks/datasets.txt
 	for s in training conversion inference; do \
-	  $(LOCK) --extra $$s $(KUBERNETES) $(NO_HUB) -o docker/locks/$$s.txt || exit 1; done
+	  $(LOCK) --extra $$s --extra tracing $(KUBERNETES) $(NO_HUB) -o docker/locks/$$s.txt || exit 1; done
 	$(LOCK) $(addprefix --extra ,$(GATEWAY)) -o docker/locks/gateway.txt
 	$(COMPILE) docker/locks/sbom.in -o docker/locks/sbom.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -o docker/locks/worker-cuda.txt
-	$(LOCK) --extra serve --extra vllm -o docker/locks/inference-cuda.txt
+	$(LOCK) --extra serve --extra tracing --extra vllm -o docker/locks/inference-cuda.txt
 	$(LOCK) --extra worker --extra export --extra quantize $(NO_GRPC) -c docker/locks/cpu.in -o docker/locks/worker-cpu.txt
-	$(LOCK) --extra serve -c docker/locks/cpu.in -o docker/locks/inference-cpu.txt
+	$(LOCK) --extra serve --extra tracing -c docker/locks/cpu.in -o docker/locks/inference-cpu.txt
 
 BUILD = $(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE)
 HEAVY = $(BUILD) --build-arg VARIANT=$(VARIANT) $(if $(filter cuda,$(VARIANT)),--build-arg RUNTIME_PACKAGES="gcc libc6-dev")

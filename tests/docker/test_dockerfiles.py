@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 SERVICES = ("datasets", "training", "conversion", "inference")
 LOCKS = {
-    **{service: (service, "kubernetes") for service in SERVICES},
+    **{service: (service, "tracing", "kubernetes") for service in SERVICES},
     "gateway": tuple(re.findall(r"^GATEWAY := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()),
     "worker-cpu": ("worker", "export", "quantize"),
     "worker-cuda": ("worker", "export", "quantize"),
-    "inference-cpu": ("serve",),
-    "inference-cuda": ("serve", "vllm"),
+    "inference-cpu": ("serve", "tracing"),
+    "inference-cuda": ("serve", "tracing", "vllm"),
 }
 NOT_IN_WORKERS = {"grpcio", "grpcio-status"}
 Pins = dict[str, list[str]]

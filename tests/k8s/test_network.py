@@ -123,3 +123,15 @@ def test_prometheus_finds_and_reaches_what_it_is_to_read() -> None:
         for rule in policy["spec"].get("ingress", ()):
             if selects(policy["spec"]["podSelector"], {"app.kubernetes.io/component": "service"}):
                 assert rule["ports"] == [{"port": "grpc"}]
+
+
+def test_whoever_makes_spans_reaches_the_collector() -> None:
+    manifests = with_components("gpu", ("tracing",))
+    [policy] = [m["spec"] for m in of_kind(manifests, "NetworkPolicy") if m["metadata"]["name"] == "to-collector"]
+    [way] = policy["egress"]
+    assert way["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "observability"}}}]
+    makes = {f"quartet-{name}" for name in (*ROOMS, "gateway", "engine")}
+    for name, pod in pods(manifests):
+        told = [e["value"] for c in pod["spec"]["containers"] for e in c["env"] if e["name"].startswith("OTEL_")]
+        assert told == [f"http://otel-collector.observability:{port['port']}" for port in way["ports"] if name in makes]
+        assert selects(policy["podSelector"], pod["metadata"]["labels"]) == (name in makes)
