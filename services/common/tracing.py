@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ log = logging.getLogger("quartet")
 HEADERS = ("traceparent", "tracestate", "baggage")
 MOST_CHARACTERS = 8192
 """Of a header that is passed on; W3C's limit for baggage."""
-END_MS = 5000
+END_S = 2.0
 """What is not sent yet when a server ends has so long."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -87,10 +88,13 @@ def name_process(name: str) -> None:
 
 
 def flush() -> None:
-    """Send what has ended."""
+    """Send what has ended, for END_S at most."""
     tracer = _tracer()
     if tracer is not None:
-        tracer.provider.force_flush(END_MS)
+        # Aside: an exporter whose collector is away tries again and again, whatever time it is given.
+        sending = threading.Thread(target=tracer.provider.force_flush, daemon=True)
+        sending.start()
+        sending.join(END_S)
 
 
 def _passable(value: str) -> bool:
@@ -126,7 +130,8 @@ class _Tracer:
 
         self._trace, self._propagate = trace, propagate
         named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        self.provider = TracerProvider(resource=Resource.create({} if named else {SERVICE_NAME: _process}))
+        resource = Resource.create({} if named else {SERVICE_NAME: _process})
+        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self.provider.add_span_processor(BatchSpanProcessor(_exporter()))
         self._tracer = self.provider.get_tracer("quartet")
 

@@ -118,9 +118,11 @@ def serve(a: argparse.Namespace) -> None:
         _tell(a, address, pages)
         if a.fd >= 0:
             threading.Thread(target=_end_with_input, daemon=True).start()
-        server.run(sockets=[made])
-        close()
-        tracing.flush()
+        try:
+            server.run(sockets=[made])
+        finally:  # a signal that ended it is raised again
+            close()
+            tracing.flush()
 
 
 def _tell(a: argparse.Namespace, address: str, pages: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_missing_extra_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [
         "no traces: OTEL_EXPORTER_OTLP_ENDPOINT needs the extra tracing"
     ]
+
+
+def test_an_end_waits_for_no_collector_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    back, sent = threading.Event(), list[bool]()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    tracer = tracing._tracer()
+    assert tracer is not None
+    monkeypatch.setattr(tracer.provider, "force_flush", lambda: sent.append(back.wait(60)))
+    monkeypatch.setattr(tracing, "END_S", 0.01)
+    tracing.flush()
+    assert not sent
+    back.set()
