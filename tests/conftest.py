@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from tests.seaweed import seaweed
 
 settings.register_profile("quartet", deadline=None)
 settings.load_profile("quartet")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Under nohup interrupts are ignored, and would be by all that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -310,10 +310,11 @@ def run(settings: Settings, rooms: Sequence[Room], beside: Beside = contextlib.n
 
 
 async def _serve(server: Server, beside: Beside) -> None:
-    await server.open()
     ended = asyncio.Event()
+    # First: whoever reads the address that `open` tells may end the server at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await server.open()
     served = ", ".join(room.service.split(".")[1] for room in server.rooms)
     print(f"quartet: serving {served} on {server.address}", flush=True)
     held = contextlib.ExitStack()

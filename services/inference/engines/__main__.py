@@ -109,11 +109,11 @@ async def serve(room: Room, engine: Engine, token_file: str, attempt: Attempt) -
     server = Server(settings, [room])
     await server.open()
     ready = dump({"address": server.address, "context_length": engine.context_length})
-    await asyncio.to_thread(attempt.store.put, f"{attempt.key}/ready.json", ready)
-    log.info("ready on %s", server.address)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await asyncio.to_thread(attempt.store.put, f"{attempt.key}/ready.json", ready)
+    log.info("ready on %s", server.address)
     watch = asyncio.create_task(_watch(attempt, engine, ended))
     await ended.wait()
     watch.cancel()
