@@ -235,6 +235,8 @@ def test_an_image_stands_on_a_line_of_its_own() -> None:
     }
     for text, given in parts.items():
         assert read_turns([user(*given)], 1)[0].content == text
+    # An image and the question about it may come apart.
+    assert [t.content for t in read_turns([user(image), user(says("What?"))], 1)] == ["<image>\nWhat?"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
