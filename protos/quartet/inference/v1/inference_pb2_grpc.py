@@ -175,15 +175,15 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of
-        another than the assistant, or what is no token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the
-        template has no place for them, or writes calls in a form that cannot be read back; TEXT_INVALID: a special token's text
-        inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID),
-        NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
-        FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
-        those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
-        `own_token`).
+        """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in its
+        training: so questions that follow each other are one, a line each, and system texts too. Errors: as Generate, and
+        INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of another than the assistant, or what is no
+        token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls
+        in a form that cannot be read back; TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED,
+        IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND,
+        FILE_NOT_FOUND: of an image), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and
+        template make other tokens than those that the model was trained on; the metadata has `probe`, `index` of the first
+        difference, `trained_token` and `own_token`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

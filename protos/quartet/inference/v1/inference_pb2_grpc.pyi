@@ -77,15 +77,15 @@ class InferenceStub:
     (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
-    """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of
-    another than the assistant, or what is no token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the
-    template has no place for them, or writes calls in a form that cannot be read back; TEXT_INVALID: a special token's text
-    inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID),
-    NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
-    FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
-    those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
-    `own_token`).
+    """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in its
+    training: so questions that follow each other are one, a line each, and system texts too. Errors: as Generate, and
+    INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of another than the assistant, or what is no
+    token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls
+    in a form that cannot be read back; TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED,
+    IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND,
+    FILE_NOT_FOUND: of an image), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and
+    template make other tokens than those that the model was trained on; the metadata has `probe`, `index` of the first
+    difference, `trained_token` and `own_token`).
     """
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
@@ -146,15 +146,15 @@ class InferenceAsyncStub(InferenceStub):
     (ENGINE_LOST, with the number of tokens sent in the metadata).
     """
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
-    """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-    its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of
-    another than the assistant, or what is no token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the
-    template has no place for them, or writes calls in a form that cannot be read back; TEXT_INVALID: a special token's text
-    inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID),
-    NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
-    FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
-    those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
-    `own_token`).
+    """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in its
+    training: so questions that follow each other are one, a line each, and system texts too. Errors: as Generate, and
+    INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of another than the assistant, or what is no
+    token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls
+    in a form that cannot be read back; TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED,
+    IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND,
+    FILE_NOT_FOUND: of an image), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and
+    template make other tokens than those that the model was trained on; the metadata has `probe`, `index` of the first
+    difference, `trained_token` and `own_token`).
     """
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Returns a vector for each text, by an encoder. The engine transformers serves them; models that answer do not embed.
@@ -260,15 +260,15 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ChatResponse], _abc.AsyncIterator[_inference_pb2.ChatResponse]]:
-        """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in
-        its training. Errors: as Generate, and INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of
-        another than the assistant, or what is no token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the
-        template has no place for them, or writes calls in a form that cannot be read back; TEXT_INVALID: a special token's text
-        inside of a tool; IMAGES_UNSUPPORTED, IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID),
-        NOT_FOUND (REVISION_NOT_FOUND, FILE_NOT_FOUND: of an image),
-        FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and template make other tokens than
-        those that the model was trained on; the metadata has `probe`, `index` of the first difference, `trained_token` and
-        `own_token`).
+        """Answers a conversation. The messages become token ids by the template that the served model carries, exactly as in its
+        training: so questions that follow each other are one, a line each, and system texts too. Errors: as Generate, and
+        INVALID_ARGUMENT (MESSAGES_EMPTY, ROLE_ORDER; TOKENS_INVALID: token_ids of another than the assistant, or what is no
+        token; TOOLS_INVALID: a tool, a call or a result; TOOLS_UNSUPPORTED: the template has no place for them, or writes calls
+        in a form that cannot be read back; TEXT_INVALID: a special token's text inside of a tool; IMAGES_UNSUPPORTED,
+        IMAGES_TOO_MANY, IMAGE_MISPLACED, IMAGE_TOO_LARGE, IMAGE_TOO_THIN, IMAGE_INVALID), NOT_FOUND (REVISION_NOT_FOUND,
+        FILE_NOT_FOUND: of an image), FAILED_PRECONDITION (TEMPLATE_MISSING, TEMPLATE_MISMATCH; PARITY_MISMATCH: tokenizer and
+        template make other tokens than those that the model was trained on; the metadata has `probe`, `index` of the first
+        difference, `trained_token` and `own_token`).
         """
 
     @_abc_1.abstractmethod
