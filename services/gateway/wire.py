@@ -49,6 +49,9 @@ WHOLE_BELOW = {"seed": 2**63}
 COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", "logit_bias", *SAMPLING}
 NOTES = {"user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention"}
 """Fields that change no answer."""
+MESSAGE = {"role", "content", "tool_calls", "tool_call_id", "function_call"}
+MESSAGE_NOTES = {"name", "refusal", "annotations", "reasoning", "reasoning_content"}
+"""What a history may hold and no template has a place for: who speaks, and what servers tell beside an answer."""
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "functions": ([],),
     "modalities": (["text"],),
@@ -235,6 +238,10 @@ def _stop(value: Any) -> list[str]:
 def _message(where: str, turn: Any, fetched: Mapping[str, bytes]) -> pb.Message:
     if not isinstance(turn, dict):
         raise bad(where, "must be an object with role and content")
+    unknown = {name for name, value in turn.items() if value is not None} - MESSAGE - MESSAGE_NOTES
+    if unknown:
+        name = min(unknown)
+        raise bad(f"{where}.{name}", f"is no field of a message{nearest(name, sorted(MESSAGE))}", "FIELD_UNKNOWN")
     role = turn.get("role")
     if role not in ROLES:
         raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}")

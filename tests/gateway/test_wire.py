@@ -76,6 +76,7 @@ def test_a_completion_takes_a_text_or_ids(prompt: Any) -> None:
     ("change", "param", "reason"),
     [
         ({"temprature": 1}, "temprature", "FIELD_UNKNOWN"),
+        ({"messages": [HI, {**HI, "tool_call": []}]}, "messages[1].tool_call", "FIELD_UNKNOWN"),
         ({"temperature": "hot"}, "temperature", "FIELD_INVALID"),
         ({"max_tokens": 1.5}, "max_tokens", "FIELD_INVALID"),
         ({"seed": 2**63}, "seed", "FIELD_INVALID"),
@@ -114,6 +115,8 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
     neutral = {"logit_bias": {}, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "seed": None}
     notes = {"user": "u", "safety_identifier": "u", "prompt_cache_key": "k", "service_tier": "auto", "store": False}
     assert read_chat({**CHAT, **neutral, **notes}).sampling == {}
+    turns = [{**HI, "name": "Ann"}, {"role": "assistant", "content": "ho", "audio": None, "refusal": None}, HI]
+    assert len(read_chat({**CHAT, "messages": turns}).messages) == 3
 
 
 def test_forms_and_logprobs_are_passed_on() -> None:

@@ -32,6 +32,9 @@ def test_an_engine_tells_of_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
         told = scrape(port)
         assert told["quartet_adapters"] == {(): 1} and told["quartet_first_token_seconds_count"] == {(): 1}
         assert told["quartet_tokens_total"][("answer",)] == 5
+        # A machine has the port once: the next engine answers without.
+        service.wait_for(endpoint(service.stub, "beside").name, READY)
+        assert f"no metrics: port {port}" in service.logs()
         until(lambda: service.logs().count("request asked-by-me: /quartet.inference.v1.Inference/Chat OK") == 2, 60)
     finally:
         assert service.stop() == 0

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -103,8 +104,7 @@ async def start(store: Store, order: dict[str, Any], attempt: Attempt) -> int:
 async def serve(room: Room, engine: Engine, token_file: str, attempt: Attempt) -> None:
     """Answer until SIGTERM, or until another attempt or nobody owns the endpoint."""
     host, port = os.environ.get(HOST_VARIABLE, "127.0.0.1"), int(os.environ.get(PORT_VARIABLE, "0"))
-    metrics_port = int(os.environ.get(METRICS_VARIABLE, "0"))
-    settings = Settings(host=host, port=port, token_file=token_file, metrics_port=metrics_port)
+    settings = Settings(host=host, port=port, token_file=token_file, metrics_port=_metrics_port(host))
     settings.check_exposure()
     server = Server(settings, [room])
     await server.open()
@@ -118,6 +118,20 @@ async def serve(room: Room, engine: Engine, token_file: str, attempt: Attempt) -
     await ended.wait()
     watch.cancel()
     await server.close()
+
+
+def _metrics_port(host: str) -> int:
+    """The one that is told. Of the engines of one machine the first has it: that the others' numbers cannot be had is no
+    reason not to answer."""
+    port = int(os.environ.get(METRICS_VARIABLE, "0"))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            log.warning("no metrics: port %d of %s cannot be had: %s", port, METRICS_VARIABLE, error.strerror)
+            return 0
+    return port
 
 
 async def _watch(attempt: Attempt, engine: Engine, ended: asyncio.Event) -> None:
