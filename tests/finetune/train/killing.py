@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import os
 import random
 import signal
 import subprocess
@@ -63,11 +66,11 @@ def kill_often(trainer: Trainer, kills: int, seed: int, longest_s: float = 4.0) 
 def writes(folder: Path) -> set[tuple[str, float]]:
     """Checkpoints that are or were being written, with when they were begun."""
     found = set()
-    for path in folder.rglob("checkpoint-*"):
-        try:
-            found.add((str(path), path.stat().st_ctime))
-        except FileNotFoundError:
-            continue
+    # Not rglob: what a worker takes away while one looks ends that.
+    for parent, folders, files in os.walk(folder):
+        for name in fnmatch.filter(folders + files, "checkpoint-*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((f"{parent}/{name}", os.stat(f"{parent}/{name}").st_ctime))
     return found
 
 
