@@ -242,12 +242,13 @@ def test_a_long_answer_does_not_hold_up_a_short_one(running: Running) -> None:
             order.extend([name] * len(step.ids))
 
     async def both() -> None:
-        await asyncio.gather(listen("long", 120), listen("short", 10))
+        await asyncio.gather(listen("long", 400), listen("short", 10))
 
     running.do(both())
-    # Step by step in turn: while the short one is said, the long one gets about as far.
-    said = order[order.index("short") : len(order) - order[::-1].index("short")]
-    assert said.count("long") < 40
+    # Step by step in turn: while the short one is said, the long one gets about as far. How far it gets before hangs on when
+    # a loaded machine lets the short one begin, but an engine that answers one after another says all of it.
+    before, said = order.index("short"), order[: len(order) - order[::-1].index("short")]
+    assert said[before:].count("long") < 40 and said.count("long") < 120
 
 
 def test_adapters_come_and_go(running: Running, folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
